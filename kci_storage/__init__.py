@@ -1,0 +1,3 @@
+"""kci-storage: the file storage server of KernelCI."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,171 @@
+"""The one way in which this program writes files.
+
+A file comes into being under a name that nobody reads, is flushed, and is renamed to its final name; then its
+folder is flushed. So whatever is found under a final name is complete, after a crash of the process and after a
+loss of power. Nothing else in the program opens a file for writing (a test holds that).
+
+A full disk or an exhausted quota is :class:`~kci_storage.errors.InsufficientStorage` here, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+from kci_storage.errors import InsufficientStorage
+
+FILE_MODE = 0o644  # nginx, as another user, reads what it is told to send
+DIRECTORY_MODE = 0o755
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@contextlib.contextmanager
+def _full_disk_is_insufficient_storage() -> Iterator[None]:
+    try:
+        yield
+    except OSError as exc:
+        if exc.errno in _NO_ROOM:
+            raise InsufficientStorage("no room on the server's disk", detail=str(exc)) from exc
+        raise
+
+
+class NewFile:
+    """A file that is being written: readable by nobody by its final name until :meth:`publish`.
+
+    Used as a context manager, it is discarded at the end of the block unless it was published.
+
+    :param path: its temporary name, on the file system of its final one. It must not exist.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.size = 0  # bytes written so far
+        with _full_disk_is_insufficient_storage():
+            self._fd = _create(path)
+
+    @classmethod
+    def unnamed(cls, directory: Path) -> NewFile:
+        """A new file of a random temporary name in ``directory``."""
+        return cls(directory / f"{secrets.token_hex(8)}.part")
+
+    def fileno(self) -> int:
+        """The descriptor, open for reading and writing."""
+        return self._fd
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append all of ``data``.
+
+        :raises InsufficientStorage: the disk is full.
+        """
+        view = memoryview(data)
+        with _full_disk_is_insufficient_storage():
+            while view:
+                written = os.write(self._fd, view)
+                self.size += written
+                view = view[written:]
+
+    def publish(self, name: Path | str, directory_fd: int | None = None) -> None:
+        """Flush, take the final name, replacing what has it, and flush the folder.
+
+        :param name: the final name; relative to ``directory_fd`` where that is given (paths that are longer than
+            the system takes in one piece).
+        :raises InsufficientStorage: the disk is full.
+        :raises OSError: the name cannot be taken; the temporary file is still there.
+        """
+        with _full_disk_is_insufficient_storage():
+            os.fdatasync(self._fd)
+            os.rename(self.path, name, dst_dir_fd=directory_fd)
+            if directory_fd is None:
+                sync_directory(Path(name).parent)
+            else:
+                os.fsync(directory_fd)
+        self.close()
+
+    def detach(self) -> int:
+        """Give the descriptor to the caller, who closes it; the file stays."""
+        fd, self._fd = self._fd, -1
+        return fd
+
+    def discard(self) -> None:
+        """Remove the temporary file and close; nothing when it was published, discarded or detached."""
+        if self._fd >= 0:
+            remove(self.path)
+            self.close()
+
+    def close(self) -> None:
+        """Close the descriptor; the file stays under the name it has."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __enter__(self) -> NewFile:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.discard()
+
+
+def _create(path: Path) -> int:
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    try:
+        return os.open(path, flags, FILE_MODE)
+    except FileNotFoundError:
+        make_directory(path.parent)
+        return os.open(path, flags, FILE_MODE)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Put ``data`` under ``path``, whole or not at all, replacing what was there.
+
+    :raises InsufficientStorage: the disk is full.
+    """
+    with NewFile(path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")) as file:
+        file.write(data)
+        file.publish(path)
+
+
+def open_lock_file(path: Path) -> int:
+    """A descriptor of an empty file to lock, made where there is none."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+    with _full_disk_is_insufficient_storage():
+        try:
+            return os.open(path, flags, FILE_MODE)
+        except FileNotFoundError:
+            make_directory(path.parent)
+            return os.open(path, flags, FILE_MODE)
+
+
+def open_log_file(path: Path) -> int:
+    """A descriptor that appends to ``path``."""
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, FILE_MODE)
+
+
+def make_directory(path: Path) -> None:
+    """Make a folder and those above it; nothing when it is there.
+
+    :raises InsufficientStorage: the disk is full.
+    """
+    with _full_disk_is_insufficient_storage():
+        path.mkdir(mode=DIRECTORY_MODE, parents=True, exist_ok=True)
+
+
+def remove(path: Path) -> bool:
+    """Remove a file; whether it was there."""
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def sync_directory(path: Path) -> None:
+    """Flush a folder, so that a rename in it outlives a loss of power."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

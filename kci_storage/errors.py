@@ -1,0 +1,136 @@
+"""The one tree of errors, and the one table that says what each means over HTTP.
+
+Services and drivers raise these; views never catch them. ``app.py`` turns an error into a response by
+looking its class up in :data:`TABLE`, and ``metrics.py`` takes its label from the same row.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class StorageError(Exception):
+    """The root of the tree.
+
+    :param message: one line for the client. It never holds a local path, a secret or a backend URL.
+    :param detail: what only the log may say.
+    :param retry_after: seconds after which trying again makes sense; sent as ``Retry-After``.
+    """
+
+    def __init__(self, message: str, *, detail: str | None = None, retry_after: int | None = None):
+        super().__init__(message)
+        self.message = message
+        self.detail = detail
+        self.retry_after = retry_after
+
+
+class BadRequest(StorageError):
+    """The request itself is wrong; sending it again changes nothing."""
+
+
+class BadKey(BadRequest):
+    """The key breaks a rule of :mod:`kci_storage.keys`."""
+
+
+class BadForm(BadRequest):
+    """The multipart form is malformed, has no file, or names one key twice."""
+
+
+class DigestMismatch(BadRequest):
+    """The body is not what its ``Content-MD5`` or ``Repr-Digest`` promised."""
+
+
+class ClientDisconnected(BadRequest):
+    """The body ended before its announced length, or its last chunk."""
+
+
+class Unauthorized(StorageError):
+    """No valid token. ``detail`` says why, for the log only."""
+
+
+class Forbidden(StorageError):
+    """A valid token, without permission for this key."""
+
+
+class ObjectNotFound(StorageError):
+    """The backend itself said that there is no such object. No other failure may look like this one."""
+
+
+class KeyConflict(StorageError):
+    """The backend cannot hold this key beside one that it has (a file where a folder is, or the reverse)."""
+
+
+class WriteConflict(StorageError):
+    """Another writer holds the key, or came in between on another machine."""
+
+
+class PreconditionFailed(StorageError):
+    """The stored version is not the one that the request asked for."""
+
+
+class UploadTooLarge(StorageError):
+    """The body is larger than ``max_upload_bytes``."""
+
+
+class InsufficientStorage(StorageError):
+    """No room on this server's disk."""
+
+
+class BackendError(StorageError):
+    """The backend failed, refused, or could not be reached."""
+
+
+class BackendTimeout(BackendError):
+    """The backend did not answer in time."""
+
+
+class BackendThrottled(BackendError):
+    """The backend asked to be left alone for a while."""
+
+
+class ObjectChanged(BackendError):
+    """A read that was pinned to one version found another one."""
+
+
+class Overloaded(StorageError):
+    """This server has as much in hand as it can take, or somebody else's work took too long to wait for."""
+
+
+class Meaning(NamedTuple):
+    """What an error is over HTTP: its status code, its title (RFC 9457) and its metric label."""
+
+    status: int
+    title: str
+    label: str
+
+
+TABLE: dict[type[StorageError], Meaning] = {
+    StorageError: Meaning(500, "Internal Server Error", "internal"),
+    BadRequest: Meaning(400, "Bad Request", "bad_request"),
+    BadKey: Meaning(400, "Bad Key", "bad_key"),
+    BadForm: Meaning(400, "Bad Form", "bad_form"),
+    DigestMismatch: Meaning(400, "Digest Mismatch", "digest_mismatch"),
+    ClientDisconnected: Meaning(400, "Incomplete Body", "client_disconnected"),
+    Unauthorized: Meaning(401, "Unauthorized", "unauthorized"),
+    Forbidden: Meaning(403, "Forbidden", "forbidden"),
+    ObjectNotFound: Meaning(404, "Not Found", "not_found"),
+    KeyConflict: Meaning(409, "Conflict", "key_conflict"),
+    WriteConflict: Meaning(409, "Conflict", "write_conflict"),
+    PreconditionFailed: Meaning(412, "Precondition Failed", "precondition_failed"),
+    UploadTooLarge: Meaning(413, "Content Too Large", "too_large"),
+    InsufficientStorage: Meaning(507, "Insufficient Storage", "no_space"),
+    BackendError: Meaning(502, "Bad Gateway", "backend_error"),
+    BackendTimeout: Meaning(504, "Gateway Timeout", "backend_timeout"),
+    BackendThrottled: Meaning(503, "Service Unavailable", "backend_throttled"),
+    ObjectChanged: Meaning(502, "Bad Gateway", "object_changed"),
+    Overloaded: Meaning(503, "Service Unavailable", "overloaded"),
+}
+
+
+def meaning(error: StorageError) -> Meaning:
+    """The row of the table for an error; a class that has none takes its parent's.
+
+    >>> meaning(BadKey("no")).status
+    400
+    """
+    return next(TABLE[cls] for cls in type(error).__mro__ if cls in TABLE)
