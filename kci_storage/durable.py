@@ -13,8 +13,11 @@ import contextlib
 import errno
 import os
 import secrets
+import struct
 from collections.abc import Iterator
 from pathlib import Path
+
+import portalocker
 
 from kci_storage.errors import InsufficientStorage
 
@@ -68,6 +71,14 @@ class NewFile:
                 self.size += written
                 view = view[written:]
 
+    def flush(self) -> None:
+        """Have the disk take what was written, so that :meth:`publish` is quick.
+
+        :raises InsufficientStorage: the disk is full.
+        """
+        with _full_disk_is_insufficient_storage():
+            os.fdatasync(self._fd)
+
     def publish(self, name: Path | str, directory_fd: int | None = None) -> None:
         """Flush, take the final name, replacing what has it, and flush the folder.
 
@@ -76,8 +87,8 @@ class NewFile:
         :raises InsufficientStorage: the disk is full.
         :raises OSError: the name cannot be taken; the temporary file is still there.
         """
+        self.flush()
         with _full_disk_is_insufficient_storage():
-            os.fdatasync(self._fd)
             os.rename(self.path, name, dst_dir_fd=directory_fd)
             if directory_fd is None:
                 sync_directory(Path(name).parent)
@@ -107,6 +118,44 @@ class NewFile:
 
     def __exit__(self, *exc_info: object) -> None:
         self.discard()
+
+
+class SharedCounters:
+    """A few numbers in a file, added to by many processes. They start at 0, and are not flushed to the disk.
+
+    :param path: the file, made where it is missing or of another length.
+    :param count: how many numbers.
+    """
+
+    def __init__(self, path: Path, count: int):
+        self._format = struct.Struct(f"<{count}q")
+        self._path = path
+        make_directory(path.parent)
+        with self._locked() as fd:
+            if os.fstat(fd).st_size != self._format.size:
+                os.ftruncate(fd, 0)
+                os.pwrite(fd, bytes(self._format.size), 0)
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[int]:
+        fd = open_lock_file(self._path)
+        try:
+            portalocker.lock(fd, portalocker.LockFlags.EXCLUSIVE)
+            with _full_disk_is_insufficient_storage():
+                yield fd
+        finally:
+            os.close(fd)
+
+    def add(self, *amounts: int) -> None:
+        """Add to each number."""
+        with self._locked() as fd:
+            numbers = self._format.unpack(os.pread(fd, self._format.size, 0))
+            os.pwrite(fd, self._format.pack(*map(int.__add__, numbers, amounts)), 0)
+
+    def read(self) -> tuple[int, ...]:
+        """The numbers."""
+        with self._locked() as fd:
+            return self._format.unpack(os.pread(fd, self._format.size, 0))
 
 
 def _create(path: Path) -> int:
