@@ -34,7 +34,7 @@ from typing import NamedTuple
 
 from kci_storage import durable
 from kci_storage.drivers.base import ObjectInfo
-from kci_storage.locks import KeyLocks, Lease, is_file_at, try_lock
+from kci_storage.locks import KeyLocks, Lease
 
 RECORD, CONTENT, PART, FILL = ".json", ".data", ".part", ".fill"
 FILL_RECORD = FILL + RECORD
@@ -247,19 +247,19 @@ class Cache:
             return not free
 
     def new_part(self, key: str) -> durable.NewFile:
-        """A file for a new version's content, which the sweep leaves alone while it is open.
+        """A file for a new version's content.
 
         :raises InsufficientStorage: the disk is full.
         """
         slot = self.slot(key)
-        return locked_part(Path(f"{slot.stem}.{new_generation()}{PART}"))
+        return durable.NewFile(Path(f"{slot.stem}.{new_generation()}{PART}"))
 
     def new_spool(self) -> durable.NewFile:
-        """A file for a form part whose key is not known yet, which the sweep leaves alone while it is open.
+        """A file for a form part whose key is not known yet.
 
         :raises InsufficientStorage: the disk is full.
         """
-        return locked_part(self.spool_directory / f"{new_generation()}{PART}")
+        return durable.NewFile(self.spool_directory / f"{new_generation()}{PART}")
 
     def announce_commit(self, key: str) -> None:
         """Before the backend commits a new version: see that a copy of the old one is doubted if we never return.
@@ -366,11 +366,11 @@ class Cache:
         """
         self.recover_locks()
         before = Usage(*self.usage.read())
-        removed = sum(remove_if_unlocked(path) for path in self.spool_directory.iterdir())
+        removed = sum(durable.remove_if_unlocked(path) for path in self.spool_directory.iterdir())
         files = size = 0
         for digest, file in self.entries():
             if file.name.endswith((PART, FILL)):
-                removed += remove_if_unlocked(Path(file.path))
+                removed += durable.remove_if_unlocked(Path(file.path))
             elif file.name.endswith(FILL_RECORD):
                 removed += self._remove_lonely_fill_record(Path(file.path))
             elif self._is_orphan(digest, file):
@@ -442,28 +442,6 @@ class Cache:
 def new_generation() -> str:
     """A name for a content file that no other one has."""
     return secrets.token_hex(8)
-
-
-def locked_part(path: Path) -> durable.NewFile:
-    """A new file that is locked until it is closed, so that no sweep takes it for left behind."""
-    while True:
-        part = durable.NewFile(path)
-        if try_lock(part.fileno()) and is_file_at(part.fileno(), path):
-            return part
-        part.close()  # a sweep came between creation and lock, and removes it or has done so
-        durable.remove(path)
-
-
-def remove_if_unlocked(path: Path) -> int:
-    """Remove a part file that nobody holds; how many were removed."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return 0
-    try:
-        return int(try_lock(fd) and is_file_at(fd, path) and durable.remove(path))
-    finally:
-        os.close(fd)
 
 
 def _size(file: os.DirEntry[str]) -> int:

@@ -39,16 +39,20 @@ def _full_disk_is_insufficient_storage() -> Iterator[None]:
 class NewFile:
     """A file that is being written: readable by nobody by its final name until :meth:`publish`.
 
-    Used as a context manager, it is discarded at the end of the block unless it was published.
+    It is locked (``flock``) from its creation until it is closed: a temporary file that is not locked has lost its
+    writer, and :func:`remove_if_unlocked` may take it. Used as a context manager, it is discarded at the end of the
+    block unless it was published.
 
-    :param path: its temporary name, on the file system of its final one. It must not exist.
+    :param path: its temporary name, on the file system of its final one.
+    :param fd: the file itself, open for appending and locked by the caller; None: it is made, and must not exist.
+    :raises InsufficientStorage: the disk is full.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, fd: int | None = None):
         self.path = path
-        self.size = 0  # bytes written so far
         with _full_disk_is_insufficient_storage():
-            self._fd = _create(path)
+            self._fd = _create(path) if fd is None else fd
+        self.size = os.lseek(self._fd, 0, os.SEEK_END)  # bytes written so far
 
     @classmethod
     def unnamed(cls, directory: Path) -> NewFile:
@@ -96,15 +100,11 @@ class NewFile:
                 os.fsync(directory_fd)
         self.close()
 
-    def detach(self) -> int:
-        """Give the descriptor to the caller, who closes it; the file stays."""
-        fd, self._fd = self._fd, -1
-        return fd
-
     def discard(self) -> None:
-        """Remove the temporary file and close; nothing when it was published, discarded or detached."""
+        """Remove the temporary file and close; nothing when it was published, discarded or closed."""
         if self._fd >= 0:
-            remove(self.path)
+            if is_file_at(self._fd, self.path):
+                remove(self.path)
             self.close()
 
     def close(self) -> None:
@@ -160,11 +160,50 @@ class SharedCounters:
 
 def _create(path: Path) -> int:
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    while True:
+        try:
+            fd = os.open(path, flags, FILE_MODE)
+        except FileNotFoundError:
+            make_directory(path.parent)
+            continue
+        if try_lock(fd) and is_file_at(fd, path):
+            return fd
+        os.close(fd)  # a sweep came between creation and lock, and took the file for left behind
+        remove(path)
+
+
+def try_lock(fd: int) -> bool:
+    """Lock an open file for this descriptor alone, without waiting; whether that worked.
+
+    Two descriptors of one file exclude each other, be they of two processes or two threads (``flock(2)``).
+    """
     try:
-        return os.open(path, flags, FILE_MODE)
+        portalocker.lock(fd, portalocker.LockFlags.EXCLUSIVE | portalocker.LockFlags.NON_BLOCKING)
+    except portalocker.exceptions.AlreadyLocked:
+        return False
+    return True
+
+
+def is_file_at(fd: int, path: str | Path) -> bool:
+    """Whether ``path`` leads to the open file, rather than to another one or nowhere."""
+    try:
+        there = os.stat(path)
     except FileNotFoundError:
-        make_directory(path.parent)
-        return os.open(path, flags, FILE_MODE)
+        return False
+    here = os.fstat(fd)
+    return (there.st_ino, there.st_dev) == (here.st_ino, here.st_dev)
+
+
+def remove_if_unlocked(path: Path) -> bool:
+    """Remove a temporary file if its writer is dead; whether it was removed."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        return try_lock(fd) and is_file_at(fd, path) and remove(path)
+    finally:
+        os.close(fd)
 
 
 def write_file(path: Path, data: bytes) -> None:

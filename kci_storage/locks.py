@@ -1,6 +1,6 @@
 """Locks between the processes of one server, and what a lock that nobody holds any more means.
 
-A lock is a file that exists while it is held, locked by ``flock`` through portalocker: the kernel frees it when its
+A lock is a file that exists while it is held, locked by ``flock``: the kernel frees it when its
 holder dies. Its holder removes it before letting go, so that there are never more of them than locks in use. That is
 safe because whoever locks a file looks afterwards whether the path still leads to it, and else begins again.
 
@@ -17,34 +17,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import portalocker
-
 from kci_storage import durable
 from kci_storage.errors import WriteConflict
 
 POLL_INTERVAL = 0.01  # seconds between two tries; portalocker's own default of 0.25 would be felt by every waiter
-
-
-def try_lock(fd: int) -> bool:
-    """Lock an open file for this descriptor alone, without waiting; whether that worked.
-
-    Two descriptors of one file exclude each other, be they of two processes or two threads (``flock(2)``).
-    """
-    try:
-        portalocker.lock(fd, portalocker.LockFlags.EXCLUSIVE | portalocker.LockFlags.NON_BLOCKING)
-    except portalocker.exceptions.AlreadyLocked:
-        return False
-    return True
-
-
-def is_file_at(fd: int, path: str | Path) -> bool:
-    """Whether ``path`` leads to the open file, rather than to another one or nowhere."""
-    try:
-        there = os.stat(path)
-    except FileNotFoundError:
-        return False
-    here = os.fstat(fd)
-    return (there.st_ino, there.st_dev) == (here.st_ino, here.st_dev)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +53,10 @@ class KeyLocks:
         while True:
             there = path.exists()
             fd = durable.open_lock_file(path)
-            if not try_lock(fd):
+            if not durable.try_lock(fd):
                 os.close(fd)
                 return None
-            if is_file_at(fd, path):
+            if durable.is_file_at(fd, path):
                 return Lease(fd, path, orphaned=there)
             os.close(fd)
 
