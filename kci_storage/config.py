@@ -1,0 +1,498 @@
+"""The configuration: one TOML file, read and validated once, then never changed.
+
+Every setting is defined in one place, a field of a dataclass below: its name, type and default, and, in
+``metadata["setting"]``, its help, unit and bounds (:class:`Setting`). The validation here, ``config.toml.sample`` and
+``docs/configuration.md`` all follow that one definition; tests hold them together.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import dataclasses
+import difflib
+import ipaddress
+import os
+import re
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn, get_type_hints
+from urllib.parse import urlsplit
+
+CONFIG_VARIABLE = "KCI_STORAGE_CONFIG"
+PORT_VARIABLE = "KCI_STORAGE_PORT"
+DEFAULT_FILE = "config.toml"
+
+_DAY = 86_400  # seconds
+_MOST_BYTES = 2**63 - 1  # what the system takes as a file's size
+_LONGEST_SOCKET_PATH = 107  # bytes: sockaddr_un.sun_path without its closing NUL
+
+
+class ConfigError(Exception):
+    """The configuration cannot be used: one line that names the file, the key and what was expected."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What is known of one setting beside its name, type and default."""
+
+    help: str  # one line
+    unit: str = ""  # "bytes", "seconds", "%" …
+    minimum: float | None = None
+    maximum: float | None = None
+    expects: str = ""  # what is accepted, in words, where type and bounds do not say it
+    accepts: Callable[[Any], bool] | None = None  # whether a value of the right type is one of those
+    secret: bool = False  # its value is never shown
+
+
+def _setting(default: Any, help: str, **more: Any) -> Any:
+    setting = Setting(help, **more)
+    return field(default=default, repr=not setting.secret, metadata={"setting": setting})
+
+
+def split_bind(bind: str) -> tuple[str, int] | None:
+    """Host and port of ``host:port`` or ``[v6]:port``; None for anything else, ``unix:path`` too.
+
+    >>> split_bind("127.0.0.1:3000")
+    ('127.0.0.1', 3000)
+    >>> split_bind("[::1]:3000")
+    ('::1', 3000)
+    >>> split_bind("unix:/run/kci-storage.sock") is None
+    True
+    """
+    match = re.fullmatch(r"(?:\[([^\]]+)\]|([^:\[\]/\s]+)):([0-9]{1,5})", bind)
+    if not match or not 1 <= int(match[3]) <= 65535 or (match[1] and not _is_ipv6(match[1])):
+        return None
+    return match[1] or match[2], int(match[3])
+
+
+def _is_ipv6(host: str) -> bool:
+    try:
+        ipaddress.IPv6Address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def _is_bind(bind: str) -> bool:
+    return split_bind(bind) is not None or (bind.startswith("unix:") and len(bind) > len("unix:"))
+
+
+def _is_location(path: str) -> bool:
+    return not path or re.fullmatch(r"/(?:[A-Za-z0-9._~-]+/)+", path) is not None
+
+
+def _is_base64(key: str) -> bool:
+    try:
+        base64.b64decode(key, validate=True)
+    except (binascii.Error, ValueError):
+        return False
+    return True
+
+
+def _is_account(name: str) -> bool:
+    return not name or re.fullmatch(r"[a-z0-9]{3,24}", name) is not None
+
+
+def _is_container(name: str) -> bool:
+    return not name or re.fullmatch(r"\$root|\$web|(?=.{3,63}$)[a-z0-9]+(?:-[a-z0-9]+)*", name) is not None
+
+
+def _is_sas_token(token: str) -> bool:
+    return not token or re.search(r"(?:^\??|&)sig=[^&]", token) is not None
+
+
+def _is_service_url(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        return False
+    return not url or bool(usable and not parts.query and not parts.fragment and not parts.username)
+
+
+def _is_given(value: str | tuple[str, ...]) -> bool:
+    return bool(value)
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    """``[server]``: how clients are served."""
+
+    bind: str = _setting(
+        "127.0.0.1:3000", "where to listen", expects="host:port, [v6]:port or unix:path", accepts=_is_bind
+    )
+    workers: int = _setting(0, "worker processes; 0: one per core", minimum=0, maximum=1024)
+    threads: int = _setting(64, "threads per worker, each serves one request at a time", minimum=1, maximum=10_000)
+    max_upload_bytes: int = _setting(
+        10_737_418_240, "the largest upload request", unit="bytes", minimum=1, maximum=_MOST_BYTES
+    )
+    lock_timeout: float = _setting(
+        30.0, "how long a request waits for another one's work on its key", unit="seconds", minimum=0, maximum=3600
+    )
+    trusted_proxies: int = _setting(
+        0, "how many proxies in front set X-Forwarded-*; 0 trusts none", minimum=0, maximum=16
+    )
+    accel_redirect: str = _setting(
+        "",
+        'nginx\'s internal location over the cache directory, e.g. "/_cache/"; empty: files leave by the server',
+        expects='nothing or a path that starts and ends with "/"',
+        accepts=_is_location,
+    )
+    send_timeout: float = _setting(
+        60.0, "after this long without progress a stalled client is dropped", unit="seconds", minimum=1, maximum=_DAY
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class AzureConfig:
+    """``[azure]``: the container in Azure Blob Storage, for ``driver = "azure"``."""
+
+    account: str = _setting(
+        "", "the storage account", expects="3 to 24 lower-case letters and digits", accepts=_is_account
+    )
+    key: str = _setting(
+        "", "the account key; either this or sastoken", expects="base64 text", accepts=_is_base64, secret=True
+    )
+    sastoken: str = _setting(
+        "",
+        'a SAS token, with or without its "?"; either this or key',
+        expects='a token that holds "sig="',
+        accepts=_is_sas_token,
+        secret=True,
+    )
+    container: str = _setting(
+        "",
+        "the container in that account",
+        expects="3 to 63 lower-case letters, digits and single hyphens",
+        accepts=_is_container,
+    )
+    endpoint: str = _setting(
+        "",
+        "another service URL: an emulator, a sovereign cloud; empty: Azure's own for the account",
+        expects="nothing or an http(s) URL without a query",
+        accepts=_is_service_url,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class LocalConfig:
+    """``[local]``: files on this machine, for ``driver = "local"``."""
+
+    storage_path: Path = _setting(Path("./storage"), "the folder that holds the objects, each as a file at its key")
+
+
+@dataclass(frozen=True, slots=True)
+class CacheConfig:
+    """``[cache]``: the copies on local disk, and when they go."""
+
+    directory: Path = _setting(Path("./cache"), "the folder that holds the copies")
+    max_files: int = _setting(1_000_000, "the most files to keep", unit="files", minimum=1, maximum=10**9)
+    max_bytes: int = _setting(
+        0, "the most bytes to keep; 0: no limit but the disk's", unit="bytes", minimum=0, maximum=_MOST_BYTES
+    )
+    low_disk_percent: float = _setting(
+        12.0, "start evicting below this much free space", unit="%", minimum=0, maximum=100
+    )
+    recover_disk_percent: float = _setting(
+        13.0, "and stop above this; not less than low_disk_percent", unit="%", minimum=0, maximum=100
+    )
+    cleanup_chunk_size: int = _setting(
+        100_000, "files evicted between two looks at the limits", unit="files", minimum=1, maximum=10**9
+    )
+    interval: float = _setting(
+        300.0, "time between two looks at the limits", unit="seconds", minimum=0.1, maximum=_DAY
+    )
+    revalidate_after: float = _setting(
+        0.0,
+        "age from which a hit asks the backend whether it is still the latest; 0: never",
+        unit="seconds",
+        minimum=0,
+        maximum=365 * _DAY,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class User:
+    """``[[users]]``: who may write where. Without any, every valid token may write everywhere."""
+
+    name: str = _setting("", "the token's email", expects="text that is not empty", accepts=_is_given)
+    prefixes: tuple[str, ...] = _setting(
+        (), 'the keys that may be written: whole leading segments, or plain text up to a closing "*"; "": all'
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """The whole configuration, valid. Its text form shows no secret."""
+
+    path: Path  # of the file
+    driver: str = _setting(
+        "azure",
+        'where objects are kept: "azure", "local" or an installed plug-in\'s name',
+        expects="a driver's name",
+        accepts=_is_given,
+    )
+    jwt_secret: str = _setting(
+        "",
+        "tokens are signed with this secret; at least one of the two must be there",
+        expects="text that is not empty",
+        accepts=_is_given,
+        secret=True,
+    )
+    unified_secret: str = _setting(
+        "",
+        "or with this one, which other KernelCI services share",
+        expects="text that is not empty",
+        accepts=_is_given,
+        secret=True,
+    )
+    server: ServerConfig = ServerConfig()
+    azure: AzureConfig = AzureConfig()
+    local: LocalConfig = LocalConfig()
+    cache: CacheConfig = CacheConfig()
+    users: tuple[User, ...] = ()
+    plugins: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, repr=False)  # may hold secrets
+
+    @property
+    def secrets(self) -> tuple[str, ...]:
+        """The secrets that are set, in the order in which a token is tried with them."""
+        return tuple(secret for secret in (self.jwt_secret, self.unified_secret) if secret)
+
+
+SECTIONS: Mapping[str, type[Any]] = {
+    "server": ServerConfig,
+    "azure": AzureConfig,
+    "local": LocalConfig,
+    "cache": CacheConfig,
+}
+
+
+def settings(section: type[Any]) -> dict[str, dataclasses.Field[Any]]:
+    """The settings that a section's dataclass (or :class:`Config`, for the top level) defines, by name.
+
+    >>> settings(LocalConfig)["storage_path"].default
+    PosixPath('storage')
+    """
+    return {item.name: item for item in dataclasses.fields(section) if "setting" in item.metadata}
+
+
+def expectation(setting: Setting, kind: Any) -> str:
+    """What a setting of the type ``kind`` accepts, in words.
+
+    >>> expectation(settings(ServerConfig)["threads"].metadata["setting"], int)
+    'a whole number from 1 to 10000'
+    """
+    if setting.minimum is None:
+        return setting.expects or _KINDS[kind]
+    unit = f" of {setting.unit}" if setting.unit not in ("", "%") else ""
+    return f"{_KINDS[kind]}{unit} from {setting.minimum} to {setting.maximum}"
+
+
+_KINDS: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    Path: "a path",
+    tuple[str, ...]: "a list of texts",
+}
+
+
+def load(path: Path | None = None, environ: Mapping[str, str] = os.environ) -> Config:
+    """Read and validate the configuration.
+
+    :param path: the file; None: the one that ``KCI_STORAGE_CONFIG`` names, else ``config.toml`` in the working
+        directory. Relative paths in it are relative to its folder.
+    :param environ: where ``KCI_STORAGE_CONFIG`` and ``KCI_STORAGE_PORT`` are looked up; an empty one counts as unset.
+    :raises ConfigError: the file cannot be read, or something in it is wrong.
+    """
+    file = _File(Path(path or environ.get(CONFIG_VARIABLE) or DEFAULT_FILE))
+    config = file.config()
+    port = environ.get(PORT_VARIABLE)
+    if port:
+        config = dataclasses.replace(config, server=_with_port(config.server, port))
+    return config
+
+
+def _with_port(server: ServerConfig, port: str) -> ServerConfig:
+    if split_bind(server.bind) is None:
+        raise ConfigError(f"{PORT_VARIABLE}: expected a server.bind that has a port, not {server.bind}")
+    bind = f"{server.bind.rpartition(':')[0]}:{port}"
+    if split_bind(bind) is None:
+        raise ConfigError(f"{PORT_VARIABLE}: expected a port from 1 to 65535, got {port!r}")
+    return dataclasses.replace(server, bind=bind)
+
+
+class _File:
+    """The configuration file on its way into the dataclasses."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.folder = path.absolute().parent
+
+    def fail(self, key: str, problem: str) -> NoReturn:
+        raise ConfigError(f"{self.path}: {key}: {problem}")
+
+    def config(self) -> Config:
+        """The file's content, validated."""
+        document = self._parse()
+        sections = {name: document.pop(name, {}) for name in SECTIONS}
+        users = document.pop("users", [])
+        plugins = self._plugins(document)
+        config = Config(
+            path=self.path.absolute(),
+            **self._values(Config, "", document),
+            **{name: self._section(name, table) for name, table in sections.items()},
+            users=self._users(users),
+            plugins=plugins,
+        )
+        self._check_secrets(config)
+        self._check_azure(config)
+        self._check_cache(config.cache)
+        self._check_folders(config)
+        return config
+
+    def _plugins(self, document: dict[str, Any]) -> dict[str, Any]:
+        """The section of a driver that is none of ours, taken out of the document: its own to check."""
+        driver = document.get("driver")
+        if isinstance(driver, str) and isinstance(document.get(driver), dict):
+            return {driver: document.pop(driver)}
+        return {}
+
+    def _parse(self) -> dict[str, Any]:
+        try:
+            return tomllib.loads(self._text())
+        except RecursionError:
+            raise ConfigError(f"{self.path}: not valid TOML: nested too deeply") from None
+        except ValueError as exc:  # TOMLDecodeError, and int() on thousands of digits
+            raise ConfigError(f"{self.path}: not valid TOML: {' '.join(str(exc).split())}") from None
+
+    def _text(self) -> str:
+        try:
+            return self.path.read_bytes().decode("utf-8-sig")
+        except FileNotFoundError:
+            hint = f"start from config.toml.sample, or name another one in {CONFIG_VARIABLE}"
+            raise ConfigError(f"{self.path}: no such file; {hint}") from None
+        except OSError as exc:
+            raise ConfigError(f"{self.path}: cannot be read: {exc.strerror}") from None
+        except UnicodeDecodeError as exc:
+            raise ConfigError(f"{self.path}: not valid TOML: byte {exc.start} is not UTF-8") from None
+
+    def _section(self, name: str, table: object) -> Any:
+        if not isinstance(table, dict):
+            self.fail(name, f"expected a section, [{name}]")
+        section = SECTIONS[name](**self._values(SECTIONS[name], f"{name}.", table))
+        return self._absolute(section)
+
+    def _absolute(self, section: Any) -> Any:
+        values = {name: getattr(section, name) for name in settings(type(section))}
+        paths: dict[str, Any] = {
+            name: self.folder / value for name, value in values.items() if isinstance(value, Path)
+        }
+        if isinstance(section, ServerConfig) and section.bind.startswith("unix:"):
+            socket = self.folder / section.bind.removeprefix("unix:")
+            if len(os.fsencode(socket)) > _LONGEST_SOCKET_PATH:
+                self.fail("server.bind", f"expected a socket's path of at most {_LONGEST_SOCKET_PATH} bytes")
+            paths["bind"] = f"unix:{socket}"
+        return dataclasses.replace(section, **paths)
+
+    def _users(self, tables: object) -> tuple[User, ...]:
+        if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+            self.fail("users", "expected one section [[users]] for each user")
+        return tuple(self._user(number, table) for number, table in enumerate(tables, start=1))
+
+    def _user(self, number: int, table: dict[str, Any]) -> User:
+        user = User(**self._values(User, f"users #{number} ", table))
+        if not user.name:
+            self.fail(f"users #{number} name", "expected the user's email, it is missing")
+        return user
+
+    def _values(self, section: type[Any], prefix: str, table: dict[str, Any]) -> dict[str, Any]:
+        known = settings(section)
+        hints = get_type_hints(section)
+        for key in table:
+            if key not in known:
+                self._fail_unknown(prefix, key, known)
+        return {
+            key: self._value(prefix + key, hints[key], known[key].metadata["setting"], value)
+            for key, value in table.items()
+        }
+
+    def _fail_unknown(self, prefix: str, key: str, known: Mapping[str, Any]) -> NoReturn:
+        names = [*known, *([] if prefix else [*SECTIONS, "users"])]
+        close = difflib.get_close_matches(key, names, n=1)
+        expected = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(names)}"
+        self.fail(prefix + _shown(key).strip('"'), f"unknown key; {expected}")
+
+    def _value(self, name: str, kind: Any, setting: Setting, value: Any) -> Any:
+        if _fits(kind, setting, value):
+            converted = tuple(value) if kind == tuple[str, ...] else kind(value)
+            if setting.accepts is None or setting.accepts(converted):
+                return converted
+        got = "" if setting.secret else f", got {_shown(value)}"
+        self.fail(name, f"expected {expectation(setting, kind)}{got}")
+
+    def _check_secrets(self, config: Config) -> None:
+        if not config.secrets:
+            self.fail("jwt_secret", "expected a secret, it is missing; `kci-storage secret` prints a new one")
+
+    def _check_azure(self, config: Config) -> None:
+        if config.driver != "azure":
+            return
+        azure = config.azure
+        for key in ("account", "container"):
+            if not getattr(azure, key):
+                self.fail(f"azure.{key}", "expected with the azure driver, it is missing")
+        if bool(azure.key) == bool(azure.sastoken):
+            got = "both" if azure.key else "neither"
+            self.fail("azure.key", f"expected either azure.key or azure.sastoken, got {got}")
+
+    def _check_cache(self, cache: CacheConfig) -> None:
+        if cache.low_disk_percent > cache.recover_disk_percent:
+            self.fail("cache.recover_disk_percent", "expected not less than cache.low_disk_percent")
+
+    def _check_folders(self, config: Config) -> None:
+        """Whatever lies under ``storage_path`` is public: neither this file nor the cache may."""
+        if config.driver != "local":
+            return
+        storage, cache = _real(config.local.storage_path), _real(config.cache.directory)
+        if _real(config.path).is_relative_to(storage) or _real(config.path.parent).is_relative_to(storage):
+            self.fail("local.storage_path", "expected a folder that does not hold the configuration file")
+        if cache.is_relative_to(storage) or storage.is_relative_to(cache):
+            self.fail("local.storage_path", "expected a folder apart from cache.directory")
+
+
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))  # Path.resolve() raises on a loop of links
+
+
+def _fits(kind: Any, setting: Setting, value: Any) -> bool:
+    """Whether a TOML value is of the type and within the bounds. A bool is no number, a whole number is a float."""
+    if kind in (int, float):
+        right = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
+        return right and setting.minimum <= value <= setting.maximum
+    if kind == tuple[str, ...]:
+        return isinstance(value, list) and all(_is_text(item) for item in value)
+    if not isinstance(value, str):
+        return False
+    return setting.secret or (_is_text(value) and (kind is not Path or bool(value)))
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and all(character.isprintable() for character in value)
+
+
+def _shown(value: object) -> str:
+    """A value as it may stand in a one-line message.
+
+    >>> _shown(True), _shown("two"), _shown([1])
+    ('true', '"two"', 'a list')
+    """
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (list, dict)):
+        return "a list" if isinstance(value, list) else "a section"
+    text = str(value) if not isinstance(value, str) else f'"{ascii(value)[1:-1]}"'
+    return text if len(text) <= 80 else f"{text[:80]}…"
