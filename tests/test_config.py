@@ -403,6 +403,14 @@ def test_a_link_to_a_configuration_inside_the_storage_is_refused_too(tmp_path):
     assert "local.storage_path: expected a folder that does not hold" in failure(link)
 
 
+def test_a_link_inside_the_storage_to_a_configuration_is_refused_too(write, tmp_path):
+    real = write(f'{LOCAL}[local]\nstorage_path = "{tmp_path}/storage"')
+    link = tmp_path / "storage" / "config.toml"
+    link.parent.mkdir()
+    link.symlink_to(real)
+    assert "local.storage_path: expected a folder that does not hold" in failure(link)
+
+
 def test_equal_percentages_are_possible(write):
     content = f"{LOCAL}[cache]\nlow_disk_percent = 20\nrecover_disk_percent = 20"
     assert load(write(content), {}).cache.low_disk_percent == 20

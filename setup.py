@@ -1,0 +1,5 @@
+"""A stub: everything is in setup.cfg."""
+
+from setuptools import setup
+
+setup()
