@@ -7,7 +7,7 @@ For a key whose SHA-512 is ``abcd…``, in the folder ``ab``:
 ``abcd….<generation>.data``  the content; never modified once it has this name
 ``abcd….<generation>.part``  an upload on its way in, locked by its writer
 ``abcd….fill``             a cold object on its way in, locked by its filler (:mod:`kci_storage.fill`)
-``abcd….fill.json``        what that object is
+``abcd….fill.<inode>.json``  what that object is
 =========================  =============================================================================
 
 The rename of the record is the commit. Each version has a generation, hence a content file, of its own, and before a
@@ -28,7 +28,7 @@ import os
 import secrets
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,7 +37,6 @@ from kci_storage.drivers.base import ObjectInfo
 from kci_storage.locks import KeyLocks, Lease
 
 RECORD, CONTENT, PART, FILL = ".json", ".data", ".part", ".fill"
-FILL_RECORD = FILL + RECORD
 LOCKS, SPOOL = "locks", "spool"
 TOUCH_INTERVAL = 300  # seconds; a hit renews a content file's access time at most this often
 REMEMBERED_RECORDS = 20_000  # per process; about 1 KiB each
@@ -55,6 +54,15 @@ class Slot(NamedTuple):
         """The path of the record."""
         return Path(self.stem + RECORD)
 
+    @property
+    def fill(self) -> Path:
+        """The path of a cold object's part file."""
+        return Path(self.stem + FILL)
+
+    def fill_record(self, inode: int) -> Path:
+        """The path of the record of the part file that is this inode."""
+        return Path(f"{self.stem}{FILL}.{inode}{RECORD}")
+
     def content(self, generation: str) -> Path:
         """The path of one generation's content."""
         return Path(f"{self.stem}.{generation}{CONTENT}")
@@ -71,8 +79,12 @@ class Record:
 
     def to_json(self) -> bytes:
         """The record as its file holds it."""
-        fields = asdict(self)
-        fields["info"]["md5"] = self.info.md5.hex() if self.info.md5 else None
+        fields = {
+            "info": self.info.to_fields(),
+            "generation": self.generation,
+            "validated": self.validated,
+            "doubtful": self.doubtful,
+        }
         return json.dumps(fields, ensure_ascii=False).encode()
 
     @classmethod
@@ -83,10 +95,8 @@ class Record:
         """
         try:
             fields = json.loads(data)
-            info = fields.pop("info")
-            info["md5"] = bytes.fromhex(info["md5"]) if info["md5"] else None
-            return cls(info=ObjectInfo(**info), **fields)
-        except (TypeError, KeyError, AttributeError) as exc:
+            return cls(**{**fields, "info": ObjectInfo.from_fields(fields["info"])})
+        except (TypeError, KeyError) as exc:
             raise ValueError(f"not a cache record: {exc}") from exc
 
 
@@ -321,9 +331,10 @@ class Cache:
 
     def revoke_fill(self, key: str) -> None:
         """Keep a fill of the key that is running from being published: it may have read the old version."""
-        stem = self.slot(key).stem
-        durable.remove(Path(stem + FILL))
-        durable.remove(Path(stem + FILL_RECORD))
+        slot = self.slot(key)
+        with contextlib.suppress(FileNotFoundError):
+            durable.remove(slot.fill_record(slot.fill.stat().st_ino))
+            durable.remove(slot.fill)
 
     def _unlink_entry(self, slot: Slot, record: Record | None) -> bool:
         there = durable.remove(slot.record)
@@ -371,8 +382,8 @@ class Cache:
         for digest, file in self.entries():
             if file.name.endswith((PART, FILL)):
                 removed += durable.remove_if_unlocked(Path(file.path))
-            elif file.name.endswith(FILL_RECORD):
-                removed += self._remove_lonely_fill_record(Path(file.path))
+            elif is_fill_record(file.name):
+                removed += self._remove_lonely_fill_record(digest, Path(file.path))
             elif self._is_orphan(digest, file):
                 removed += self._remove_orphan(digest, Path(file.path))
             elif file.name.endswith(CONTENT):
@@ -396,10 +407,12 @@ class Cache:
                     return int(durable.remove(path))
         return 0
 
-    @staticmethod
-    def _remove_lonely_fill_record(path: Path) -> int:
-        # The fill comes into being before its record, and goes after it.
-        return 0 if path.with_suffix("").exists() else int(durable.remove(path))
+    def _remove_lonely_fill_record(self, digest: str, path: Path) -> int:
+        slot = self._slot_of_digest(digest)
+        with contextlib.suppress(FileNotFoundError):
+            if slot.fill_record(slot.fill.stat().st_ino) == path:
+                return 0
+        return int(durable.remove(path))
 
     def check(self) -> list[str]:
         """What is wrong with the directory while nobody is at work on it; empty when all is well.
@@ -411,7 +424,7 @@ class Cache:
         wrong += [f"a spool file is left: {path.name}" for path in self.spool_directory.iterdir()]
         files = size = 0
         for digest, file in self.entries():
-            if file.name.endswith((PART, FILL, FILL_RECORD)):
+            if file.name.endswith((PART, FILL)) or is_fill_record(file.name):
                 wrong.append(f"a temporary file is left: {file.name}")
             elif file.name.endswith(RECORD):
                 wrong += self._check_record(digest)
@@ -442,6 +455,11 @@ class Cache:
 def new_generation() -> str:
     """A name for a content file that no other one has."""
     return secrets.token_hex(8)
+
+
+def is_fill_record(name: str) -> bool:
+    """Whether a file of this name says what a part file is going to be."""
+    return FILL + "." in name
 
 
 def _size(file: os.DirEntry[str]) -> int:

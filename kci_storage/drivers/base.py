@@ -18,9 +18,9 @@ from __future__ import annotations
 
 import enum
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import BinaryIO, Protocol, runtime_checkable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, BinaryIO, Protocol, runtime_checkable
 
 from kci_storage.config import Config
 
@@ -36,6 +36,21 @@ class ObjectInfo:
     content_type: str | None = None  # None: the backend knows none
     sha256: str | None = None  # hex, of the whole content; None: the backend knows none
     md5: bytes | None = None  # 16 bytes, of the whole content; None: the backend knows none
+
+    def to_fields(self) -> dict[str, Any]:
+        """The properties as plain values that JSON can hold."""
+        return {**asdict(self), "md5": self.md5.hex() if self.md5 else None}
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> ObjectInfo:
+        """The reverse of :meth:`to_fields`.
+
+        :raises ValueError: they are not such fields.
+        """
+        try:
+            return cls(**{**fields, "md5": bytes.fromhex(fields["md5"]) if fields["md5"] else None})
+        except (TypeError, KeyError) as exc:
+            raise ValueError(f"not an object's properties: {exc}") from exc
 
 
 @dataclass(frozen=True, slots=True)
