@@ -14,6 +14,7 @@ import errno
 import os
 import secrets
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -83,7 +84,19 @@ class NewFile:
         with _full_disk_is_insufficient_storage():
             os.fdatasync(self._fd)
 
-    def publish(self, name: Path | str, directory_fd: int | None = None) -> None:
+    def stamp(self) -> os.stat_result:
+        """Set its time of modification to now and have the disk take all of it, that time too.
+
+        :returns: its status, which the disk has from now on.
+        :raises InsufficientStorage: the disk is full.
+        """
+        now = time.time_ns()
+        with _full_disk_is_insufficient_storage():
+            os.utime(self._fd, ns=(now, now))
+            os.fsync(self._fd)  # fdatasync leaves out the times
+        return os.fstat(self._fd)
+
+    def publish(self, name: Path | str | bytes, directory_fd: int | None = None) -> None:
         """Flush, take the final name, replacing what has it, and flush the folder.
 
         :param name: the final name; relative to ``directory_fd`` where that is given (paths that are longer than
@@ -95,7 +108,7 @@ class NewFile:
         with _full_disk_is_insufficient_storage():
             os.rename(self.path, name, dst_dir_fd=directory_fd)
             if directory_fd is None:
-                sync_directory(Path(name).parent)
+                sync_directory(Path(os.fsdecode(name)).parent)
             else:
                 os.fsync(directory_fd)
         self.close()
@@ -239,6 +252,16 @@ def make_directory(path: Path) -> None:
     """
     with _full_disk_is_insufficient_storage():
         path.mkdir(mode=DIRECTORY_MODE, parents=True, exist_ok=True)
+
+
+def make_subdirectory(name: bytes, directory_fd: int) -> None:
+    """Make a folder in an open one, which is flushed; nothing when it is there.
+
+    :raises InsufficientStorage: the disk is full.
+    """
+    with _full_disk_is_insufficient_storage(), contextlib.suppress(FileExistsError):
+        os.mkdir(name, DIRECTORY_MODE, dir_fd=directory_fd)
+        os.fsync(directory_fd)
 
 
 def remove(path: Path) -> bool:

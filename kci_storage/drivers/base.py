@@ -171,6 +171,8 @@ class Driver(ABC):
     def read(self, key: str, start: int = 0, stop: int | None = None, etag: str | None = None) -> ObjectReader:
         """Bytes ``start`` up to, not including, ``stop`` (None, or beyond the end: the end) of one version.
 
+        A ``start`` at or beyond the end, or at ``stop``, gives no bytes; it is no error.
+
         The backend has answered when this returns: the reader's ``info`` is known. Every later request that the
         reader makes is pinned to that version.
 
@@ -227,4 +229,15 @@ class LocalObjects(Protocol):
         """The object's properties and its content, of one and the same version, the file at its start.
 
         :raises ObjectNotFound: there is none.
+        """
+
+
+@runtime_checkable
+class Sweepable(Protocol):
+    """Optional ability: a crash may leave files behind, and the driver can tell them from those in use."""
+
+    def sweep(self) -> int:
+        """Remove what writers that died have left; safe while others write.
+
+        :returns: how many files were removed.
         """
