@@ -1,0 +1,140 @@
+"""Fixtures for all tests: servers over both drivers, and no skips where none are allowed."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+
+from tests.harness import Server, running
+
+NO_SKIP_VARIABLE = "KCI_STORAGE_NO_SKIP"  # set: what would be skipped fails, with the reason
+
+if importlib.util.find_spec("tests.azurite"):
+    from tests.azurite import azurite  # noqa: F401  (a fixture)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Register our markers."""
+    config.addinivalue_line(
+        "markers", "expected_errors(*patterns): lines of the server's log that match one of these are no failure"
+    )
+
+
+# Skips
+
+
+def _forbid_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
+    if os.environ.get(NO_SKIP_VARIABLE) and report.skipped and not hasattr(report, "wasxfail"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        report.outcome = "failed"
+        report.longrepr = f"nothing may be skipped here ({NO_SKIP_VARIABLE} is set): {reason}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """A skipped test."""
+    report = yield
+    _forbid_skip(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
+    """A skipped module."""
+    report = yield
+    _forbid_skip(report)
+    return report
+
+
+# Servers
+
+
+@pytest.fixture
+def start_server(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., Server]]:
+    """Starts a server for this test alone: ``start_server("azure", server={"workers": 3}, users=[…])``.
+
+    Keyword arguments are the configuration's top-level keys and sections; ``environ`` and ``arguments`` are
+    :class:`~tests.harness.Server`'s. The server is stopped and must be clean at the end of the test.
+    """
+    with ExitStack() as stack:
+
+        def start(driver: str = "local", **options: Any) -> Server:
+            document = _document(driver, request, options)
+            server = Server(tmp_path_factory.mktemp("server"), document, **_server_options(options))
+            server.expected_errors += _expected_errors(request)
+            return stack.enter_context(running(server))
+
+        yield start
+
+
+def _server_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: options[name] for name in ("environ", "arguments") if name in options}
+
+
+def _document(driver: str, request: pytest.FixtureRequest, options: Mapping[str, Any]) -> dict[str, Any]:
+    document = {name: value for name, value in options.items() if name not in ("environ", "arguments")}
+    if driver == "azure":
+        document["azure"] = {**_container(request), **document.get("azure", {})}
+    return {"driver": driver, **document}
+
+
+def _container(request: pytest.FixtureRequest) -> dict[str, str]:
+    """The ``[azure]`` section for a new container in Azurite."""
+    service = request.getfixturevalue("azurite")
+    return {
+        "account": service.account,
+        "key": service.key,
+        "endpoint": service.endpoint,
+        "container": service.new_container(),
+    }
+
+
+def _expected_errors(request: pytest.FixtureRequest) -> list[str]:
+    return [pattern for mark in request.node.iter_markers("expected_errors") for pattern in mark.args]
+
+
+@pytest.fixture(scope="session")
+def shared_local_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The server behind ``local_server``."""
+    with running(Server(tmp_path_factory.mktemp("local"), {"driver": "local"})) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def shared_azure_server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The server behind ``azure_server``."""
+    with running(Server(tmp_path_factory.mktemp("azure"), _document("azure", request, {}))) as server:
+        yield server
+
+
+def _watched(server: Server, request: pytest.FixtureRequest) -> Iterator[Server]:
+    """A shared server, whose log must show no trouble of this test's making."""
+    before = len(server.log())
+    server.expected_errors += _expected_errors(request)
+    yield server
+    server.assert_no_trouble(since=before)
+
+
+@pytest.fixture
+def local_server(shared_local_server: Server, request: pytest.FixtureRequest) -> Iterator[Server]:
+    """A server on the local driver with the default configuration, shared by many tests: use keys of your own."""
+    yield from _watched(shared_local_server, request)
+
+
+@pytest.fixture
+def azure_server(shared_azure_server: Server, request: pytest.FixtureRequest) -> Iterator[Server]:
+    """The same over Azurite."""
+    yield from _watched(shared_azure_server, request)
+
+
+@pytest.fixture(params=["local", "azure"])
+def server(request: pytest.FixtureRequest) -> Server:
+    """Both of them in turn."""
+    return request.getfixturevalue(f"{request.param}_server")
