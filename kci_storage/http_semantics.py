@@ -199,9 +199,9 @@ class _Malformed(Exception):
 def _select(value: str, size: int) -> Decision:
     """The ranges of a Range header.
 
-    It is ignored, as RFC 9110 section 14.2 always allows, when it is malformed, abusive (more ranges than 64, or
-    together twice the file or more), or for an empty file: no range of nothing is satisfiable, but clients that resume
-    with ``bytes=0-`` mean all that there is.
+    It is ignored, as RFC 9110 section 14.2 always allows, when it is malformed, abusive (more than 64 ranges, or
+    together twice the file or more), or for an empty file: no range of nothing is satisfiable, but a client that
+    resumes with ``bytes=0-`` means all that there is.
     """
     try:
         asked = _parse_ranges(value, size)

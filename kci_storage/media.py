@@ -82,8 +82,8 @@ _INLINE = frozenset(
 )
 
 _TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110 section 5.6.2
-_QUOTED = r'"(?:[\t !#-\[\]-~]|\\[\t -~])*"'  # section 5.6.4, ASCII only
-_PARAMETER = rf"[ \t]*;(?:[ \t]*{_TOKEN}=(?:{_TOKEN}|{_QUOTED}))?"  # section 5.6.6
+_QUOTED = re.compile(r'"(?:[\t !#-\[\]-~]|\\[\t -~])*"')  # section 5.6.4, ASCII only
+_PARAMETER = rf"[ \t]*;(?:[ \t]*{_TOKEN}=(?:{_TOKEN}|{_QUOTED.pattern}))?"  # section 5.6.6
 _MEDIA_TYPE = re.compile(rf"{_TOKEN}/{_TOKEN}(?:{_PARAMETER})*\Z")
 _CHARSET = re.compile(r";[ \t]*charset=", re.IGNORECASE)
 
@@ -162,6 +162,7 @@ def _file_name(name: str) -> str:
 
 
 def _with_charset(content_type: str) -> str:
-    if content_type[:5].lower() == "text/" and not _CHARSET.search(content_type):
-        return f"{content_type.rstrip('; ')}; charset=utf-8"
+    is_text = content_type[:5].lower() == "text/"
+    if is_text and not _CHARSET.search(_QUOTED.sub('""', content_type)):
+        return content_type.rstrip("; \t") + "; charset=utf-8"
     return content_type
