@@ -304,6 +304,12 @@ class Cache:
         slot = self.slot(key)
         return self._unlink_entry(slot, self._parse(slot))
 
+    def remove_version(self, record: Record) -> None:
+        """Remove the copy if it is still this one, and nobody is at work on it."""
+        with self.writing_if_free(record.info.key) as free:
+            if free and self._parse(self.slot(record.info.key)) == record:
+                self.remove(record.info.key)
+
     def doubt(self, key: str) -> None:
         """Have the copy checked before it is served again. The caller holds the key's lock."""
         self._doubt(self.slot(key))
@@ -314,11 +320,14 @@ class Cache:
             self._replace_record(slot, record, replace(record, generation=new_generation(), doubtful=True))
 
     def confirm(self, record: Record) -> None:
-        """The backend has this version still: serve it without asking again. The caller holds the key's lock."""
+        """The backend still has this version: a doubt is settled, unless somebody is at work on the entry."""
+        if not record.doubtful:
+            return
         slot = self.slot(record.info.key)
-        if self._parse(slot) == record:
-            confirmed = replace(record, generation=new_generation(), doubtful=False, validated=time.time())
-            self._replace_record(slot, record, confirmed)
+        with self.writing_if_free(record.info.key) as free:
+            if free and self._parse(slot) == record:
+                confirmed = replace(record, generation=new_generation(), doubtful=False, validated=time.time())
+                self._replace_record(slot, record, confirmed)
 
     def _replace_record(self, slot: Slot, old: Record, new: Record) -> None:
         # A new generation, so that no process goes on with the record it remembers.

@@ -1,0 +1,428 @@
+"""Taking objects in: one pass from the client through the hashes to the driver, and beside it to the cache.
+
+Nothing of a file is held in memory beyond the pieces in hand, and nothing is committed before the whole body has been
+seen. The driver commits first, then the cache: an upload that was answered with success is in both, and one that was
+cut off anywhere is in neither.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from werkzeug.exceptions import RequestEntityTooLarge
+from werkzeug.sansio.multipart import Data, Epilogue, Event, Field, File, MultipartDecoder, NeedData, State
+
+from kci_storage import durable, keys
+from kci_storage.cache import Cache
+from kci_storage.drivers.base import Digests, Driver, Expectation, ObjectInfo
+from kci_storage.errors import (
+    BadForm,
+    BadKey,
+    DigestMismatch,
+    InsufficientStorage,
+    KeyConflict,
+    ObjectNotFound,
+    PreconditionFailed,
+    StorageError,
+    UploadTooLarge,
+)
+
+if TYPE_CHECKING:
+    from kci_storage.metrics import Metrics
+
+READ_SIZE = 256 * 1024  # bytes; gunicorn reads bodies several times slower in smaller steps
+FORM_MEMORY = 1024 * 1024  # bytes of a form that may be undecided at once: a part's head, and one read
+LONGEST_PATH_FIELD = 8 * 1024  # bytes; a key has at most 1,024 characters
+MOST_PARTS = 10_000
+FILE_FIELD = re.compile(r"file[0-9]+")
+# A backslash that escapes nothing: a Windows path, of which the decoder would silently drop the separators.
+LONE_BACKSLASH = re.compile(r'\\(?!["\\])')
+
+
+class Body(Protocol):
+    """A request body that never ends silently short."""
+
+    def read(self, size: int) -> bytes:
+        """The next bytes, at most ``size``; empty at the end.
+
+        :raises ClientDisconnected: it ended too early.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class ExpectedDigests:
+    """What the client says of the content: raw digests, or None for what it does not say."""
+
+    md5: bytes | None = None
+    sha256: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """An object that was committed."""
+
+    info: ObjectInfo
+    sha256: str  # hex
+    created: bool = False  # whether it is certain that there was none before
+
+
+class Uploads:
+    """Begins uploads.
+
+    :param cached: whether a copy of what is uploaded goes into the cache.
+    :param lock_timeout: seconds to wait for another upload of the same key.
+    :param max_bytes: the largest file that is taken.
+    """
+
+    def __init__(
+        self, driver: Driver, cache: Cache, metrics: Metrics, *, cached: bool, lock_timeout: float, max_bytes: int
+    ):
+        self.driver = driver
+        self.cache = cache
+        self.metrics = metrics
+        self.cached = cached
+        self.lock_timeout = lock_timeout
+        self.max_bytes = max_bytes
+
+    def begin(self, key: str, content_type: str, *, md5: bool = False) -> Upload:
+        """Take the key's lock and begin a new version; the caller closes it.
+
+        :param md5: whether its MD5 is wanted even if the driver does not need it.
+        :raises WriteConflict: another upload of the key took too long to wait for.
+        :raises KeyConflict: the backend cannot hold the key beside one that it has.
+        """
+        return Upload(self, key, content_type, md5=md5 or self.driver.wants_md5)
+
+    def put(
+        self,
+        key: str,
+        content_type: str,
+        body: Body,
+        digests: ExpectedDigests,
+        may_replace: Callable[[str | None], bool] | None,
+    ) -> Stored:
+        """Store a body under a key.
+
+        :param may_replace: None: always; else it is given the present version's ETag, or None when there is none.
+        :raises PreconditionFailed: the present version may not be replaced.
+        :raises DigestMismatch: the body is not what the client said.
+        """
+        with contextlib.closing(self.begin(key, content_type, md5=digests.md5 is not None)) as upload:
+            expected = self._expectation(key, may_replace) if may_replace else None
+            while data := body.read(READ_SIZE):
+                upload.write(data)
+            upload.verify(digests)
+            if expected is None:
+                return upload.commit_new_or_replaced()
+            return Stored(upload.commit(expected), upload.sha256, created=expected is Expectation.NOTHING)
+
+    def _expectation(self, key: str, may_replace: Callable[[str | None], bool]) -> str | Expectation:
+        """What must be stored at the commit, since it is stored now and may be replaced."""
+        try:
+            etag = self.driver.stat(key).etag
+        except ObjectNotFound:
+            etag = None
+        if not may_replace(etag):
+            raise PreconditionFailed("the stored file is not the version that the request asks for")
+        return etag or Expectation.NOTHING
+
+    def store_form(self, body: Body, boundary: bytes, plan: FormPlan) -> list[Stored]:
+        """Store the files of a multipart form (RFC 7578).
+
+        :raises BadForm: it is malformed, has no file, or names a key twice. Nothing is stored.
+        :raises StorageError: a commit failed; the message says which files had been stored by then.
+        """
+        with contextlib.closing(FormReceiver(self, plan)) as form:
+            for event in form_events(body, boundary):
+                form.take(event)
+            return form.commit()
+
+
+class Upload:
+    """A file on its way in. It holds the key's lock until it is closed; closed without a commit, it leaves nothing."""
+
+    def __init__(self, uploads: Uploads, key: str, content_type: str, *, md5: bool):
+        self.key = key
+        self._cache = uploads.cache
+        self._content_type = content_type
+        self._max_bytes = uploads.max_bytes
+        self._size = 0
+        self._sha256 = hashlib.sha256()
+        self._md5 = hashlib.md5(usedforsecurity=False) if md5 else None
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(uploads.cache.writing(key, uploads.lock_timeout))
+            self._writer = stack.enter_context(uploads.driver.writer(key, content_type))
+            self._part = self._new_part() if uploads.cached else None
+            self._held = stack.pop_all()
+
+    def _new_part(self) -> durable.NewFile | None:
+        try:
+            return self._cache.new_part(self.key)
+        except InsufficientStorage:
+            return None
+
+    def write(self, data: bytes) -> None:
+        """Take the next piece.
+
+        :raises UploadTooLarge: it is one too many.
+        :raises StorageError: the backend failed.
+        """
+        self._size += len(data)
+        if self._size > self._max_bytes:
+            raise too_large(self._max_bytes)
+        self._sha256.update(data)
+        if self._md5 is not None:
+            self._md5.update(data)
+        self._writer.write(data)
+        self._write_part(data)
+
+    def _write_part(self, data: bytes) -> None:
+        if self._part is None:
+            return
+        try:
+            self._part.write(data)
+        except InsufficientStorage:  # no copy then; the upload itself needs none
+            self._part.discard()
+            self._part = None
+
+    @property
+    def sha256(self) -> str:
+        """Hex, of what was written so far."""
+        return self._sha256.hexdigest()
+
+    def verify(self, expected: ExpectedDigests) -> None:
+        """Compare what was written with what the client said.
+
+        :raises DigestMismatch: they differ.
+        """
+        if expected.sha256 is not None and expected.sha256 != self._sha256.digest():
+            raise DigestMismatch(f"the body's SHA-256 is {self.sha256}, not what Repr-Digest says")
+        if expected.md5 is not None and self._md5 is not None and expected.md5 != self._md5.digest():
+            raise DigestMismatch(f"the body's MD5 is {self._md5.hexdigest()}, not what Content-MD5 says")
+
+    def commit(self, expected: str | Expectation = Expectation.ANYTHING) -> ObjectInfo:
+        """Make it the object, for every worker, from the moment that this returns.
+
+        :param expected: what must be stored at this moment.
+        :raises PreconditionFailed: something else is; commit may be called again.
+        :raises StorageError: it failed, or nobody knows; the copy of the previous version is doubted then.
+        """
+        digests = Digests(self._size, self.sha256, self._md5.digest() if self._md5 else None)
+        self._cache.announce_commit(self.key)
+        try:
+            info = self._writer.commit(digests, expected, self._replay if self._part else None)
+        except (PreconditionFailed, KeyConflict):
+            raise  # nothing has changed
+        except BaseException:
+            self._cache.doubt(self.key)
+            raise
+        self._publish(info)
+        self._cache.revoke_fill(self.key)
+        return info
+
+    def commit_new_or_replaced(self) -> Stored:
+        """As :meth:`commit`, over whatever is there, and say whether there was something.
+
+        It tries the commit as a new object first: that costs the backend a request more only where there was one.
+        """
+        try:
+            return Stored(self.commit(Expectation.NOTHING), self.sha256, created=True)
+        except PreconditionFailed:
+            return Stored(self.commit(), self.sha256)
+
+    def _publish(self, info: ObjectInfo) -> None:
+        if self._part is None:
+            self._cache.remove(self.key)
+            return
+        try:
+            self._cache.publish(self._part, info)
+        except InsufficientStorage:  # the copy of the previous version is gone as well
+            self._part.discard()
+
+    def _replay(self) -> Iterator[bytes]:
+        assert self._part is not None
+        for start in range(0, self._size, READ_SIZE):
+            yield os.pread(self._part.fileno(), READ_SIZE, start)
+
+    def close(self) -> None:
+        """Let go of everything; what was not committed is gone. Idempotent."""
+        if self._part is not None:
+            self._part.discard()
+        self._held.close()
+
+
+@dataclass(frozen=True, slots=True)
+class FormPlan:
+    """What the caller decides about a form's files.
+
+    :param admit: raises when the key may not be written.
+    :param content_type: the type to store, by the key.
+    """
+
+    admit: Callable[[str], None]
+    content_type: Callable[[str], str]
+
+
+class FormReceiver:
+    """Takes a form's parts, in whatever order they come, and commits its files at the end.
+
+    A file whose ``path`` is not known yet goes to a spool file first.
+    """
+
+    def __init__(self, uploads: Uploads, plan: FormPlan):
+        self._uploads = uploads
+        self._plan = plan
+        self._path: str | None = None
+        self._path_text: bytearray | None = None  # while the field comes in
+        self._spools: list[tuple[str, durable.NewFile]] = []
+        self._keys: set[str] = set()
+        self._in_order: list[Upload] = []
+        self._write: Callable[[bytes], None] | None = None
+
+    def take(self, event: Event) -> None:
+        """Take what the decoder saw.
+
+        :raises BadForm: it cannot be.
+        :raises StorageError: the file may not, or cannot, be stored.
+        """
+        if isinstance(event, Data):
+            if self._write is not None:
+                self._write(event.data)
+            if not event.more_data:
+                self._end_part()
+        elif isinstance(event, File) and FILE_FIELD.fullmatch(event.name or ""):
+            self._begin_file(event)
+        elif isinstance(event, Field) and event.name == "path":
+            self._begin_path()
+
+    def _end_part(self) -> None:
+        self._write = None
+        if self._path_text is not None:
+            self._set_path(bytes(self._path_text))
+            self._path_text = None
+
+    def _begin_path(self) -> None:
+        if self._path is not None:
+            raise BadForm("the form has more than one field path")
+        self._path_text = bytearray()
+        self._write = self._add_to_path
+
+    def _add_to_path(self, data: bytes) -> None:
+        assert self._path_text is not None
+        self._path_text += data
+        if len(self._path_text) > LONGEST_PATH_FIELD:
+            raise BadKey("path is too long: a key has at most 1,024 characters")
+
+    def _set_path(self, text: bytes) -> None:
+        try:
+            self._path = text.decode()
+        except UnicodeDecodeError:
+            raise BadKey("path is not UTF-8") from None
+        for filename, _ in self._spools:
+            self._admit(filename)
+
+    def _begin_file(self, event: File) -> None:
+        if LONE_BACKSLASH.search(event.headers.get("Content-Disposition", "")):
+            raise BadKey("a file name contains a backslash")
+        if self._path is None:
+            self._write = self._spool(event.filename)
+        else:
+            self._write = self._begin_upload(self._admit(event.filename)).write
+
+    def _spool(self, filename: str) -> Callable[[bytes], None]:
+        keys.for_upload("", filename)  # as much as can be said without the path
+        spool = self._uploads.cache.new_spool()
+        self._spools.append((filename, spool))
+
+        def write(data: bytes) -> None:
+            if spool.size + len(data) > self._uploads.max_bytes:
+                raise too_large(self._uploads.max_bytes)
+            spool.write(data)
+
+        return write
+
+    def _admit(self, filename: str) -> str:
+        assert self._path is not None
+        key = keys.for_upload(self._path, filename)
+        self._plan.admit(key)
+        if key in self._keys:
+            raise BadForm(f"the form has the file {key} twice")
+        self._keys.add(key)
+        return key
+
+    def _begin_upload(self, key: str) -> Upload:
+        upload = self._uploads.begin(key, self._plan.content_type(key))
+        self._in_order.append(upload)
+        return upload
+
+    def commit(self) -> list[Stored]:
+        """Store the files, each in turn.
+
+        :raises BadForm: there is none, or no path.
+        :raises StorageError: one failed; the message says which had been stored by then.
+        """
+        if not self._spools and not self._in_order:
+            raise BadForm("the form has no file: name its file fields file0, file1, …")
+        if self._path is None:
+            raise BadForm("the form has no field path")
+        self._upload_spooled()
+        stored: list[Stored] = []
+        for upload in self._in_order:
+            try:
+                stored.append(Stored(upload.commit(), upload.sha256))
+            except StorageError as exc:
+                if stored:
+                    exc.message += "; stored before that: " + ", ".join(item.info.key for item in stored)
+                raise
+            upload.close()
+        return stored
+
+    def _upload_spooled(self) -> None:
+        assert self._path is not None
+        for filename, spool in self._spools:
+            upload = self._begin_upload(keys.for_upload(self._path, filename))
+            for start in range(0, spool.size, READ_SIZE):
+                upload.write(os.pread(spool.fileno(), READ_SIZE, start))
+            spool.discard()
+
+    def close(self) -> None:
+        """Let go of everything; what was not committed is gone."""
+        for _, spool in self._spools:
+            spool.discard()
+        for upload in self._in_order:
+            upload.close()
+
+
+def form_events(body: Body, boundary: bytes) -> Iterable[Event]:
+    """What a multipart body consists of, piece by piece, read to its very end.
+
+    :raises BadForm: it is malformed, or ended before its closing boundary.
+    """
+    decoder = MultipartDecoder(boundary, max_form_memory_size=FORM_MEMORY, max_parts=MOST_PARTS)
+    try:
+        while data := body.read(READ_SIZE):
+            if decoder.state is not State.EPILOGUE:  # what comes after the closing boundary means nothing
+                decoder.receive_data(data)
+                yield from _decoded(decoder)
+        decoder.receive_data(None)
+        yield from _decoded(decoder)
+    except RequestEntityTooLarge:
+        raise BadForm("the form has too many parts, or a part whose headers are too long") from None
+    except ValueError as exc:
+        raise BadForm("the form is malformed, or ended before its closing boundary", detail=str(exc)) from exc
+
+
+def _decoded(decoder: MultipartDecoder) -> Iterator[Event]:
+    while not isinstance(event := decoder.next_event(), NeedData | Epilogue):
+        yield event
+
+
+def too_large(max_bytes: int) -> UploadTooLarge:
+    """The error for a body over the limit."""
+    return UploadTooLarge(f"a file may have at most {max_bytes} bytes")
