@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
-from tests.harness import Server, running
+pytest.register_assert_rewrite("tests.harness")
+
+from tests.harness import Server, running  # noqa: E402
 
 NO_SKIP_VARIABLE = "KCI_STORAGE_NO_SKIP"  # set: what would be skipped fails, with the reason
 

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,7 @@ def unexpected(log: str, expected: Iterable[str] = ()) -> list[str]:
     return [line for line in lines if not any(re.search(pattern, line) for pattern in expected)]
 
 
-def wait_until(condition: Any, seconds: float, what: str) -> Any:
+def wait_until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
     """Ask ``condition()`` until its answer is true, and give that answer; fail after ``seconds``."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -129,7 +129,12 @@ class Server:
             self._process = subprocess.Popen(
                 command, cwd=self.folder, env=self._environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log
             )
-        wait_until(self._is_up, START_SECONDS, f"the server's start\n{self.log()}")
+        try:
+            wait_until(self._is_up, START_SECONDS, "the server's start")
+        except AssertionError as exc:
+            exc.add_note(self.log())
+            self.kill()
+            raise
 
     def _environment(self) -> dict[str, str]:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(_ENVIRONMENT)}
@@ -137,7 +142,7 @@ class Server:
 
     def _is_up(self) -> bool:
         if self.process.poll() is not None:
-            raise AssertionError(f"the server ended with {self.process.returncode} at its start\n{self.log()}")
+            raise AssertionError(f"the server ended with {self.process.returncode} at its start")
         if len(self.worker_pids()) < self.document["server"]["workers"]:
             return False
         with contextlib.suppress(requests.RequestException):
@@ -253,8 +258,8 @@ def _lives(pid: int) -> bool:
 @contextlib.contextmanager
 def running(server: Server) -> Iterator[Server]:
     """The server, started; closed at the end of the block."""
-    server.start()
     try:
+        server.start()
         yield server
     finally:
         server.close()

@@ -1,0 +1,136 @@
+"""The command ``kci-storage``.
+
+Exit codes: 0, done; 2, wrong usage; 78 (``EX_CONFIG`` of sysexits.h), the configuration cannot be used. A service
+manager can be told that trying again does not mend the last of them (systemd: ``RestartPreventExitStatus=78``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import NoReturn
+
+from kci_storage import __version__, auth
+from kci_storage.config import CONFIG_VARIABLE, Config, ConfigError, load
+
+GUNICORN = ("gunicorn", "-c", "python:kci_storage.serving", "kci_storage.app:create_app()")
+MOST_DAYS = 36_500
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; its exit code.
+
+    :param argv: the arguments without the program's name; None: the process's own.
+    """
+    given = list(sys.argv[1:] if argv is None else argv)
+    split = given.index("--") if "--" in given else len(given)
+    parser = _parser()
+    arguments = parser.parse_args(given[:split])
+    arguments.passed_on = given[split + 1 :]
+    if arguments.passed_on and arguments.run is not serve:
+        parser.error("only serve passes arguments on to gunicorn")
+    try:
+        arguments.run(arguments)
+    except ConfigError as exc:
+        print(f"kci-storage: {exc}", file=sys.stderr)
+        return os.EX_CONFIG
+    return 0
+
+
+def serve(arguments: argparse.Namespace) -> NoReturn:
+    """Become gunicorn, which reads the same configuration again in :mod:`kci_storage.serving`."""
+    config = _usable_config(arguments)
+    os.environ[CONFIG_VARIABLE] = str(config.path)
+    name, *options, application = GUNICORN
+    os.execv(sys.executable, [sys.executable, "-m", name, *options, *arguments.passed_on, application])
+
+
+def secret(arguments: argparse.Namespace) -> None:
+    """Print a new random secret."""
+    print(auth.new_secret())
+
+
+def token(arguments: argparse.Namespace) -> None:
+    """Print a token for ``email``, signed with the first configured secret."""
+    config = _usable_config(arguments)
+    if config.users and all(user.name != arguments.email for user in config.users):
+        _warn(f"{config.path}: no [[users]] has the name {arguments.email!r}: this token may not write anywhere")
+    print(auth.issue(arguments.email, config.secrets[0], arguments.expires))
+
+
+def check_config(arguments: argparse.Namespace) -> None:
+    """Say that the configuration is valid, or fail."""
+    config = _usable_config(arguments)
+    for name in ("jwt_secret", "unified_secret"):
+        if (value := getattr(config, name)) and auth.is_weak(value):
+            _warn(f"{config.path}: {name}: shorter than {auth.MIN_SECRET_BYTES} bytes, which can be guessed")
+    print(f"{config.path}: ok (driver {config.driver}, bind {config.server.bind})")
+
+
+def _usable_config(arguments: argparse.Namespace) -> Config:
+    """The configuration, checked with what only the rest of the program knows."""
+    config = load(arguments.config)
+    for name in ("jwt_secret", "unified_secret"):
+        if (value := getattr(config, name)) and (reason := auth.check_secret(value)):
+            raise ConfigError(f"{config.path}: {name}: expected a secret that can sign tokens, but {reason}")
+    _check_driver(config)
+    return config
+
+
+def _check_driver(config: Config) -> None:
+    installed = sorted({point.name for point in entry_points(group="kci_storage.drivers")})
+    if config.driver not in installed:
+        close = difflib.get_close_matches(config.driver, installed, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(installed)}"
+        raise ConfigError(f"{config.path}: driver: no driver {config.driver!r} is installed; {hint}")
+
+
+def _warn(message: str) -> None:
+    print(f"kci-storage: warning: {message}", file=sys.stderr)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="kci-storage", description="The file storage server of KernelCI.")
+    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help=f"the configuration; else ${CONFIG_VARIABLE}, else ./config.toml"
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _command(commands, "serve", serve, "start the server; what follows -- goes to gunicorn")
+    _command(commands, "secret", secret, "print a new random secret")
+    issuing = _command(commands, "token", token, "print a token, signed with the configured secret")
+    issuing.add_argument("email", type=_email, help="the claim that names its owner")
+    issuing.add_argument("--expires", type=_days, metavar="DAYS", help="how long it is valid; else for ever")
+    _command(commands, "check-config", check_config, "say whether the configuration is valid")
+    return parser
+
+
+def _command(commands: argparse._SubParsersAction, name: str, run: object, text: str) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+    command.set_defaults(run=run)
+    return command
+
+
+def _email(text: str) -> str:
+    if not text.strip() or not text.isprintable():
+        raise argparse.ArgumentTypeError("expected an email address")
+    return text
+
+
+def _days(text: str) -> float:
+    try:
+        days = float(text)
+    except ValueError:
+        days = 0.0
+    if not 0 < days <= MOST_DAYS:
+        raise argparse.ArgumentTypeError(f"expected a number of days, more than 0 and at most {MOST_DAYS}")
+    return days
+
+
+if __name__ == "__main__":
+    sys.exit(main())
