@@ -1,0 +1,39 @@
+"""Storage backends, found by name.
+
+A package adds one with an entry point in the group ``kci_storage.drivers`` that names its
+:class:`~kci_storage.drivers.base.Driver`; the two of this package are found in the same way.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import EntryPoint, entry_points
+
+from kci_storage.config import ConfigError
+from kci_storage.drivers.base import Driver
+
+GROUP = "kci_storage.drivers"
+
+
+def load(name: str) -> type[Driver]:
+    """The driver class of that name.
+
+    :raises ConfigError: there is none, or it cannot be imported, or is no driver.
+    """
+    found = tuple(entry_points(group=GROUP, name=name))
+    if not found:
+        raise ConfigError(f"driver: there is none named {name!r}; there are: {_names()}")
+    driver = _imported(found[0])
+    if not (isinstance(driver, type) and issubclass(driver, Driver)):
+        raise ConfigError(f"driver: {name!r} is {found[0].value}, which is not a Driver")
+    return driver
+
+
+def _names() -> str:
+    return ", ".join(sorted({entry.name for entry in entry_points(group=GROUP)})) or "none, is kci-storage installed?"
+
+
+def _imported(entry: EntryPoint) -> object:
+    try:
+        return entry.load()
+    except Exception as exc:  # an import runs the plug-in's own code, which may raise anything
+        raise ConfigError(f"driver: {entry.name!r} cannot be loaded: {type(exc).__name__}: {exc}") from exc

@@ -1,0 +1,455 @@
+"""The embedded default: objects are plain files at their key under one folder, so that an operator can look at them.
+
+A file put there by hand is an object too. What a file does not say of itself (content type, digests, ETag) stands in
+a record of its own under ``.kci/``, whose *name* holds the identity of the file that it describes: inode, time of
+modification and size. A commit writes the content under a temporary name, then the record for that identity, then
+renames the content to its key. A reader opens the content, looks at its identity, and asks for that one's record. So
+one upload's record is never paired with another's bytes, without a lock; and a file that was put there or changed by
+hand has no record: its ETag is its identity, and its type is unknown.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import io
+import json
+import os
+import stat
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import BinaryIO, NamedTuple, cast
+
+from kci_storage import durable
+from kci_storage.config import Config
+from kci_storage.drivers.base import Digests, Driver, Expectation, ObjectInfo, ObjectReader, ObjectWriter, Page
+from kci_storage.drivers.tree import ABSENT, Tree
+from kci_storage.errors import (
+    BackendError,
+    BadKey,
+    KeyConflict,
+    ObjectChanged,
+    ObjectNotFound,
+    PreconditionFailed,
+    StorageError,
+)
+from kci_storage.locks import KeyLocks
+
+RECORDS = ".kci/meta"  # the folder of the records
+PAGE_SIZE = 1000  # objects and folders
+PIECE_SIZE = 1024 * 1024  # bytes that a reader gives at a time
+REMEMBERED = 10_000  # objects whose properties a process keeps in memory, about a KiB each
+TRIES = 20  # how often to begin again when somebody else comes in between, each time
+LOCK_TIMEOUT = 30  # seconds; a commit holds its lock for some flushes of the disk
+
+_READ = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC  # O_NONBLOCK: opening a named pipe waits for its writer
+
+
+class Identity(NamedTuple):
+    """What tells one version of a file from another."""
+
+    inode: int
+    mtime_ns: int  # nanoseconds since the epoch
+    size: int  # bytes
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> Identity:
+        """The identity of a file that was looked at."""
+        return cls(status.st_ino, status.st_mtime_ns, status.st_size)
+
+    def __str__(self) -> str:
+        return f"{self.inode:x}-{self.mtime_ns:x}-{self.size:x}"
+
+
+class LocalDriver(Driver):
+    """Objects as files under one folder.
+
+    :param storage_path: the folder; made with the first upload.
+    """
+
+    def __init__(self, storage_path: Path):
+        self._tree = Tree(storage_path)
+        self._temporary = storage_path / ".kci/tmp"
+        self._lock_directory = storage_path / ".kci/lock"
+        self._records = _Records(self._tree, self._temporary)
+
+    @classmethod
+    def from_config(cls, config: Config) -> LocalDriver:
+        return cls(config.local.storage_path)
+
+    def open(self, key: str) -> tuple[ObjectInfo, BinaryIO]:
+        """The object's properties and its file, for :class:`~kci_storage.drivers.base.LocalObjects`.
+
+        On the path of every download: one open, one fstat, and a look into memory.
+        """
+        for _ in range(TRIES):
+            fd = -1
+            try:
+                fd = self._tree.call(os.open, key, _READ)
+                info = self._describe(key, os.fstat(fd))
+                if info is not None:
+                    file, fd = io.FileIO(fd), -1
+                    return info, cast(BinaryIO, file)
+            except OSError as exc:
+                raise _read_error(exc) from exc
+            finally:
+                if fd >= 0:
+                    os.close(fd)
+        raise _busy()
+
+    def stat(self, key: str) -> ObjectInfo:
+        with _own_errors():
+            for _ in range(TRIES):
+                info = self._describe(key, self._tree.call(os.stat, key))
+                if info is not None:
+                    return info
+        raise _busy()
+
+    def read(self, key: str, start: int = 0, stop: int | None = None, etag: str | None = None) -> ObjectReader:
+        info, file = self.open(key)
+        if etag is not None and etag != info.etag:
+            file.close()
+            raise ObjectChanged("the object was replaced")
+        return _Reader(info, file, start, info.size if stop is None else min(stop, info.size))
+
+    def writer(self, key: str, content_type: str) -> ObjectWriter:
+        """Begin a new version.
+
+        :raises KeyConflict: a file or folder is in the way; said before the body is sent.
+        """
+        with _own_errors(_write_error):
+            self._check_place(key)
+            return _Writer(self, key, content_type, durable.NewFile.unnamed(self._temporary))
+
+    def delete(self, key: str) -> None:
+        folder, _, name = key.rpartition("/")
+        with _own_errors(), self._locked(key):
+            identity = self._identity(key)
+            if identity is None:
+                raise _not_found()
+            with self._tree.folder(folder) as fd:
+                os.unlink(name.encode(), dir_fd=fd)
+                os.fsync(fd)
+            self._records.remove(key, identity)
+            self._tree.prune(key)
+
+    def list(
+        self, prefix: str = "", delimiter: str = "", marker: str | None = None, details: bool = True
+    ) -> Page:
+        with _own_errors(), contextlib.closing(self._tree.walk(prefix, marker or "", bool(delimiter))) as walk:
+            return self._page(walk, details)
+
+    def probe(self) -> None:
+        with _own_errors():
+            durable.make_directory(self._temporary)
+            if not os.access(self._temporary, os.W_OK | os.X_OK):
+                raise BackendError("the storage folder cannot be written to")
+
+    def close(self) -> None:
+        """Nothing: no file is kept open."""
+
+    def sweep(self) -> int:
+        """Remove temporary files and locks whose holder died, and records of content that is not there."""
+        removed = 0
+        with _own_errors():
+            for directory in (self._temporary, self._lock_directory):
+                removed += sum(durable.remove_if_unlocked(path) for path in _files_in(directory))
+            for path, key, identity in self._records:
+                if self._identity_text(key) != identity:
+                    removed += self._remove_orphan(path, key, identity)
+        return removed
+
+    def _remove_orphan(self, path: Path, key: str, identity: str) -> bool:
+        with self._locked(key):  # a commit writes the record shortly before the content
+            return self._identity_text(key) != identity and durable.remove(path)
+
+    def _identity_text(self, key: str) -> str:
+        return str(self._identity(key)) if key else ""
+
+    # What a file is
+
+    def _describe(self, key: str, status: os.stat_result, remember: bool = True) -> ObjectInfo | None:
+        """The properties of a file that was looked at; None when it has been replaced since, so look again."""
+        if not stat.S_ISREG(status.st_mode):
+            raise _not_found()
+        identity = Identity.of(status)
+        info = self._records.get(key, identity, remember)
+        if info is None and self._identity(key) == identity:  # else its record may have gone with it
+            info = ObjectInfo(key, identity.size, str(identity), identity.mtime_ns // 10**9)
+            if remember:
+                self._records.remember(key, identity, info)
+        return info
+
+    def _identity(self, key: str) -> Identity | None:
+        """The identity of the file at ``key``; None when there is none."""
+        try:
+            status = self._tree.call(os.stat, key)
+        except OSError as exc:
+            if exc.errno in ABSENT:
+                return None
+            raise
+        return Identity.of(status) if stat.S_ISREG(status.st_mode) else None
+
+    def _page(self, walk: Iterator[tuple[str, int]], details: bool) -> Page:
+        objects: list[ObjectInfo] = []
+        folders: list[str] = []
+        last = None
+        for key, folder_fd in islice(walk, PAGE_SIZE):
+            last = key
+            if key.endswith("/"):
+                folders.append(key)
+            elif not details:
+                objects.append(ObjectInfo(key, 0, "", 0))
+            else:
+                objects.extend(self._listed(key, folder_fd))
+        more = next(walk, None) is not None
+        return Page(tuple(objects), tuple(folders), last if more else None)
+
+    def _listed(self, key: str, folder_fd: int) -> Iterable[ObjectInfo]:
+        """The properties of a listed object, if it is still there."""
+        with contextlib.suppress(FileNotFoundError, ObjectNotFound):
+            status = os.stat(key.rpartition("/")[2].encode(), dir_fd=folder_fd)
+            # Not remembered: a listing would drive out what downloads need.
+            info = self._describe(key, status, remember=False) or self.stat(key)
+            return (info,)
+        return ()
+
+    # Committing, for the writer
+
+    @cached_property
+    def _locks(self) -> KeyLocks:
+        return KeyLocks(self._lock_directory)
+
+    @contextlib.contextmanager
+    def _locked(self, key: str) -> Iterator[None]:
+        """Nobody else on this machine commits or deletes ``key`` during the block."""
+        with self._locks.hold(_digest(key), LOCK_TIMEOUT):
+            yield
+
+    def _check_place(self, key: str) -> None:
+        obstacle = self._tree.obstacle(key)
+        if obstacle is not None:
+            raise KeyConflict(obstacle)
+
+    def _commit(self, file: durable.NewFile, info: ObjectInfo, expected: str | Expectation) -> ObjectInfo:
+        """Make a temporary file the content of an object; size and time in ``info`` are still to be filled in."""
+        with _own_errors(_write_error), self._locked(info.key):
+            self._check_expectation(info.key, expected)
+            previous = self._identity(info.key)
+            identity = Identity.of(file.stamp())
+            info = self._records.write(info, identity)
+            try:
+                self._place(file, info.key)
+            except BaseException:
+                self._records.remove(info.key, identity)
+                self._tree.prune(info.key)
+                raise
+            if previous is not None:
+                self._records.remove(info.key, previous)
+        return info
+
+    def _check_expectation(self, key: str, expected: str | Expectation) -> None:
+        if expected is Expectation.ANYTHING:
+            return
+        try:
+            etag = self.stat(key).etag
+        except ObjectNotFound:
+            etag = Expectation.NOTHING
+        if etag != expected:
+            raise PreconditionFailed("the stored version is not the expected one")
+
+    def _place(self, file: durable.NewFile, key: str) -> None:
+        """Rename a temporary file to its key, making the folders it needs."""
+        folder, _, name = key.rpartition("/")
+        for _ in range(TRIES):
+            try:
+                with self._tree.folder(folder, make=True) as fd:
+                    file.publish(name.encode(), fd)
+                return
+            except FileNotFoundError:  # a deletion of the last file in a folder removed it
+                continue
+            except (IsADirectoryError, NotADirectoryError):
+                self._check_place(key)  # removes empty folders that are in the way
+        raise _busy()
+
+
+class _Reader(ObjectReader):
+    """Bytes of a file that is open. An upload replaces the file, and leaves this one as it is."""
+
+    def __init__(self, info: ObjectInfo, file: BinaryIO, start: int, stop: int):
+        self.info = info
+        self._file = file
+        self._start = start
+        self._stop = stop
+        self._identity = Identity.of(os.fstat(file.fileno()))
+
+    def __iter__(self) -> Iterator[bytes]:
+        position = self._start
+        while position < self._stop:
+            with _own_errors():
+                data = os.pread(self._file.fileno(), min(PIECE_SIZE, self._stop - position), position)
+                unchanged = Identity.of(os.fstat(self._file.fileno())) == self._identity
+            if not data or not unchanged:
+                raise ObjectChanged("the file was changed by hand while it was read")
+            position += len(data)
+            yield data
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _Writer(ObjectWriter):
+    """A temporary file that becomes the object's."""
+
+    def __init__(self, driver: LocalDriver, key: str, content_type: str, file: durable.NewFile):
+        self._driver = driver
+        self._key = key
+        self._content_type = content_type
+        self._file = file
+
+    def write(self, data: bytes) -> None:
+        with _own_errors(_write_error):
+            self._file.write(data)
+
+    def commit(
+        self,
+        digests: Digests,
+        expected: str | Expectation = Expectation.ANYTHING,
+        replay: Callable[[], Iterable[bytes]] | None = None,
+    ) -> ObjectInfo:
+        if digests.size != self._file.size:
+            raise BackendError("not all of the content was written", detail=f"{self._file.size} of {digests.size} B")
+        etag = _etag(digests.sha256, self._content_type)
+        info = ObjectInfo(self._key, digests.size, etag, 0, self._content_type, digests.sha256, digests.md5)
+        return self._driver._commit(self._file, info, expected)
+
+    def abort(self) -> None:
+        with contextlib.suppress(OSError):
+            self._file.discard()
+
+
+class _Records:
+    """What is known of files beyond what they say themselves, one small file each, and the latest ones in memory.
+
+    :param tree: where they lie, in a folder of their own.
+    :param temporary: a folder on the same file system for those being written.
+    """
+
+    def __init__(self, tree: Tree, temporary: Path):
+        self._tree = tree
+        self._temporary = temporary
+        self._memory: OrderedDict[tuple[str, Identity], ObjectInfo] = OrderedDict()
+        self._mutex = threading.Lock()
+
+    def get(self, key: str, identity: Identity, remember: bool) -> ObjectInfo | None:
+        """The record of the file of that identity, if there is one that can be read."""
+        info = self._memory.get((key, identity))
+        if info is None:
+            info = _read_record(self._tree.root / self._path(key, identity))
+            if info is not None and remember:
+                self.remember(key, identity, info)
+        return info
+
+    def remember(self, key: str, identity: Identity, info: ObjectInfo) -> None:
+        """Keep a record in memory, and let go of the one that has been there longest."""
+        with self._mutex:
+            self._memory[key, identity] = info
+            if len(self._memory) > REMEMBERED:
+                self._memory.popitem(last=False)
+
+    def write(self, info: ObjectInfo, identity: Identity) -> ObjectInfo:
+        """Keep a record, durably.
+
+        :returns: the properties with the time, which is the identity's, filled in.
+        """
+        info = replace(info, last_modified=identity.mtime_ns // 10**9)
+        folder, _, name = self._path(info.key, identity).rpartition("/")
+        with durable.NewFile.unnamed(self._temporary) as file, self._tree.folder(folder, make=True) as fd:
+            file.write(json.dumps(info.to_fields()).encode())
+            file.publish(name.encode(), fd)
+        return info
+
+    def remove(self, key: str, identity: Identity) -> None:
+        """Forget a record. Never raises: a sweep gets what is left."""
+        with self._mutex:
+            self._memory.pop((key, identity), None)
+        with contextlib.suppress(OSError):
+            durable.remove(self._tree.root / self._path(key, identity))
+
+    def __iter__(self) -> Iterator[tuple[Path, str, str]]:
+        """Each record's file, and the key and identity, as text, that it is of; an unreadable one is of no key."""
+        for folder in _files_in(self._tree.root / RECORDS):
+            for path in _files_in(folder):
+                info = _read_record(path)
+                yield path, info.key if info else "", path.name.partition(".")[2].removesuffix(".json")
+
+    @staticmethod
+    def _path(key: str, identity: Identity) -> str:
+        digest = _digest(key)
+        return f"{RECORDS}/{digest[:2]}/{digest}.{identity}.json"
+
+
+def _read_record(path: Path) -> ObjectInfo | None:
+    try:
+        return ObjectInfo.from_fields(json.loads(path.read_bytes()))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _etag(sha256: str, content_type: str) -> str:
+    """The ETag of an upload.
+
+    Made from the content, so it is strong (RFC 9110 section 8.8.1) and the same upload made again leaves clients'
+    copies valid; and from the type, since a copy of another type is not the same representation. 128 bits of SHA-256
+    do not meet by chance.
+    """
+    return hashlib.sha256(f"{sha256} {content_type}".encode()).hexdigest()[:32]
+
+
+def _digest(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+def _files_in(directory: Path) -> Iterator[Path]:
+    with contextlib.suppress(FileNotFoundError), os.scandir(directory) as entries:
+        for entry in entries:
+            yield Path(entry.path)
+
+
+def _read_error(exc: OSError) -> StorageError:
+    return _not_found() if exc.errno in ABSENT else _failure(exc)
+
+
+def _write_error(exc: OSError) -> StorageError:
+    if exc.errno == errno.ENAMETOOLONG:
+        return BadKey("the key has a segment that is longer than the server's file system takes")
+    return _failure(exc)
+
+
+def _failure(exc: OSError) -> BackendError:
+    if isinstance(exc, PermissionError):
+        return BackendError("the server may not use a file or folder in its storage", detail=str(exc))
+    return BackendError("the server's storage failed", detail=str(exc))
+
+
+@contextlib.contextmanager
+def _own_errors(error: Callable[[OSError], StorageError] = _read_error) -> Iterator[None]:
+    """The system's errors become ours."""
+    try:
+        yield
+    except OSError as exc:
+        raise error(exc) from exc
+
+
+def _not_found() -> ObjectNotFound:
+    return ObjectNotFound("no such file")
+
+
+def _busy() -> BackendError:
+    return BackendError("the object is being changed all the time")
