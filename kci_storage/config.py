@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 
 CONFIG_VARIABLE = "KCI_STORAGE_CONFIG"
 PORT_VARIABLE = "KCI_STORAGE_PORT"
+DEBUG_VARIABLE = "STORAGE_DEBUG"  # not empty: debug logging
 DEFAULT_FILE = "config.toml"
 
 _DAY = 86_400  # seconds
@@ -191,13 +192,13 @@ class CacheConfig:
     directory: Path = _setting(Path("./cache"), "the folder that holds the copies")
     max_files: int = _setting(1_000_000, "the most files to keep", unit="files", minimum=1, maximum=10**9)
     max_bytes: int = _setting(
-        0, "the most bytes to keep; 0: no limit but the disk's", unit="bytes", minimum=0, maximum=_MOST_BYTES
+        0, "the most to keep; 0: no limit but the disk's", unit="bytes", minimum=0, maximum=_MOST_BYTES
     )
     low_disk_percent: float = _setting(
-        12.0, "start evicting below this much free space", unit="%", minimum=0, maximum=100
+        12.0, "start evicting below this percentage of free disk space", unit="%", minimum=0, maximum=100
     )
     recover_disk_percent: float = _setting(
-        13.0, "and stop above this; not less than low_disk_percent", unit="%", minimum=0, maximum=100
+        13.0, "and stop above this percentage; not less than low_disk_percent", unit="%", minimum=0, maximum=100
     )
     cleanup_chunk_size: int = _setting(
         100_000, "files evicted between two looks at the limits", unit="files", minimum=1, maximum=10**9
@@ -238,7 +239,7 @@ class Config:
     jwt_secret: str = _setting(
         "",
         "tokens are signed with this secret; at least one of the two must be there",
-        expects="text that is not empty",
+        expects="text that is not empty; `kci-storage secret` prints a new one",
         accepts=_is_given,
         secret=True,
     )
