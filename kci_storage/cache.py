@@ -357,6 +357,12 @@ class Cache:
         if record is not None:
             durable.remove(slot.content(record.generation))
 
+    def evict(self, digest: str) -> bool:
+        """Remove the copy of the key with this SHA-512 unless somebody is at work on it; whether it was removed."""
+        slot = self._slot_of_digest(digest)
+        with self.locks.hold_if_free(digest) as lease:
+            return lease is not None and self._unlink_entry(slot, self._parse(slot))
+
     # Recovery and invariants
 
     def recover_locks(self) -> int:

@@ -92,6 +92,10 @@ class ObjectChanged(BackendError):
     """A read that was pinned to one version found another one."""
 
 
+class NotReady(StorageError):
+    """The backend does not answer, for whoever asks whether this server can work."""
+
+
 class Overloaded(StorageError):
     """This server has as much in hand as it can take, or somebody else's work took too long to wait for."""
 
@@ -123,6 +127,7 @@ TABLE: dict[type[StorageError], Meaning] = {
     BackendTimeout: Meaning(504, "Gateway Timeout", "backend_timeout"),
     BackendThrottled: Meaning(503, "Service Unavailable", "backend_throttled"),
     ObjectChanged: Meaning(502, "Bad Gateway", "object_changed"),
+    NotReady: Meaning(503, "Service Unavailable", "not_ready"),
     Overloaded: Meaning(503, "Service Unavailable", "overloaded"),
 }
 

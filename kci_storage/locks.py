@@ -70,7 +70,9 @@ class KeyLocks:
         deadline = time.monotonic() + timeout
         while (lease := self.try_acquire(name)) is None:
             if time.monotonic() >= deadline:
-                raise WriteConflict(f"another upload of this file has been running for {timeout:g} seconds; try later")
+                raise WriteConflict(
+                    f"another upload of this file has been running for {timeout:g} seconds; try later"
+                )
             time.sleep(POLL_INTERVAL)
         try:
             yield lease

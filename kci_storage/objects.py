@@ -200,7 +200,8 @@ class Objects:
     def _open(self, key: str, whole: bool) -> Content:
         if self._local is not None:
             info, file = self._local.open(key)
-            return FileContent(info, CacheStatus.HIT, file, None)
+            with file:
+                return FileContent(info, CacheStatus.HIT, os.dup(file.fileno()), None)
         deadline = time.monotonic() + self._wait_timeout
         while True:
             content = self._open_copy(key) or self._open_cold(key, whole)
@@ -326,4 +327,3 @@ class Freshness:
         if len(self._good_until) > 100_000:
             self._good_until.clear()
         self._good_until[record.generation] = time.time() + seconds
-

@@ -196,9 +196,7 @@ class Driver(ABC):
         """
 
     @abstractmethod
-    def list(
-        self, prefix: str = "", delimiter: str = "", marker: str | None = None, details: bool = True
-    ) -> Page:
+    def list(self, prefix: str = "", delimiter: str = "", marker: str | None = None, details: bool = True) -> Page:
         """One page of the objects whose key starts with ``prefix``, as plain text.
 
         What the driver keeps for itself, and keys under ``.kci/``, are not shown. A page may be empty and yet have

@@ -139,9 +139,7 @@ class LocalDriver(Driver):
             self._records.remove(key, identity)
             self._tree.prune(key)
 
-    def list(
-        self, prefix: str = "", delimiter: str = "", marker: str | None = None, details: bool = True
-    ) -> Page:
+    def list(self, prefix: str = "", delimiter: str = "", marker: str | None = None, details: bool = True) -> Page:
         with _own_errors(), contextlib.closing(self._tree.walk(prefix, marker or "", bool(delimiter))) as walk:
             return self._page(walk, details)
 

@@ -1,0 +1,131 @@
+"""The application: its parts, wired."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flask import Flask
+from werkzeug.middleware.proxy_fix import ProxyFix
+
+from kci_storage import drivers, logs
+from kci_storage.auth import MIN_SECRET_BYTES, Authenticator, Permissions, is_weak
+from kci_storage.blueprints import admin, auth, downloads, failures, uploads
+from kci_storage.blueprints.routing import KeyConverter
+from kci_storage.cache import Cache
+from kci_storage.config import Config, load
+from kci_storage.drivers.base import Driver, LocalObjects, Sweepable
+from kci_storage.evict import Housekeeper
+from kci_storage.fill import Fills
+from kci_storage.metrics import Metrics
+from kci_storage.objects import Objects
+from kci_storage.transport import Exchange, Transport
+from kci_storage.upload import Uploads
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Services:
+    """What the views work with."""
+
+    config: Config
+    driver: Driver
+    objects: Objects
+    uploads: Uploads
+    authenticator: Authenticator
+    permissions: Permissions
+    metrics: Metrics
+    housekeeper: Housekeeper
+
+    def start(self) -> None:
+        """Start what runs beside requests, in the worker process."""
+        warn_of_weak_secrets(self.config)
+        self.housekeeper.start()
+
+
+def create_app(config: Config | None = None) -> Flask:
+    """The WSGI application, for one worker process.
+
+    :param config: None: the one that the environment names (docs/configuration.md).
+    :raises ConfigError: it cannot be used.
+    """
+    config = config or load()
+    logs.configure(debug=bool(os.environ.get("STORAGE_DEBUG")))
+    services = build_services(config)
+
+    app = Flask("kci_storage", static_folder=None)
+    app.json.sort_keys = False  # type: ignore[attr-defined]
+    app.url_map.merge_slashes = False
+    app.url_map.converters["path"] = KeyConverter
+    app.extensions["kci_storage"] = services
+    services.metrics.watch(app)
+    for blueprint in (admin.blueprint, auth.blueprint, uploads.blueprint, downloads.blueprint):
+        app.register_blueprint(blueprint)
+    failures.install(app)
+    app.wsgi_app = transport(app.wsgi_app, services)  # type: ignore[method-assign]
+    return app
+
+
+def build_services(config: Config) -> Services:
+    """The parts, from the driver upwards."""
+    driver = drivers.load(config.driver).from_config(config)
+    local = driver if isinstance(driver, LocalObjects) else None
+    cache = Cache(config.cache.directory)
+    metrics = Metrics(cache, disks(config, local))
+    housekeeper = Housekeeper(cache, config.cache, metrics, driver if isinstance(driver, Sweepable) else None)
+    measured = metrics.measured(driver)
+    fills = Fills(measured, cache, metrics, housekeeper.make_room)
+    server = config.server
+    return Services(
+        config=config,
+        driver=measured,
+        objects=Objects(
+            measured,
+            local,
+            cache,
+            fills,
+            metrics,
+            wait_timeout=server.lock_timeout,
+            revalidate_after=config.cache.revalidate_after,
+        ),
+        uploads=Uploads(
+            measured,
+            cache,
+            metrics,
+            cached=local is None,
+            lock_timeout=server.lock_timeout,
+            max_bytes=server.max_upload_bytes,
+        ),
+        authenticator=Authenticator(config.secrets),
+        permissions=Permissions(config.users),
+        metrics=metrics,
+        housekeeper=housekeeper,
+    )
+
+
+def disks(config: Config, local: LocalObjects | None) -> list[Path]:
+    """The folders whose disks fill up."""
+    return [config.cache.directory] if local is None else [config.cache.directory, config.local.storage_path]
+
+
+def warn_of_weak_secrets(config: Config) -> None:
+    """Old installations have secrets that can be guessed; they work, with a warning."""
+    if any(is_weak(secret) for secret in config.secrets):
+        log.warning("event=weak_secret message=%s", logs.value(f"a secret is shorter than {MIN_SECRET_BYTES} bytes"))
+
+
+def transport(app: Callable[..., Any], services: Services) -> Callable[..., Any]:
+    """The application behind the border where requests are counted and logged."""
+
+    def finished(exchange: Exchange) -> None:
+        services.metrics.request_finished(exchange)
+        logs.log_access(exchange)
+
+    wrapped: Callable[..., Any] = Transport(app, services.metrics.request_started, finished)
+    proxies = services.config.server.trusted_proxies
+    return ProxyFix(wrapped, x_for=proxies, x_proto=proxies, x_host=proxies) if proxies else wrapped

@@ -1,0 +1,15 @@
+"""``/v1/checkauth``: whether a token is good."""
+
+from __future__ import annotations
+
+from flask import Blueprint, Response
+
+from kci_storage.blueprints.routing import authenticated
+
+blueprint = Blueprint("auth", __name__)
+
+
+@blueprint.get("/v1/checkauth")
+def checkauth() -> Response:
+    """200 with the token's email; an invalid token is an error like everywhere."""
+    return Response(f"Authorized: {authenticated()}", mimetype="text/plain")

@@ -1,0 +1,128 @@
+"""``POST /upload``, ``PUT`` and ``DELETE`` of a key."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from urllib.parse import quote
+
+from flask import Blueprint, Response, jsonify, request
+from werkzeug.http import parse_options_header
+
+from kci_storage import keys, logs, media
+from kci_storage.blueprints.routing import authenticated, exchange, services
+from kci_storage.errors import BadForm
+from kci_storage.http_semantics import etag_header, parse_content_md5, parse_repr_digest, write_allowed
+from kci_storage.transport import RequestBody
+from kci_storage.upload import ExpectedDigests, FormPlan, Stored, too_large
+
+blueprint = Blueprint("uploads", __name__)
+log = logging.getLogger(__name__)
+
+FORM_OVERHEAD = 1024 * 1024  # bytes that a form may have beside its files
+
+
+@blueprint.post("/upload")
+@blueprint.post("/v1/file")
+def upload() -> Response:
+    """Store the files of a multipart form."""
+    email = authenticated()
+    body, boundary = admitted_body(FORM_OVERHEAD), form_boundary()
+    plan = FormPlan(admit=lambda key: services().permissions.check(email, key), content_type=stored_type())
+    stored = services().uploads.store_form(body, boundary, plan)
+    return report(stored, 200)
+
+
+@blueprint.put("/<path:path>")
+def put(path: str) -> Response:
+    """Store the body under the key."""
+    email = authenticated()
+    key = keys.for_put(request.environ["PATH_INFO"])
+    services().permissions.check(email, key)
+    stored = services().uploads.put(key, stored_type()(key), admitted_body(0), expected_digests(), replacement_rule())
+    response = report([stored], 201 if stored.created else 200)
+    response.headers["ETag"] = etag_header(stored.info.etag)
+    return response
+
+
+@blueprint.delete("/<path:path>")
+def delete(path: str) -> Response:
+    """Delete the object."""
+    email = authenticated()
+    key = keys.for_put(request.environ["PATH_INFO"])
+    services().permissions.check(email, key)
+    services().objects.delete(key)
+    log.info(logs.logfmt(event="deleted", key=key, user=email, request_id=exchange().request_id))
+    return Response(status=204)
+
+
+def admitted_body(overhead: int) -> RequestBody:
+    """The request's body, unless it announces that it is too large.
+
+    :param overhead: bytes that it may have beyond the limit, which then holds for each file.
+    :raises UploadTooLarge: it does.
+    """
+    body, limit = exchange().body, services().config.server.max_upload_bytes
+    if body.length is not None and body.length > limit + overhead:
+        raise too_large(limit)
+    return body
+
+
+def form_boundary() -> bytes:
+    """The boundary of the multipart form (RFC 2046, 5.1.1).
+
+    :raises BadForm: the body is none.
+    """
+    content_type, options = parse_options_header(request.headers.get("Content-Type", ""))
+    boundary = options.get("boundary", "")
+    if content_type != "multipart/form-data" or not 0 < len(boundary) <= 200 or not boundary.isascii():
+        raise BadForm("send a multipart/form-data body, with its boundary in Content-Type")
+    return boundary.encode()
+
+
+def stored_type() -> Callable[[str], str]:
+    """How the content type to store follows from a key: as asked for, else by the name."""
+    asked = media.normalise(request.headers.get("Content-Type-Upstream"))
+    return lambda key: asked or media.guess(key)
+
+
+def expected_digests() -> ExpectedDigests:
+    """What the request says of its body."""
+    md5, digests = request.headers.get("Content-MD5"), request.headers.get("Repr-Digest")
+    return ExpectedDigests(
+        md5=parse_content_md5(md5) if md5 is not None else None,
+        sha256=parse_repr_digest(digests) if digests is not None else None,
+    )
+
+
+def replacement_rule() -> Callable[[str | None], bool] | None:
+    """Whether a version may be replaced, by If-Match and If-None-Match; None: in any case."""
+    if_match, if_none_match = request.headers.get("If-Match"), request.headers.get("If-None-Match")
+    if if_match is None and if_none_match is None:
+        return None
+    return lambda etag: write_allowed(if_match, if_none_match, etag)
+
+
+def report(stored: list[Stored], status: int) -> Response:
+    """What was stored, for the client and for the log."""
+    for item in stored:
+        info = item.info
+        log.info(
+            logs.logfmt(
+                event="stored", key=info.key, size=info.size, sha256=item.sha256, user=exchange().user,
+                request_id=exchange().request_id,
+            )
+        )  # fmt: skip
+    files = [
+        {
+            "path": item.info.key,
+            "size": item.info.size,
+            "etag": etag_header(item.info.etag),
+            "sha256": item.sha256,
+            "url": "/" + quote(item.info.key),
+        }
+        for item in stored
+    ]
+    response = jsonify({"files": files})
+    response.status_code = status
+    return response

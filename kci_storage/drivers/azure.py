@@ -1,0 +1,596 @@
+"""Azure Blob Storage.
+
+Each process has a client of its own, made after the fork: an inherited connection would give one process another's
+answers. Time-outs, retries and sizes are set here, since the SDK's own are for batch jobs (a dead backend would be an
+error after 84 seconds).
+
+An upload stages blocks while it arrives, and commits their list at its end; a small one is a single request. Blocks
+of an upload that was given up cannot be deleted; they are visible to nobody, and Azure removes them after a week.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import re
+import secrets
+from base64 import b64decode
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import requests
+from azure.core import MatchConditions
+from azure.core.exceptions import (
+    AzureError,
+    HttpResponseError,
+    ServiceRequestTimeoutError,
+    ServiceResponseTimeoutError,
+)
+from azure.core.pipeline.transport import RequestsTransport
+from azure.storage.blob import (
+    BlobBlock,
+    BlobClient,
+    BlobPrefix,
+    BlobProperties,
+    ContainerClient,
+    ContentSettings,
+    LinearRetry,
+)
+
+from kci_storage.config import AzureConfig, Config
+from kci_storage.drivers.base import Digests, Driver, Expectation, ObjectInfo, ObjectReader, ObjectWriter, Page
+from kci_storage.errors import (
+    BackendError,
+    BackendThrottled,
+    BackendTimeout,
+    BadRequest,
+    ObjectChanged,
+    ObjectNotFound,
+    PreconditionFailed,
+    StorageError,
+    WriteConflict,
+)
+from kci_storage.keys import MAX_CHARACTERS, is_valid
+
+BLOCK_SIZE = 8 * 1024 * 1024  # bytes; at most 50,000 blocks make an object, so 390 GiB
+BLOCKS_IN_FLIGHT = 4  # of one upload; it holds one block more in memory
+FIRST_READ_SIZE = 1024 * 1024  # bytes; small, so that the first ones are on their way to the client soon
+READ_SIZE = 4 * 1024 * 1024  # bytes of each further request of a download
+READS_AHEAD = 3  # of one download
+CONNECT_TIMEOUT = 5  # seconds; also for each piece that is sent
+READ_TIMEOUT = 20  # seconds without a byte of the answer
+RETRIES = 2  # of a request that found no connection, or a failing server
+RETRY_AFTER = 5  # seconds, when a throttling backend does not say it itself
+SEND_SIZE = 256 * 1024  # bytes given to the socket at a time
+RECEIVE_SIZE = 1024 * 1024  # bytes taken from the socket at a time
+THREADS = 64  # of one process, for blocks and for reading ahead
+CONNECTIONS = 128  # kept for later use, of one process
+LIST_SIZE, NAMES_SIZE = 1000, 5000  # entries in one page of a listing; 0.2 ms and 0.04 ms of work each
+BLOCK_ID_SIZE = 48  # bytes; 64 characters of base64, what most other clients use
+
+_TIMEOUTS = (ServiceRequestTimeoutError, ServiceResponseTimeoutError)
+_UPLOAD_ID = "uploadid"  # metadata: tells a writer whether what is there is its own
+_PROBE_KEY = ".kci/probe"  # not a valid key: never there
+_NOT_IN_KEYS = re.compile(r"[\x00-\x1f\x7f-\x9f\\\ud800-\udfff]")
+_SHA256 = re.compile(r"[0-9a-f]{64}\Z")
+
+
+class AzureDriver(Driver):
+    """Objects as block blobs in one container.
+
+    :param settings: account, container and credential.
+    :param block_size: bytes of one block of an upload; also the largest upload that is made in one request.
+    :param connect_timeout: seconds.
+    :param read_timeout: seconds.
+    """
+
+    wants_md5 = True
+
+    def __init__(
+        self,
+        settings: AzureConfig,
+        block_size: int = BLOCK_SIZE,
+        connect_timeout: float = CONNECT_TIMEOUT,
+        read_timeout: float = READ_TIMEOUT,
+    ):
+        self.block_size = block_size
+        self._settings = settings
+        self._timeouts = connect_timeout, read_timeout
+        self._processes: dict[int, _Process] = {}
+        _quieten("azure", logging.WARNING)
+        _quieten("urllib3", logging.ERROR)  # below that it logs URLs, with the signature of a SAS token
+
+    @classmethod
+    def from_config(cls, config: Config) -> AzureDriver:
+        return cls(config.azure)
+
+    @property
+    def _process(self) -> _Process:
+        """What this process has; made anew after a fork."""
+        pid = os.getpid()
+        found = self._processes.get(pid)
+        return found or self._processes.setdefault(pid, _Process(self._settings, *self._timeouts))
+
+    def blob(self, key: str) -> BlobClient:
+        """The SDK's client for one object."""
+        return self._process.container.get_blob_client(key)
+
+    def submit(self, function: Callable[..., Any], *args: Any) -> Future[Any]:
+        """Call a function in one of this process's threads."""
+        return self._process.threads.submit(function, *args)
+
+    def stat(self, key: str) -> ObjectInfo:
+        with _own_errors():
+            return _info(key, self.blob(key).get_blob_properties())
+
+    def read(self, key: str, start: int = 0, stop: int | None = None, etag: str | None = None) -> ObjectReader:
+        # Who knows the version knows its properties too, and waits for nothing but the content.
+        size = FIRST_READ_SIZE if etag is None else READ_SIZE
+        first_stop = start + size if stop is None else min(stop, start + size)
+        info, data = self.fetch(key, start, first_stop, etag)
+        return _Reader(self, info, start, data, info.size if stop is None else min(stop, info.size))
+
+    def fetch(self, key: str, start: int, stop: int, etag: str | None) -> tuple[ObjectInfo, bytes]:
+        """One range of an object, in one request, and the object's properties.
+
+        :param stop: bytes; beyond the end means the end, and not above ``start`` means nothing.
+        :param etag: the only version wanted; None: the present one.
+        :raises ObjectNotFound: there is no such object.
+        :raises ObjectChanged: the present version is not ``etag``.
+        :raises BackendError: the backend failed, or the answer is short.
+        """
+        with _own_errors(ObjectChanged("the object was replaced")):
+            try:
+                if stop > start:
+                    return _fetch(self.blob(key), key, start, stop, etag)
+            except HttpResponseError as exc:
+                if _code(exc) != "InvalidRange":  # ``start`` is not below the size, which may be 0
+                    raise
+            properties = self.blob(key).get_blob_properties(**_pinned(etag))
+            if min(stop, properties.size) > start:
+                raise ObjectChanged("the object was replaced")
+            return _info(key, properties), b""
+
+    def writer(self, key: str, content_type: str) -> ObjectWriter:
+        return _Writer(self, key, content_type)
+
+    def delete(self, key: str) -> None:
+        with _own_errors():
+            self.blob(key).delete_blob(delete_snapshots="include")
+
+    def list(self, prefix: str = "", delimiter: str = "", marker: str | None = None, details: bool = True) -> Page:
+        if len(prefix) > MAX_CHARACTERS or _NOT_IN_KEYS.search(prefix):
+            return Page(())
+        with _own_errors():
+            pages = self._listing(prefix, delimiter, details).by_page(continuation_token=marker)
+            try:
+                items = list(next(pages))
+            except (HttpResponseError, UnicodeError) as exc:
+                if marker is None or getattr(exc, "status_code", 400) != 400:
+                    raise
+                raise BadRequest("there is no such page of the listing") from None
+        return _page(items, pages.continuation_token)
+
+    def _listing(self, prefix: str, delimiter: str, details: bool) -> Any:
+        container, start = self._process.container, prefix or None
+        if delimiter:
+            return container.walk_blobs(start, delimiter=delimiter, results_per_page=LIST_SIZE)
+        if details:
+            return container.list_blobs(start, results_per_page=LIST_SIZE)
+        return container.list_blob_names(name_starts_with=start, results_per_page=NAMES_SIZE)
+
+    def probe(self) -> None:
+        """Ask for an object that is never there: any credential that may read may do this."""
+        with contextlib.suppress(ObjectNotFound):
+            self.stat(_PROBE_KEY)
+
+    def close(self) -> None:
+        process = self._processes.pop(os.getpid(), None)
+        if process is not None:
+            process.close()
+
+
+class _Process:
+    """What must not be shared with a forked process: connections and threads."""
+
+    def __init__(self, settings: AzureConfig, connect_timeout: float, read_timeout: float):
+        endpoint = settings.endpoint or f"https://{settings.account}.blob.core.windows.net"
+        key = {"account_name": settings.account, "account_key": settings.key}
+        self.container = ContainerClient(
+            endpoint,
+            settings.container,
+            credential=key if settings.key else settings.sastoken.removeprefix("?"),
+            transport=_transport(endpoint, connect_timeout, read_timeout),
+            retry_policy=_Retry(backoff=0.5, retry_total=RETRIES, random_jitter_range=0.25),
+            permit_redirects=False,
+            max_single_get_size=READ_SIZE,
+            max_chunk_get_size=READ_SIZE,
+            max_single_put_size=2**63,  # the writer decides; what it gives in one piece is sent in one request
+        )
+        self.threads = ThreadPoolExecutor(THREADS, thread_name_prefix="azure")
+
+    def close(self) -> None:
+        """Let go of both; what is under way ends by itself."""
+        self.threads.shutdown(wait=False, cancel_futures=True)
+        self.container.close()
+
+
+class _Retry(LinearRetry):
+    """Tries again at once what got no connection or a server's error, but never what timed out.
+
+    A backend that was silent for so long will be so again, and a thread would be held for a minute.
+    """
+
+    def increment(self, settings: Any, request: Any, response: Any = None, error: Any = None) -> bool:
+        if isinstance(error, ServiceResponseTimeoutError):
+            return False
+        return super().increment(settings, request, response, error)
+
+
+class _Adapter(requests.adapters.HTTPAdapter):
+    """Sends bodies in pieces.
+
+    urllib3 allows the *connect* time-out for each piece that it sends. A whole block in one piece would need a fast
+    line; from bytes there is but one piece, from a file there are many.
+    """
+
+    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
+        super().init_poolmanager(*args, blocksize=SEND_SIZE, **kwargs)
+
+    def send(self, request: requests.PreparedRequest, *args: Any, **kwargs: Any) -> requests.Response:
+        if isinstance(request.body, bytes):
+            request.body = io.BytesIO(request.body)
+        return super().send(request, *args, **kwargs)
+
+
+def _transport(endpoint: str, connect_timeout: float, read_timeout: float) -> RequestsTransport:
+    """The SDK's transport over a session of our own.
+
+    The environment (proxies, CA bundle) is asked once, here. Left to requests it would be asked with every request,
+    and a ``.netrc`` could replace the signature.
+    """
+    session = requests.Session()
+    environment = session.merge_environment_settings(endpoint, {}, None, None, None)
+    session.trust_env = False
+    session.proxies = environment["proxies"]
+    for scheme in ("http://", "https://"):
+        session.mount(scheme, _Adapter(pool_connections=2, pool_maxsize=CONNECTIONS))
+    return RequestsTransport(
+        session=session,
+        connection_timeout=connect_timeout,
+        read_timeout=read_timeout,
+        connection_verify=environment["verify"],
+        connection_data_block_size=RECEIVE_SIZE,
+    )
+
+
+class _Reader(ObjectReader):
+    """An object's content by ranged requests, a few of them ahead of the one who reads.
+
+    The SDK begins a range that breaks off again, twice. Each request names the version (``If-Match``).
+    """
+
+    def __init__(self, driver: AzureDriver, info: ObjectInfo, start: int, first: bytes, stop: int):
+        self.info = info
+        self._driver = driver
+        self._first = first
+        self._starts = iter(range(start + len(first), stop, READ_SIZE))
+        self._stop = stop
+        self._ahead: deque[Future[bytes]] = deque()
+
+    def __iter__(self) -> Iterator[bytes]:
+        self._read_ahead()
+        if self._first:
+            first, self._first = self._first, b""
+            yield first
+        while self._ahead:
+            data = self._ahead.popleft().result()
+            self._read_ahead()
+            yield data
+
+    def _read_ahead(self) -> None:
+        while len(self._ahead) < READS_AHEAD and (start := next(self._starts, None)) is not None:
+            self._ahead.append(self._driver.submit(self._range, start))
+
+    def _range(self, start: int) -> bytes:
+        try:
+            return self._driver.fetch(self.info.key, start, min(start + READ_SIZE, self._stop), self.info.etag)[1]
+        except ObjectNotFound as exc:
+            raise ObjectChanged("the object was deleted") from exc
+
+    def close(self) -> None:
+        self._starts = iter(())
+        while self._ahead:
+            self._ahead.pop().cancel()
+
+
+class _BlocksLost(Exception):
+    """Staged blocks are gone, or are refused beside another client's: they must be staged again."""
+
+
+class _Writer(ObjectWriter):
+    """Blocks on their way to the backend, or, up to one block, just bytes in memory."""
+
+    def __init__(self, driver: AzureDriver, key: str, content_type: str):
+        self._driver = driver
+        self._key = key
+        self._content_type = content_type
+        self._upload_id = secrets.token_hex(16)
+        self._begin(BLOCK_ID_SIZE)
+
+    def _begin(self, block_id_size: int) -> None:
+        self._block_id_size = block_id_size
+        self._size = 0  # bytes written
+        self._pieces: list[bytes | memoryview] = []  # of the block that is being filled
+        self._filled = 0  # bytes in them
+        self._blocks: list[BlobBlock] = []
+        self._in_flight: deque[Future[None]] = deque()
+        self._lost = False
+
+    def write(self, data: bytes) -> None:
+        self._size += len(data)
+        rest = memoryview(data)
+        while self._filled + len(rest) > self._driver.block_size:
+            room = self._driver.block_size - self._filled
+            self._pieces.append(rest[:room])
+            rest = rest[room:]
+            self._stage()
+        self._pieces.append(rest)
+        self._filled += len(rest)
+
+    def _take(self) -> bytes:
+        data = b"".join(self._pieces)
+        self._pieces, self._filled = [], 0
+        return data
+
+    def _stage(self) -> None:
+        """Send what is in memory as one block, as soon as few enough others are under way."""
+        data = self._take()
+        while len(self._in_flight) >= BLOCKS_IN_FLIGHT:
+            self._settle()
+        if not self._lost:
+            block = BlobBlock(secrets.token_urlsafe(self._block_id_size)[: self._block_id_size])
+            self._blocks.append(block)
+            self._in_flight.append(self._driver.submit(self._send, block.id, data))
+
+    def _send(self, block_id: str, data: bytes) -> None:
+        with _own_errors(), _lost_blocks():
+            self._driver.blob(self._key).stage_block(block_id, data, length=len(data))
+
+    def _settle(self) -> None:
+        try:
+            self._in_flight.popleft().result()
+        except _BlocksLost:
+            self._lost = True
+
+    def commit(
+        self,
+        digests: Digests,
+        expected: str | Expectation = Expectation.ANYTHING,
+        replay: Callable[[], Iterable[bytes]] | None = None,
+    ) -> ObjectInfo:
+        self._check_size(digests)
+        conflict = WriteConflict("another upload of this file came in between; try again")
+        for _ in range(3):
+            try:
+                return self._commit(digests, expected)
+            except _BlocksLost as exc:
+                if replay is None:
+                    raise conflict from exc
+            self._stage_again(replay)
+            self._check_size(digests)
+        raise conflict
+
+    def _check_size(self, digests: Digests) -> None:
+        if self._size != digests.size:
+            raise BackendError("not all of the content was written", detail=f"{self._size} of {digests.size} B")
+
+    def _commit(self, digests: Digests, expected: str | Expectation) -> ObjectInfo:
+        try:
+            with _own_errors(PreconditionFailed("the stored version is not the expected one")), _lost_blocks():
+                answer = self._put(digests, expected)
+        except (PreconditionFailed, _BlocksLost):
+            landed = self._landed()
+            if landed is None:
+                raise
+            return landed
+        etag, modified = answer["etag"].strip('"'), int(answer["last_modified"].timestamp())
+        return ObjectInfo(self._key, digests.size, etag, modified, self._content_type, digests.sha256, digests.md5)
+
+    def _put(self, digests: Digests, expected: str | Expectation) -> Mapping[str, Any]:
+        """The request that makes it the object's content."""
+        options = {
+            "content_settings": ContentSettings(
+                content_type=self._content_type, content_md5=bytearray(digests.md5) if digests.md5 else None
+            ),
+            "metadata": {"sha256": digests.sha256, _UPLOAD_ID: self._upload_id},
+            **_expecting(expected),
+        }
+        blob = self._driver.blob(self._key)
+        if not self._blocks and not self._lost:
+            self._pieces = [self._take()]
+            self._filled = self._size
+            return blob.upload_blob(self._pieces[0], length=self._size, overwrite=True, **options)
+        if self._filled:
+            self._stage()
+        while self._in_flight:
+            self._settle()
+        if self._lost:
+            raise _BlocksLost
+        return blob.commit_block_list(self._blocks, **options)
+
+    def _landed(self) -> ObjectInfo | None:
+        """The object, if it is of this writer: the answer to a commit may have been lost, and the SDK tried again."""
+        try:
+            with _own_errors():
+                properties = self._driver.blob(self._key).get_blob_properties()
+        except ObjectNotFound:
+            return None
+        return _info(self._key, properties) if properties.metadata.get(_UPLOAD_ID) == self._upload_id else None
+
+    def _stage_again(self, replay: Callable[[], Iterable[bytes]]) -> None:
+        self.abort()
+        with _own_errors():
+            self._begin(_others_block_id_size(self._driver.blob(self._key)) or BLOCK_ID_SIZE)
+        for data in replay():
+            self.write(data)
+
+    def abort(self) -> None:
+        while self._in_flight:
+            self._in_flight.pop().cancel()
+        self._pieces, self._filled = [], 0
+
+
+def _others_block_id_size(blob: BlobClient) -> int | None:
+    """How many bytes the ids of the blocks have that others have staged for a blob; None: there are none.
+
+    All uncommitted blocks of a blob must have ids of one length. Another program's, given up in mid-upload, stay for
+    a week. (The SDK shows ids decoded or not, as they happen to be UTF-8; so they are taken from its answer.)
+    """
+    answers: list[str] = []
+    with contextlib.suppress(HttpResponseError):
+        blob.get_block_list(
+            "uncommitted", raw_response_hook=lambda answer: answers.append(answer.http_response.text())
+        )
+    ids = re.findall("<Name>([^<]+)</Name>", "".join(answers))
+    size = len(b64decode(ids[0])) if ids else 0
+    return size if size >= 8 else None  # shorter random ids would meet
+
+
+def _fetch(blob: BlobClient, key: str, start: int, stop: int, etag: str | None) -> tuple[ObjectInfo, bytes]:
+    stream = blob.download_blob(start, stop - start, max_concurrency=1, decompress=False, **_pinned(etag))
+    data = b"".join(stream.chunks())
+    info = _info(key, stream.properties, size=int(stream.properties.content_range.rpartition("/")[2]))
+    if len(data) != min(stop, info.size) - start:
+        raise BackendError("the backend sent too little", detail=f"{len(data)} B of {start}-{stop} of {info.size}")
+    return info, data
+
+
+def _info(key: str, properties: BlobProperties, size: int | None = None) -> ObjectInfo:
+    settings, metadata = properties.content_settings, properties.metadata or {}
+    sha256 = metadata.get("sha256", "")
+    return ObjectInfo(
+        key,
+        properties.size if size is None else size,
+        properties.etag.strip('"'),
+        int(properties.last_modified.timestamp()),
+        settings.content_type,
+        sha256 if _SHA256.match(sha256) else None,
+        bytes(settings.content_md5) if settings.content_md5 else None,
+    )
+
+
+def _page(items: list[Any], marker: str | None) -> Page:
+    objects, folders = [], []
+    for item in items:
+        if isinstance(item, BlobPrefix):
+            folders.append(item.name)
+        elif isinstance(item, str):
+            objects.append(ObjectInfo(item, 0, "", 0))
+        else:
+            objects.append(_info(item.name, item))
+    return Page(
+        tuple(info for info in objects if is_valid(info.key)),
+        tuple(name for name in folders if is_valid(name + "x")),
+        marker or None,
+    )
+
+
+def _pinned(etag: str | None) -> dict[str, Any]:
+    return {} if etag is None else {"etag": f'"{etag}"', "match_condition": MatchConditions.IfNotModified}
+
+
+def _expecting(expected: str | Expectation) -> dict[str, Any]:
+    if expected is Expectation.ANYTHING:
+        return {}
+    if expected is Expectation.NOTHING:
+        return {"match_condition": MatchConditions.IfMissing}
+    return _pinned(expected)
+
+
+# Errors
+
+
+@contextlib.contextmanager
+def _own_errors(unmet: StorageError | None = None) -> Iterator[None]:
+    """The SDK's errors become ours.
+
+    :param unmet: what it means that a condition of the request was not met.
+    """
+    try:
+        yield
+    except (AzureError, requests.RequestException) as exc:
+        error = _error(exc, unmet)
+    else:
+        return
+    raise error from None  # the SDK's own would put URLs into the log, with the signature of a SAS token
+
+
+@contextlib.contextmanager
+def _lost_blocks() -> Iterator[None]:
+    try:
+        yield
+    except HttpResponseError as exc:
+        if _code(exc) in ("InvalidBlockList", "InvalidBlobOrBlock"):
+            raise _BlocksLost from None
+        raise
+
+
+def _error(exc: Exception, unmet: StorageError | None) -> StorageError:
+    """Our error for one of the SDK's. Its message may go to the client, its detail to the log."""
+    code, status, detail = _code(exc), getattr(exc, "status_code", None), _detail(exc)
+    if code == "BlobNotFound":
+        return ObjectNotFound("no such file")
+    if code in ("ConditionNotMet", "BlobAlreadyExists") and unmet is not None:
+        return unmet
+    if code.startswith("Lease"):
+        return WriteConflict("another program has locked this file in the backend", detail=detail)
+    if status in (429, 503) or code in ("ServerBusy", "OperationTimedOut"):
+        return BackendThrottled("the backend is busy; try later", detail=detail, retry_after=_retry_after(exc))
+    if status in (401, 403):
+        return BackendError("the backend refused this server's credentials", detail=detail)
+    if any(isinstance(cause, _TIMEOUTS) for cause in _causes(exc)):
+        return BackendTimeout("the backend did not answer in time", detail=detail)
+    if status is None:
+        return BackendError("the backend cannot be reached, or broke off", detail=detail)
+    return BackendError(f"the backend failed ({code or status})", detail=detail)
+
+
+def _code(exc: Exception) -> str:
+    """The backend's own word for an error; empty when it did not come from there."""
+    code = getattr(exc, "error_code", None) or ""
+    return str(getattr(code, "value", code))
+
+
+def _causes(exc: BaseException | None) -> Iterator[BaseException]:
+    """An error of the SDK, and those of requests, urllib3 and the system that it wraps, outermost first."""
+    while isinstance(exc, BaseException):
+        yield exc
+        inner = getattr(exc, "inner_exception", None) or getattr(exc, "reason", None)
+        exc = inner if isinstance(inner, BaseException) else next(iter(exc.args), None)
+
+
+def _detail(exc: Exception) -> str:
+    """For the log: what and why, but no URL, since that may hold a signature."""
+    response = getattr(exc, "response", None)
+    if response is not None and getattr(exc, "status_code", None):
+        return f"{exc.status_code} {_code(exc)}, request {response.headers.get('x-ms-request-id')}"
+    *_, root = _causes(exc)
+    return f"{type(exc).__name__}: {type(root).__name__}" + (f": {root}" if isinstance(root, OSError) else "")
+
+
+def _retry_after(exc: Exception) -> int:
+    """Seconds after which the backend wants to be asked again."""
+    response = getattr(exc, "response", None)
+    value = response.headers.get("Retry-After", "") if response is not None else ""
+    return int(value) if value.isdecimal() else RETRY_AFTER
+
+
+def _quieten(logger: str, level: int) -> None:
+    """Have a library log only from ``level`` on, unless somebody has asked for something else."""
+    if logging.getLogger(logger).level == logging.NOTSET:
+        logging.getLogger(logger).setLevel(level)

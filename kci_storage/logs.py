@@ -1,0 +1,105 @@
+"""Logging in logfmt: ``key=value`` pairs, one line per event, safe against whatever a client sends.
+
+Everything goes to standard error, where systemd and containers expect it.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kci_storage.transport import Exchange
+
+_PLAIN = re.compile(r"[!#-<>-\[\]-~]+")  # what needs no quotes: printable ASCII without space, quote, = and backslash
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+LONGEST_VALUE = 2_048  # characters; what a client sends cannot fill the disk with one line
+
+access_logger = logging.getLogger("kci_storage.access")
+
+
+def value(raw: object) -> str:
+    r"""One logfmt value: quoted where it has to be, and always one line.
+
+    >>> value("curl/8.5"), value('a "b"'), value("x\ny"), value("")
+    ('curl/8.5', '"a \\"b\\""', '"x\\u000ay"', '""')
+    """
+    text = str(raw)[:LONGEST_VALUE]
+    if _PLAIN.fullmatch(text):
+        return text
+    text = text.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{_CONTROL.sub(_escape, text)}"'
+
+
+def _escape(match: re.Match[str]) -> str:
+    return f"\\u{ord(match.group()):04x}"
+
+
+def logfmt(**fields: object) -> str:
+    """A line of pairs; a field that is None is left out.
+
+    >>> logfmt(event="access", status=200, user=None)
+    'event=access status=200'
+    """
+    return " ".join(f"{name}={value(raw)}" for name, raw in fields.items() if raw is not None)
+
+
+def timestamp(seconds: float) -> str:
+    """RFC 3339, UTC, to the millisecond.
+
+    >>> timestamp(0.5)
+    '1970-01-01T00:00:00.500Z'
+    """
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{int(seconds % 1 * 1000):03d}Z"
+
+
+def log_access(exchange: Exchange) -> None:
+    """The one line that every request gets, once its response has gone out."""
+    environ = exchange.environ
+    raw_path = environ.get("RAW_URI") or environ.get("PATH_INFO", "")
+    access_logger.info(
+        logfmt(
+            ts=timestamp(exchange.started),
+            event="access",
+            ip=environ.get("REMOTE_ADDR"),
+            status=exchange.status,
+            bytes=exchange.sent,
+            method=environ["REQUEST_METHOD"],
+            path=raw_path.partition("?")[0],  # a query may hold what nobody should read
+            user=exchange.user,
+            ua=None if exchange.user else environ.get("HTTP_USER_AGENT", ""),
+            cache=exchange.cache,
+            duration=f"{exchange.duration:.6f}",
+            request_id=exchange.request_id,
+            error=exchange.error,
+        )
+    )
+
+
+class LogfmtFormatter(logging.Formatter):
+    """Puts the time and the level before a message that is logfmt already, and a traceback into one field."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = f"ts={timestamp(record.created)} level={record.levelname.lower()} {record.getMessage()}"
+        if record.exc_info:
+            line += f" traceback={value(self.formatException(record.exc_info))}"
+        return line
+
+
+def configure(*, debug: bool) -> None:
+    """Set up this process's logging."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(LogfmtFormatter())
+    root = logging.getLogger("kci_storage")
+    root.handlers[:] = [handler]
+    root.setLevel(logging.DEBUG if debug else logging.INFO)
+    root.propagate = False
+    access = logging.StreamHandler(sys.stderr)
+    access.setFormatter(logging.Formatter("%(message)s"))
+    access_logger.handlers[:] = [access]
+    access_logger.propagate = False
+    for noisy in ("azure", "urllib3"):  # at INFO the SDK logs every request, URLs with signatures included
+        logging.getLogger(noisy).setLevel(logging.WARNING)

@@ -1,0 +1,86 @@
+"""gunicorn's settings: read from the configuration, and as facts about gunicorn demand.
+
+Used as ``gunicorn -c python:kci_storage.serving``, and by ``gunicorn.conf.py`` for ``gunicorn wsgi:app``.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from kci_storage.config import ConfigError, load
+from kci_storage.worker import LONGEST_REQUEST_LINE, Worker
+
+METRICS_PREFIX = "kci-storage-metrics"
+SHARED_MEMORY = Path("/dev/shm")
+
+
+def metrics_directory() -> str:
+    """A folder in memory for the workers' counters, named after the master, before prometheus_client is imported.
+
+    In memory, since a counter's page that finds no room on a full disk kills the worker (SIGBUS).
+    """
+    parent = SHARED_MEMORY if os.access(SHARED_MEMORY, os.W_OK) else Path(tempfile.gettempdir())
+    for old in parent.glob(f"{METRICS_PREFIX}-{os.getuid()}-*"):
+        pid = int(old.name.rsplit("-", 2)[1])
+        if not Path(f"/proc/{pid}").exists():
+            shutil.rmtree(old, ignore_errors=True)
+    return tempfile.mkdtemp(prefix=f"{METRICS_PREFIX}-{os.getuid()}-{os.getpid()}-", dir=parent)
+
+
+try:
+    _config = load()
+except ConfigError as exc:
+    print(f"kci-storage: {exc}", file=sys.stderr)
+    sys.exit(os.EX_CONFIG)
+
+os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", metrics_directory())
+Worker.send_timeout = _config.server.send_timeout
+
+bind = _config.server.bind
+workers = _config.server.workers or os.cpu_count() or 1
+threads = _config.server.threads
+worker_class = "kci_storage.worker.Worker"
+worker_tmp_dir = str(SHARED_MEMORY) if os.access(SHARED_MEMORY, os.W_OK) else None
+worker_connections = 4 * threads
+keepalive = 75  # seconds
+timeout = 120  # seconds without a heartbeat after which a worker is killed; its main loop never works
+graceful_timeout = 300  # seconds for running transfers at a stop; the rest is cut, and clients resume
+max_requests = 0  # a worker that restarts itself is not replaced before its last transfer has ended
+preload_app = False  # connections of the SDK that are inherited by a fork mix up their answers
+http_parser = "python"  # the other one accepts bare line feeds
+limit_request_line = LONGEST_REQUEST_LINE
+control_socket_disable = True  # it would be shared by all servers of one user
+proc_name = "kci-storage"
+# gunicorn must not look at X-Forwarded-*: trusted_proxies says whom to believe, and the application does.
+forwarded_allow_ips = ""
+
+
+def when_ready(server: Any) -> None:
+    """A client that vanishes without a word is noticed by the kernel; accepted sockets inherit this."""
+    for listener in server.LISTENERS:
+        if listener.sock.family in (socket.AF_INET, socket.AF_INET6):
+            milliseconds = int(_config.server.send_timeout * 1000)
+            listener.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
+
+
+def post_worker_init(worker: Any) -> None:
+    """The application is there: start what runs beside requests."""
+    worker.app.wsgi().extensions["kci_storage"].start()
+
+
+def child_exit(server: Any, worker: Any) -> None:
+    """A worker is gone: its gauges with it."""
+    from prometheus_flask_exporter.multiprocess import GunicornInternalPrometheusMetrics
+
+    GunicornInternalPrometheusMetrics.mark_process_dead_on_child_exit(worker.pid)
+
+
+def on_exit(server: Any) -> None:
+    """The master ends: its counters with it."""
+    shutil.rmtree(os.environ["PROMETHEUS_MULTIPROC_DIR"], ignore_errors=True)

@@ -1,0 +1,228 @@
+"""The border between gunicorn and the application: what was really read and sent.
+
+One :class:`Exchange` accompanies each request. Its body tells a client that went away from one that was done; its end
+is when the response's last byte has been handed to the kernel, or the client is gone, and only then is the request
+logged and counted. WSGI hooks of a framework run before the body is sent, and not at all for ``sendfile``.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol
+
+from kci_storage.errors import ClientDisconnected
+
+EXCHANGE = "kci_storage.exchange"  # the environ's key for it
+CONNECTION = "kci_storage.connection"  # the environ's key for what the worker lets us do to the connection
+SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:+/=-]{1,128}")
+
+Environ = dict[str, Any]
+StartResponse = Callable[..., Any]
+
+
+class Connection(Protocol):
+    """What the worker lets the application do to a connection."""
+
+    def continue_body(self) -> None:
+        """Send 100 Continue if the client waits for it."""
+
+    def close_afterwards(self) -> None:
+        """Say ``Connection: close`` and mean it."""
+
+
+class Exchange:
+    """A request and its response, as they went over the wire."""
+
+    def __init__(self, environ: Environ, finished: Callable[[Exchange], None]):
+        self.environ = environ
+        self.started = time.time()
+        self._clock = time.perf_counter()
+        self.request_id = _request_id(environ.get("HTTP_X_REQUEST_ID"))
+        self.body = RequestBody(environ)
+        self.status = 0
+        self.sent = 0  # body bytes
+        self.duration = 0.0  # seconds, once it has finished
+        self.route: str | None = None  # which view answered
+        self.user: str | None = None  # the token's email
+        self.cache: str | None = None  # what X-Cache said
+        self.error: str | None = None  # what only the log may say
+        self._finished: Callable[[Exchange], None] | None = finished
+
+    def finish(self) -> None:
+        """The response has been sent, or never will be. Only the first call counts."""
+        if self._finished is not None:
+            finished, self._finished = self._finished, None
+            self.duration = time.perf_counter() - self._clock
+            finished(self)
+
+
+def _request_id(incoming: str | None) -> str:
+    if incoming and SANE_REQUEST_ID.fullmatch(incoming):
+        return incoming
+    return uuid.uuid4().hex
+
+
+class RequestBody(io.RawIOBase):
+    """The request's body, which raises where it ends too early.
+
+    gunicorn shows a client that went away as an ordinary end of the body; only its length tells.
+    """
+
+    def __init__(self, environ: Environ):
+        super().__init__()
+        self._input = environ.get("wsgi.input")
+        self._connection: Connection | None = environ.get(CONNECTION)
+        self.chunked = "chunked" in environ.get("HTTP_TRANSFER_ENCODING", "").lower()
+        self.length = None if self.chunked else int(environ.get("CONTENT_LENGTH") or 0)  # bytes
+        self.received = 0  # bytes
+        self._at_end = self.length == 0
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether nothing of it is left on the connection."""
+        return self._at_end
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        """The next bytes, at most ``size`` (-1: all); empty at the end.
+
+        :raises ClientDisconnected: the client went away, stalled, or broke the chunked encoding.
+        """
+        if self._at_end:
+            return b""
+        if self._connection is not None and self.received == 0:
+            self._connection.continue_body()
+        data = self._read_input(size)
+        self.received += len(data)
+        if self.length is not None:
+            self._at_end = self.received >= self.length
+            if not data and not self._at_end:
+                raise ClientDisconnected(f"the body ended after {self.received} of {self.length} bytes")
+        elif not data:
+            self._at_end = True
+        return data
+
+    def _read_input(self, size: int) -> bytes:
+        assert self._input is not None
+        try:
+            return self._input.read() if size < 0 else self._input.read(size)
+        except Exception as exc:  # a reset, a time-out, a broken chunk: gunicorn has a class for each
+            raise ClientDisconnected("the body could not be read to its end", detail=repr(exc)) from exc
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+
+class SentFile:
+    """A file to be sent by ``sendfile`` from its present position, which notes how much of it went out.
+
+    ``socket.sendfile`` seeks the file to where it stopped, also when the client went away.
+
+    :param close: called once the file has been sent, or never will be; it closes ``fd``.
+    """
+
+    def __init__(self, fd: int, start: int, close: Callable[[], None]):
+        self._fd = fd
+        self._start = self._position = start
+        self._close = close
+        self.exchange: Exchange | None = None
+        os.lseek(fd, start, os.SEEK_SET)
+
+    def fileno(self) -> int:
+        """The descriptor, positioned at the first byte to send."""
+        return self._fd
+
+    def seek(self, position: int) -> None:
+        """What ``socket.sendfile`` calls at its end."""
+        self._position = position
+
+    def read(self, size: int = -1) -> bytes:
+        """For a server, or a TLS connection, that cannot use ``sendfile``."""
+        data = os.read(self._fd, size if size >= 0 else 1 << 20)
+        self._position += len(data)
+        return data
+
+    def close(self) -> None:
+        """Idempotent."""
+        if self._fd >= 0:
+            self._fd = -1
+            self._close()
+            if self.exchange is not None:
+                self.exchange.sent = self._position - self._start
+                self.exchange.finish()
+
+
+class SentBody:
+    """Any other response body, counted as it goes out."""
+
+    def __init__(self, body: Iterable[bytes], exchange: Exchange):
+        self._body = body
+        self._exchange = exchange
+
+    def __iter__(self) -> Iterator[bytes]:
+        without_body = self._exchange.environ["REQUEST_METHOD"] == "HEAD"
+        for data in self._body:
+            yield data  # counted when the server asks for the next piece: then this one has gone out
+            if not without_body:
+                self._exchange.sent += len(data)
+
+    def close(self) -> None:
+        """Called by the server at the end, whatever happened."""
+        try:
+            if hasattr(self._body, "close"):
+                self._body.close()
+        finally:
+            self._exchange.finish()
+
+
+class Transport:
+    """WSGI middleware that gives each request its :class:`Exchange`.
+
+    :param started: called when a request's head is here.
+    :param finished: called with the exchange at its end.
+    """
+
+    def __init__(
+        self,
+        app: Callable[[Environ, StartResponse], Iterable[bytes]],
+        started: Callable[[], None],
+        finished: Callable[[Exchange], None],
+    ):
+        self._app = app
+        self._started = started
+        self._finished = finished
+
+    def __call__(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
+        self._started()
+        exchange = Exchange(environ, self._finished)
+        environ[EXCHANGE] = exchange
+        environ["wsgi.input"] = exchange.body
+
+        def start(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
+            exchange.status = int(status[:3])
+            headers.append(("X-Request-ID", exchange.request_id))
+            connection: Connection | None = environ.get(CONNECTION)
+            if connection is not None and not exchange.body.exhausted:
+                connection.close_afterwards()  # what is left of the body is not the next request
+            return start_response(status, headers, exc_info) if exc_info else start_response(status, headers)
+
+        try:
+            body = self._app(environ, start)
+        except BaseException:
+            exchange.status = exchange.status or 500
+            exchange.finish()
+            raise
+        file = getattr(body, "filelike", None)
+        if isinstance(file, SentFile):
+            file.exchange = exchange
+            return body
+        return SentBody(body, exchange)
