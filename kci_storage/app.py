@@ -22,6 +22,7 @@ from kci_storage.drivers.base import Driver, LocalObjects, Sweepable
 from kci_storage.evict import Housekeeper
 from kci_storage.fill import Fills
 from kci_storage.metrics import Metrics
+from kci_storage.misses import Misses
 from kci_storage.objects import Objects
 from kci_storage.transport import Exchange, Transport
 from kci_storage.upload import Uploads
@@ -79,7 +80,8 @@ def build_services(config: Config) -> Services:
     metrics = Metrics(cache, disks(config, local))
     housekeeper = Housekeeper(cache, config.cache, metrics, driver if isinstance(driver, Sweepable) else None)
     measured = metrics.measured(driver)
-    fills = Fills(measured, cache, metrics, housekeeper.make_room)
+    misses = Misses(config.cache.directory / "uploads")
+    fills = Fills(measured, cache, metrics, housekeeper.make_room, fills_at_once(config))
     server = config.server
     return Services(
         config=config,
@@ -89,6 +91,7 @@ def build_services(config: Config) -> Services:
             local,
             cache,
             fills,
+            misses,
             metrics,
             wait_timeout=server.lock_timeout,
             revalidate_after=config.cache.revalidate_after,
@@ -96,6 +99,7 @@ def build_services(config: Config) -> Services:
         uploads=Uploads(
             measured,
             cache,
+            misses,
             metrics,
             cached=local is None,
             lock_timeout=server.lock_timeout,
@@ -106,6 +110,11 @@ def build_services(config: Config) -> Services:
         metrics=metrics,
         housekeeper=housekeeper,
     )
+
+
+def fills_at_once(config: Config) -> int:
+    """This worker's share of ``max_fills``."""
+    return -(-config.cache.max_fills // config.server.worker_count)
 
 
 def disks(config: Config, local: LocalObjects | None) -> list[Path]:

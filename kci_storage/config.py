@@ -146,6 +146,11 @@ class ServerConfig:
         60.0, "after this long without progress a stalled client is dropped", unit="seconds", minimum=1, maximum=_DAY
     )
 
+    @property
+    def worker_count(self) -> int:
+        """How many worker processes there are."""
+        return self.workers or os.cpu_count() or 1
+
 
 @dataclass(frozen=True, slots=True)
 class AzureConfig:
@@ -205,6 +210,9 @@ class CacheConfig:
     )
     interval: float = _setting(
         300.0, "time between two looks at the limits", unit="seconds", minimum=0.1, maximum=_DAY
+    )
+    max_fills: int = _setting(
+        64, "objects fetched into the cache at once; further ones wait, then get 503", minimum=1, maximum=10_000
     )
     revalidate_after: float = _setting(
         0.0,

@@ -47,6 +47,7 @@ log = logging.getLogger(__name__)
 
 READ_SIZE = 256 * 1024  # bytes read from a part at a time
 WATCH_INTERVAL = 0.005  # seconds between two looks at a part that another process fills
+SLOT_INTERVAL = 1.0  # seconds between two looks whether anybody still waits for a fill that may not begin yet
 RESUME_FOR = 60  # seconds without a byte after which a fill gives up
 FIRST_BACKOFF, LONGEST_BACKOFF = 0.2, 5.0  # seconds between two tries of a fill
 
@@ -177,13 +178,17 @@ class Fills:
     """The fills that the threads of one process take part in.
 
     :param make_room: called with a number of bytes before a fill; it evicts, and says whether they fit.
+    :param at_once: how many fills this process may run; further ones wait.
     """
 
-    def __init__(self, driver: Driver, cache: Cache, metrics: Metrics, make_room: Callable[[int], bool]):
+    def __init__(
+        self, driver: Driver, cache: Cache, metrics: Metrics, make_room: Callable[[int], bool], at_once: int
+    ):
         self.driver = driver
         self.cache = cache
         self.metrics = metrics
         self.make_room = make_room
+        self.slots = threading.BoundedSemaphore(at_once)
         self._running: dict[str, Fill] = {}
         self._mutex = threading.Lock()
 
@@ -279,6 +284,7 @@ class Filler:
     def __init__(self, fills: Fills, fill: Fill, part: durable.NewFile):
         self._driver, self._cache, self._metrics = fills.driver, fills.cache, fills.metrics
         self._make_room = fills.make_room
+        self._slots = fills.slots
         self._fill = fill
         self._part = part
         self._record = fill.slot.fill_record(os.fstat(part.fileno()).st_ino)
@@ -290,7 +296,7 @@ class Filler:
         :raises StorageError: it cannot be had.
         :raises AlreadyCached: there is a copy.
         """
-        with self._part, self._metrics.filling():
+        with self._part, self._slot(), self._metrics.filling():
             try:
                 self._resume()
                 self._fetch()
@@ -300,6 +306,17 @@ class Filler:
                 raise
             finally:
                 durable.remove(self._record)  # before the part, so that its inode is never another part's by then
+
+    @contextlib.contextmanager
+    def _slot(self) -> Iterator[None]:
+        """One of the fills that may run at once; its followers give up waiting by themselves."""
+        while not self._slots.acquire(timeout=SLOT_INTERVAL):
+            if self._fill.followers == 0:
+                raise Overloaded("too many files are being fetched; try later", retry_after=5)
+        try:
+            yield
+        finally:
+            self._slots.release()
 
     def _resume(self) -> None:
         """Take up what a filler that died has left."""

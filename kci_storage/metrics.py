@@ -48,6 +48,7 @@ _sent = Counter("kci_storage_sent_bytes", "Bytes of response bodies that went ou
 _received = Counter("kci_storage_received_bytes", "Bytes of request bodies that came in")
 _served = Counter("kci_storage_cache_requests", "Objects opened, by where they came from", ["result"])
 _revalidations = Counter("kci_storage_cache_revalidations", "Copies checked against the backend", ["result"])
+_uncached = Counter("kci_storage_uncached_downloads", "Downloads served past the cache: no room, or a failed fill")
 _fills = Counter("kci_storage_fills", "Cold objects brought into the cache", ["result"])
 _filling = Gauge("kci_storage_fills_in_progress", "Cold objects on their way in", multiprocess_mode="livesum")
 _evicted_files = Counter("kci_storage_evicted_files", "Copies removed to make room")
@@ -104,6 +105,10 @@ class Metrics:
     def served(self, status: CacheStatus) -> None:
         """An object was opened."""
         _served.labels(status.value).inc()
+
+    def uncached(self) -> None:
+        """The rest of a download comes straight from the backend, since its fill ended early."""
+        _uncached.inc()
 
     def revalidated(self, result: str) -> None:
         """A copy was checked: ``fresh``, ``changed``, ``deleted``, or ``failed``."""

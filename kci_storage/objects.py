@@ -16,6 +16,7 @@ from kci_storage.drivers.base import Driver, LocalObjects, ObjectInfo
 from kci_storage.errors import ObjectNotFound, Overloaded, StorageError
 from kci_storage.fill import READ_SIZE, AlreadyCached, CorruptObject, Fill, Fills
 from kci_storage.locks import POLL_INTERVAL
+from kci_storage.misses import Misses
 
 if TYPE_CHECKING:
     from kci_storage.metrics import Metrics
@@ -87,9 +88,10 @@ class FilledContent(Content):
 
     status = CacheStatus.MISS
 
-    def __init__(self, driver: Driver, info: ObjectInfo, fill: Fill):
+    def __init__(self, driver: Driver, info: ObjectInfo, fill: Fill, metrics: Metrics):
         self.info = info
         self._driver = driver
+        self._metrics = metrics
         self._fill: Fill | None = fill
 
     def read(self, start: int, stop: int) -> Iterator[bytes]:
@@ -102,6 +104,7 @@ class FilledContent(Content):
             raise
         except StorageError:
             # A full disk here, a filler lost in another process: what fails a fill need not fail a download.
+            self._metrics.uncached()
             with self._driver.read(self.info.key, start, stop, etag=self.info.etag) as reader:
                 yield from reader
 
@@ -116,9 +119,10 @@ class RemoteContent(Content):
 
     status = CacheStatus.MISS
 
-    def __init__(self, driver: Driver, fills: Fills, info: ObjectInfo):
+    def __init__(self, driver: Driver, fills: Fills, info: ObjectInfo, metrics: Metrics):
         self.info = info
         self._driver = driver
+        self._metrics = metrics
         self._fills = fills
 
     def read(self, start: int, stop: int) -> Iterator[bytes]:
@@ -127,7 +131,7 @@ class RemoteContent(Content):
             with self._driver.read(self.info.key, start, stop, etag=self.info.etag) as reader:
                 yield from reader
             return
-        with contextlib.closing(FilledContent(self._driver, self.info, fill)) as content:
+        with contextlib.closing(FilledContent(self._driver, self.info, fill, self._metrics)) as content:
             yield from content.read(start, stop)
 
     def _fill_to_follow(self, start: int, stop: int) -> Fill | None:
@@ -171,6 +175,7 @@ class Objects:
         local: LocalObjects | None,
         cache: Cache,
         fills: Fills,
+        misses: Misses,
         metrics: Metrics,
         *,
         wait_timeout: float,
@@ -180,6 +185,7 @@ class Objects:
         self._local = local
         self._cache = cache
         self._fills = fills
+        self._misses = misses
         self._metrics = metrics
         self._wait_timeout = wait_timeout
         self._freshness = Freshness(revalidate_after)
@@ -229,11 +235,21 @@ class Objects:
         """A content that is fetched; None when one has to look again."""
         if self._cache.is_being_written(key):
             return None
-        if not whole:
-            return RemoteContent(self._driver, self._fills, self._driver.stat(key))
+        if self._misses.remembers(key):
+            raise ObjectNotFound("no such file")
+        uploads = self._misses.uploads(key)
+        try:
+            if whole:
+                return self._open_fill(key)
+            return RemoteContent(self._driver, self._fills, self._driver.stat(key), self._metrics)
+        except ObjectNotFound:
+            self._misses.remember(key, uploads)
+            raise
+
+    def _open_fill(self, key: str) -> FilledContent | None:
         fill = self._fills.join(key)
         try:
-            return FilledContent(self._driver, fill.wait_for_info(self._wait_timeout), fill)
+            return FilledContent(self._driver, fill.wait_for_info(self._wait_timeout), fill, self._metrics)
         except AlreadyCached:
             fill.leave()
             return None

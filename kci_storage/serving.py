@@ -43,7 +43,7 @@ os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", metrics_directory())
 Worker.send_timeout = _config.server.send_timeout
 
 bind = _config.server.bind
-workers = _config.server.workers or os.cpu_count() or 1
+workers = _config.server.worker_count
 threads = _config.server.threads
 worker_class = "kci_storage.worker.Worker"
 worker_tmp_dir = str(SHARED_MEMORY) if os.access(SHARED_MEMORY, os.W_OK) else None

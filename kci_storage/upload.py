@@ -32,6 +32,7 @@ from kci_storage.errors import (
     StorageError,
     UploadTooLarge,
 )
+from kci_storage.misses import Misses
 
 if TYPE_CHECKING:
     from kci_storage.metrics import Metrics
@@ -81,10 +82,19 @@ class Uploads:
     """
 
     def __init__(
-        self, driver: Driver, cache: Cache, metrics: Metrics, *, cached: bool, lock_timeout: float, max_bytes: int
+        self,
+        driver: Driver,
+        cache: Cache,
+        misses: Misses,
+        metrics: Metrics,
+        *,
+        cached: bool,
+        lock_timeout: float,
+        max_bytes: int,
     ):
         self.driver = driver
         self.cache = cache
+        self.misses = misses
         self.metrics = metrics
         self.cached = cached
         self.lock_timeout = lock_timeout
@@ -145,11 +155,12 @@ class Uploads:
 
 
 class Upload:
-    """A file on its way in. It holds the key's lock until it is closed; closed without a commit, it leaves nothing."""
+    """A file on its way in. It holds its key's lock until it is closed; without a commit, it leaves nothing."""
 
     def __init__(self, uploads: Uploads, key: str, content_type: str, *, md5: bool):
         self.key = key
         self._cache = uploads.cache
+        self._misses = uploads.misses
         self._content_type = content_type
         self._max_bytes = uploads.max_bytes
         self._size = 0
@@ -224,6 +235,7 @@ class Upload:
             raise
         self._publish(info)
         self._cache.revoke_fill(self.key)
+        self._misses.uploaded(self.key)
         return info
 
     def commit_new_or_replaced(self) -> Stored:

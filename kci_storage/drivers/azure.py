@@ -580,7 +580,8 @@ def _detail(exc: Exception) -> str:
     if response is not None and getattr(exc, "status_code", None):
         return f"{exc.status_code} {_code(exc)}, request {response.headers.get('x-ms-request-id')}"
     *_, root = _causes(exc)
-    return f"{type(exc).__name__}: {type(root).__name__}" + (f": {root}" if isinstance(root, OSError) else "")
+    reason = str(root)
+    return f"{type(exc).__name__}: {type(root).__name__ if '?' in reason else reason}"
 
 
 def _retry_after(exc: Exception) -> int:
