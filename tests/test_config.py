@@ -67,6 +67,7 @@ def test_the_defaults_are_the_contracts():
         "recover_disk_percent": 13,
         "cleanup_chunk_size": 100000,
         "interval": 300,
+        "max_fills": 64,
         "revalidate_after": 0,
     }
     assert set(dataclasses.asdict(config.azure).values()) == {""}
