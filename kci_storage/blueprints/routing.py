@@ -38,10 +38,10 @@ def exchange() -> Exchange:
 def download_key() -> str:
     """The key that a download asks for.
 
-    :raises ObjectNotFound: it cannot be one.
+    :raises ObjectNotFound: it breaks a rule; no driver may see such a key.
     """
     try:
-        return keys.from_path_info(request.environ["PATH_INFO"])
+        return keys.check(keys.from_path_info(request.environ["PATH_INFO"]))
     except BadKey as exc:
         raise ObjectNotFound("no such file", detail=exc.message) from exc
 
