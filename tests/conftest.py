@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -12,12 +11,10 @@ import pytest
 
 pytest.register_assert_rewrite("tests.harness")
 
+from tests.azurite import azurite  # noqa: E402, F401  (a fixture)
 from tests.harness import Server, running  # noqa: E402
 
 NO_SKIP_VARIABLE = "KCI_STORAGE_NO_SKIP"  # set: what would be skipped fails, with the reason
-
-if importlib.util.find_spec("tests.azurite"):
-    from tests.azurite import azurite  # noqa: F401  (a fixture)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -101,7 +101,7 @@ class Server:
         self.storage_path = folder / "storage"
         self.log_path = folder / "server.log"
         self.expected_errors: list[str] = []
-        self._reserved = _reserve_port()
+        self._reserved = reserve_port()
         self.port: int = self._reserved.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.document = self._complete(document)
@@ -229,7 +229,7 @@ class Server:
         assert not temporary.exists() or not list(temporary.iterdir())
 
 
-def _reserve_port() -> socket.socket:
+def reserve_port() -> socket.socket:
     """A bound socket that does not listen: nobody else gets its port, but one more SO_REUSEADDR socket may bind it.
 
     gunicorn sets SO_REUSEADDR, so the port is the server's, and remains so between its stop and its next start.

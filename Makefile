@@ -1,0 +1,38 @@
+# `make` alone prints what it can do. PYTHON names another Python than python3.
+
+PYTHON ?= python3
+VENV := .venv
+ARGS ?=
+export PYTHON
+
+.DEFAULT_GOAL := help
+.PHONY: help run test check demo clean
+
+help: ## print this
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-6s  %s\n", $$1, $$2 }' Makefile
+
+run: $(VENV)/run.stamp ## start the server on local disk, with lines to paste (KCI_STORAGE_PORT=… for another port)
+	@$(VENV)/bin/python tools/run.py
+
+test: $(VENV)/test.stamp ## run all tests (ARGS="-k upload" for some of them)
+	@tools/azurite.sh .tools $(VENV)
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+check: $(VENV)/test.stamp ## look for mistakes without running anything
+	@$(VENV)/bin/python -m ruff check
+
+demo: $(VENV)/test.stamp ## upload and download an arm64 kernel package, or DEMO_DIR=…, over Azurite, and compare
+	@tools/azurite.sh .tools $(VENV)
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/python tools/demo.py $(DEMO_DIR)
+
+clean: ## remove what make has made, but for config.toml and the stored files
+	rm -rf $(VENV) .tools build dist *.egg-info .pytest_cache .hypothesis .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/run.stamp: setup.cfg setup.py tools/environment.sh
+	@tools/environment.sh $(VENV)
+	@touch $@
+
+$(VENV)/test.stamp: setup.cfg setup.py tools/environment.sh
+	@tools/environment.sh $(VENV) test
+	@touch $@ $(VENV)/run.stamp

@@ -1,0 +1,40 @@
+#!/bin/sh
+# Download Debian packages into a folder, as root or not, without touching the system's package lists:
+#
+#     apt-download.sh FOLDER ARCHITECTURE PACKAGE…
+#
+# The system's own apt sources are asked; "native" is this machine's architecture. The lists stay in FOLDER/.apt, for
+# the next time.
+set -eu
+
+fail() {
+    echo "apt-download: $*" >&2
+    exit 1
+}
+
+[ $# -ge 3 ] || fail "usage: apt-download.sh FOLDER ARCHITECTURE PACKAGE…"
+command -v apt-get >/dev/null || fail "apt-get is missing: this is no Debian system"
+mkdir -p "$1"
+folder=$(cd "$1" && pwd)
+architecture=$2
+shift 2
+[ "$architecture" != native ] || architecture=$(dpkg --print-architecture)
+
+private_apt() {
+    apt-get -qq \
+        -o Dir::State="$folder/.apt/$architecture/state" \
+        -o Dir::State::status="$folder/.apt/$architecture/status" \
+        -o Dir::Cache="$folder/.apt/$architecture/cache" \
+        -o APT::Architecture="$architecture" \
+        -o APT::Architectures="$architecture" \
+        -o APT::Sandbox::User="$(id -un)" \
+        -o Acquire::Languages=none \
+        "$@"
+}
+
+mkdir -p "$folder/.apt/$architecture/state/lists/partial" "$folder/.apt/$architecture/cache/archives/partial"
+: >"$folder/.apt/$architecture/status"
+# A source that has nothing for this architecture, or is away, is no reason to give up: the download will tell.
+private_apt update || true
+cd "$folder"
+private_apt download "$@" || fail "cannot download $* for $architecture"
