@@ -8,25 +8,37 @@ It leans on gunicorn's internals, so gunicorn is pinned to a minor version in se
   body that was refused is not taken for the next request.
 - A peer that takes or sends nothing for ``send_timeout`` seconds is dropped. The time is that without progress: for
   ``sendall``, whose time-out Python counts over all of its data, the socket's own class sees to that.
+- Connections are closed, with the patience that TCP asks for, by a thread of their own: gunicorn's main loop would
+  stand still for two seconds for each.
+- A connection is accepted only while a thread is free for it, and takes one only when something was sent.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import queue
+import selectors
 import socket
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 from gunicorn.http import message
-from gunicorn.workers.gthread import ThreadWorker
+from gunicorn.workers.gthread import TConn, ThreadWorker
 
 from kci_storage.transport import CONNECTION
 
 # A key of 1,024 characters has up to 12 KiB when percent-encoded; gunicorn would cap its own setting at 8,190.
 LONGEST_REQUEST_LINE = 16 * 1024
 message.MAX_REQUEST_LINE = LONGEST_REQUEST_LINE
+
+LINGER_SECONDS = 3.0  # for which a client may go on sending after its connection was closed
+LINGER_BYTES = 64 * 1024 * 1024  # that it may send in them
+DRAIN_SIZE = 256 * 1024  # bytes
 
 
 class ProgressSocket(socket.socket):
@@ -78,6 +90,97 @@ class WorkerConnection:
         self._request.force_close()
 
 
+class Lingerer:
+    """Closes connections without a thread for each, and without the main loop (RFC 9112, 9.6).
+
+    A connection that is closed while the client still sends would be reset, and the client might lose the answer that
+    tells it why. So only our side is closed at first, and what still comes is thrown away for a while.
+    """
+
+    def __init__(self) -> None:
+        self._new: queue.SimpleQueue[socket.socket] = queue.SimpleQueue()
+        self._selector = selectors.DefaultSelector()
+        self._wake_reader, self._wake_writer = socket.socketpair()
+        self._wake_reader.setblocking(False)
+        self._wake_writer.setblocking(False)
+        self._selector.register(self._wake_reader, selectors.EVENT_READ)
+        self._open: deque[Lingering] = deque()  # by deadline
+        threading.Thread(target=self._run, name="linger", daemon=True).start()
+
+    def close(self, sock: socket.socket) -> None:
+        """Take over a connection that has been answered."""
+        self._new.put(sock)
+        with contextlib.suppress(BlockingIOError):  # it has been woken often enough
+            self._wake_writer.send(b"x")
+
+    def _run(self) -> None:
+        while True:
+            for key, _ in self._selector.select(timeout=1):
+                if key.data is None:
+                    self._take_new()
+                else:
+                    self._drain(key.data)
+            now = time.monotonic()
+            while self._open and (self._open[0].closed or self._open[0].deadline <= now):
+                self._end(self._open.popleft())
+
+    def _take_new(self) -> None:
+        self._wake_reader.recv(4096)
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._begin(self._new.get_nowait())
+
+    def _begin(self, sock: socket.socket) -> None:
+        lingering = Lingering(sock, time.monotonic() + LINGER_SECONDS)
+        try:
+            sock.setblocking(False)
+            sock.shutdown(socket.SHUT_WR)
+            self._selector.register(sock, selectors.EVENT_READ, lingering)
+            self._open.append(lingering)
+        except OSError:  # the client has closed it already
+            sock.close()
+
+    def _drain(self, lingering: Lingering) -> None:
+        try:
+            data = lingering.sock.recv(DRAIN_SIZE)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        lingering.drained += len(data)
+        if not data or lingering.drained > LINGER_BYTES:
+            self._end(lingering)
+
+    def _end(self, lingering: Lingering) -> None:
+        if not lingering.closed:
+            lingering.closed = True
+            self._selector.unregister(lingering.sock)
+            lingering.sock.close()
+
+
+class Lingering:
+    """A connection that is half closed."""
+
+    def __init__(self, sock: socket.socket, deadline: float):
+        self.sock = sock
+        self.deadline = deadline  # on the monotonic clock, in seconds
+        self.drained = 0  # bytes
+        self.closed = False
+
+
+class Connection(TConn):
+    """A client's connection, which closes gracefully without its caller waiting for that."""
+
+    lingerer: Lingerer
+
+    def close(self, graceful: bool = False) -> None:
+        """Close; gracefully: so that the client gets all that was sent to it."""
+        if graceful:
+            self.lingerer.close(self.sock)
+        else:
+            super().close()
+
+
 class Worker(ThreadWorker):
     """The worker class of this server."""
 
@@ -86,6 +189,21 @@ class Worker(ThreadWorker):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._at_work = threading.local()
+
+    @property
+    def worker_connections(self) -> int:
+        """So many connections that a thread is free for one more: another worker may have a free one."""
+        idle = len(self.keepalived_conns) + len(self.pending_conns)
+        return min(idle + self.cfg.threads, self.cfg.worker_connections)
+
+    @worker_connections.setter
+    def worker_connections(self, value: int) -> None:
+        pass  # gunicorn's own number, which counts connections that wait for a thread
+
+    def init_process(self) -> None:
+        """Start what must not be shared with a forked process, then serve."""
+        self._lingerer = Lingerer()
+        super().init_process()
 
     def load_wsgi(self) -> None:
         """Load the application, and have each request's environ lead to its connection."""
@@ -98,15 +216,22 @@ class Worker(ThreadWorker):
 
         self.wsgi = with_connection
 
+    def accept(self, listener: Any) -> None:
+        """Accept a connection, which costs a thread only once something was sent on it."""
+        try:
+            sock, address = listener.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return
+        self.nr_conns += 1
+        conn = Connection(self.cfg, ProgressSocket(fileno=sock.detach()), address, listener.getsockname())
+        conn.lingerer = self._lingerer
+        conn.set_timeout()
+        self.pending_conns.append(conn)
+        self.poller.register(conn.sock, selectors.EVENT_READ, partial(self.on_pending_socket_readable, conn))
+
     def handle_request(self, req: Any, conn: Any) -> Any:
         """Answer a request, on a thread of the pool."""
         expects_continue, req._expected_100_continue = req._expected_100_continue, False
         self._at_work.connection = WorkerConnection(req, conn.sock, expects_continue)
         conn.sock.settimeout(self.send_timeout)
         return super().handle_request(req, conn)
-
-    def handle(self, conn: Any) -> Any:
-        """Serve a connection that has a request, on a thread of the pool."""
-        if type(conn.sock) is socket.socket:
-            conn.sock = ProgressSocket(fileno=conn.sock.detach())
-        return super().handle(conn)
