@@ -1,0 +1,28 @@
+"""``make`` alone, and what the README says about its targets."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import kci_storage
+
+ROOT = Path(kci_storage.__file__).parent.parent
+MAKEFILE = (ROOT / "Makefile").read_text()
+TARGETS = set(re.findall(r"^([a-z]+):.*## ", MAKEFILE, flags=re.M))
+
+
+def test_make_alone_prints_every_target_with_its_help():
+    result = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    lines = [line.split(maxsplit=2) for line in result.stdout.splitlines() if line.startswith("make ")]
+    assert {name for _, name, _ in lines} == TARGETS
+
+
+def test_every_target_that_is_no_file_has_help():
+    (phony,) = re.findall(r"^\.PHONY: (.*)$", MAKEFILE, flags=re.M)
+    assert set(phony.split()) == TARGETS
+
+
+def test_the_readme_names_every_target_and_no_other():
+    assert set(re.findall(r"`make ([a-z]+)[` ]", (ROOT / "README.md").read_text())) == TARGETS
