@@ -12,6 +12,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -131,21 +132,27 @@ class Metrics:
 
     @contextlib.contextmanager
     def uploading(self) -> Iterator[None]:
-        """One file is taken in during the block."""
-        with _counted(_uploads):
-            yield
-
-    @contextlib.contextmanager
-    def waiting_for_lock(self) -> Iterator[None]:
-        """The block ends as soon as a key's lock is there."""
-        started = time.monotonic()
+        """An upload request is answered during the block; its files are counted as they are stored."""
         try:
             yield
-        except WriteConflict:
-            _lock_timeouts.inc()
+        except Exception as exc:
+            _uploads.labels(_label(exc)).inc()
             raise
-        finally:
-            _lock_seconds.observe(time.monotonic() - started)
+
+    def uploaded(self) -> None:
+        """A file was stored."""
+        _uploads.labels("ok").inc()
+
+    @contextlib.contextmanager
+    def waiting_for(self, lock: AbstractContextManager[None]) -> Iterator[None]:
+        """Hold a key's lock during the block; how long that took to get is measured.
+
+        :raises WriteConflict: it was held by others for too long.
+        """
+        with contextlib.ExitStack() as held:
+            with _lock_wait():
+                held.enter_context(lock)
+            yield
 
     def watch(self, app: Any) -> None:
         """Have the views' own metrics (``flask_http_request_…``: time until the headers, exceptions) collected."""
@@ -223,25 +230,37 @@ def _counted(counter: Counter) -> Iterator[None]:
     """Count the block's outcome: ``ok``, or the label of its error."""
     try:
         yield
-    except StorageError as exc:
-        counter.labels(meaning(exc).label).inc()
-        raise
-    except Exception:
-        counter.labels("internal").inc()
+    except Exception as exc:
+        counter.labels(_label(exc)).inc()
         raise
     counter.labels("ok").inc()
+
+
+def _label(error: Exception) -> str:
+    return meaning(error).label if isinstance(error, StorageError) else "internal"
+
+
+@contextlib.contextmanager
+def _lock_wait() -> Iterator[None]:
+    started = time.monotonic()
+    try:
+        yield
+    except WriteConflict:
+        _lock_timeouts.inc()
+        raise
+    finally:
+        _lock_seconds.observe(time.monotonic() - started)
 
 
 @contextlib.contextmanager
 def _operation(name: str) -> Iterator[None]:
     """Count and time a call of the driver."""
     started = time.monotonic()
-    result = "internal"
+    result = "ok"
     try:
         yield
-        result = "ok"
-    except StorageError as exc:
-        result = meaning(exc).label
+    except Exception as exc:
+        result = _label(exc)
         raise
     finally:
         _operations.labels(name, result).inc()

@@ -8,12 +8,12 @@ import os
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from kci_storage.cache import Cache, Record
 from kci_storage.drivers.base import Driver, LocalObjects, ObjectInfo
-from kci_storage.errors import ObjectNotFound, Overloaded, StorageError
+from kci_storage.errors import ObjectNotFound, Overloaded, PreconditionFailed, StorageError
 from kci_storage.fill import READ_SIZE, AlreadyCached, CorruptObject, Fill, Fills
 from kci_storage.locks import POLL_INTERVAL
 from kci_storage.misses import Misses
@@ -284,17 +284,23 @@ class Objects:
             self._metrics.revalidated("fresh")
             return CacheStatus.HIT
 
-    def delete(self, key: str) -> None:
+    def delete(self, key: str, may_delete: Callable[[str | None], bool] | None = None) -> None:
         """Delete the object and its copy.
 
+        :param may_delete: None: always; else it is given the present version's ETag.
         :raises ObjectNotFound: there is none.
+        :raises PreconditionFailed: the present version may not be deleted.
         :raises WriteConflict: an upload of the key took too long to wait for.
         :raises BackendError: it failed, or nobody knows.
         """
-        with self._cache.writing(key, self._wait_timeout):
+        with self._metrics.waiting_for(self._cache.writing(key, self._wait_timeout)):
             self._cache.announce_commit(key)
             try:
+                if may_delete is not None and not may_delete(self._driver.stat(key).etag):
+                    raise PreconditionFailed("the stored file is not the version that the request asks for")
                 self._driver.delete(key)
+            except PreconditionFailed:
+                raise
             except ObjectNotFound:
                 self._forget(key)
                 raise

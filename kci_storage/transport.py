@@ -7,6 +7,7 @@ logged and counted. WSGI hooks of a framework run before the body is sent, and n
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import re
@@ -15,7 +16,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
-from kci_storage.errors import ClientDisconnected
+from kci_storage.errors import ClientDisconnected, StorageError, meaning
 
 EXCHANGE = "kci_storage.exchange"  # the environ's key for it
 CONNECTION = "kci_storage.connection"  # the environ's key for what the worker lets us do to the connection
@@ -45,6 +46,7 @@ class Exchange:
         self.request_id = _request_id(environ.get("HTTP_X_REQUEST_ID"))
         self.body = RequestBody(environ)
         self.status = 0
+        self.promised = 0  # body bytes, by Content-Length
         self.sent = 0  # body bytes
         self.duration = 0.0  # seconds, once it has finished
         self.route: str | None = None  # which view answered
@@ -53,12 +55,24 @@ class Exchange:
         self.error: str | None = None  # what only the log may say
         self._finished: Callable[[Exchange], None] | None = finished
 
+    def failed(self, error: StorageError) -> None:
+        """Have the log say what went wrong."""
+        self.error = f"{meaning(error).label}: {error.detail or error.message}"
+
     def finish(self) -> None:
         """The response has been sent, or never will be. Only the first call counts."""
         if self._finished is not None:
             finished, self._finished = self._finished, None
             self.duration = time.perf_counter() - self._clock
+            if self.sent < self.promised:
+                self.close_connection()  # else the client waits for the rest, and takes the next answer for it
             finished(self)
+
+    def close_connection(self) -> None:
+        """Have the connection closed after this response."""
+        connection: Connection | None = self.environ.get(CONNECTION)
+        if connection is not None:
+            connection.close_afterwards()
 
 
 def _request_id(incoming: str | None) -> str:
@@ -170,10 +184,16 @@ class SentBody:
 
     def __iter__(self) -> Iterator[bytes]:
         without_body = self._exchange.environ["REQUEST_METHOD"] == "HEAD"
-        for data in self._body:
-            yield data  # counted when the server asks for the next piece: then this one has gone out
-            if not without_body:
-                self._exchange.sent += len(data)
+        try:
+            for data in self._body:
+                yield data  # counted when the server asks for the next piece: then this one has gone out
+                if not without_body:
+                    self._exchange.sent += len(data)
+        except StorageError as exc:
+            self._exchange.failed(exc)
+            # Too late for an error's status. The server takes this for a client that left: it closes the connection,
+            # without the last chunk or short of Content-Length, so the client sees that something is missing.
+            raise ConnectionResetError(errno.ECONNRESET, "the response was cut short") from exc
 
     def close(self) -> None:
         """Called by the server at the end, whatever happened."""
@@ -182,6 +202,12 @@ class SentBody:
                 self._body.close()
         finally:
             self._exchange.finish()
+
+
+def _promised(method: str, headers: list[tuple[str, str]]) -> int:
+    """How many bytes of body a response announces."""
+    lengths = (int(value) for name, value in headers if name.lower() == "content-length")
+    return 0 if method == "HEAD" else next(lengths, 0)
 
 
 class Transport:
@@ -209,10 +235,10 @@ class Transport:
 
         def start(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
             exchange.status = int(status[:3])
+            exchange.promised = _promised(environ["REQUEST_METHOD"], headers)
             headers.append(("X-Request-ID", exchange.request_id))
-            connection: Connection | None = environ.get(CONNECTION)
-            if connection is not None and not exchange.body.exhausted:
-                connection.close_afterwards()  # what is left of the body is not the next request
+            if not exchange.body.exhausted:
+                exchange.close_connection()  # what is left of the body is not the next request
             return start_response(status, headers, exc_info) if exc_info else start_response(status, headers)
 
         try:

@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -40,7 +40,9 @@ if TYPE_CHECKING:
 READ_SIZE = 256 * 1024  # bytes; gunicorn reads bodies several times slower in smaller steps
 FORM_MEMORY = 1024 * 1024  # bytes of a form that may be undecided at once: a part's head, and one read
 LONGEST_PATH_FIELD = 8 * 1024  # bytes; a key has at most 1,024 characters
+FORM_OVERHEAD = 1024 * 1024  # bytes that a form may have beyond the limit, which then holds for each file
 MOST_PARTS = 10_000
+LONGEST_PADDING = 64  # blanks after a boundary, which RFC 2046, 5.1.1 allows and nobody sends
 FILE_FIELD = re.compile(r"file[0-9]+")
 # A backslash that escapes nothing: a Windows path, of which the decoder would silently drop the separators.
 LONE_BACKSLASH = re.compile(r'\\(?!["\\])')
@@ -149,7 +151,7 @@ class Uploads:
         :raises StorageError: a commit failed; the message says which files had been stored by then.
         """
         with contextlib.closing(FormReceiver(self, plan)) as form:
-            for event in form_events(body, boundary):
+            for event in form_events(body, boundary, self.max_bytes):
                 form.take(event)
             return form.commit()
 
@@ -161,13 +163,14 @@ class Upload:
         self.key = key
         self._cache = uploads.cache
         self._misses = uploads.misses
+        self._metrics = uploads.metrics
         self._content_type = content_type
         self._max_bytes = uploads.max_bytes
         self._size = 0
         self._sha256 = hashlib.sha256()
         self._md5 = hashlib.md5(usedforsecurity=False) if md5 else None
         with contextlib.ExitStack() as stack:
-            stack.enter_context(uploads.cache.writing(key, uploads.lock_timeout))
+            stack.enter_context(uploads.metrics.waiting_for(uploads.cache.writing(key, uploads.lock_timeout)))
             self._writer = stack.enter_context(uploads.driver.writer(key, content_type))
             self._part = self._new_part() if uploads.cached else None
             self._held = stack.pop_all()
@@ -236,6 +239,7 @@ class Upload:
         self._publish(info)
         self._cache.revoke_fill(self.key)
         self._misses.uploaded(self.key)
+        self._metrics.uploaded()
         return info
 
     def commit_new_or_replaced(self) -> Stored:
@@ -281,6 +285,18 @@ class FormPlan:
     content_type: Callable[[str], str]
 
 
+@dataclass(frozen=True, slots=True)
+class Spooled:
+    """A file that came before the form's ``path``: its key is not known yet."""
+
+    filename: str
+    file: durable.NewFile
+
+    def close(self) -> None:
+        """Let go of it; it is gone."""
+        self.file.discard()
+
+
 class FormReceiver:
     """Takes a form's parts, in whatever order they come, and commits its files at the end.
 
@@ -292,9 +308,8 @@ class FormReceiver:
         self._plan = plan
         self._path: str | None = None
         self._path_text: bytearray | None = None  # while the field comes in
-        self._spools: list[tuple[str, durable.NewFile]] = []
         self._keys: set[str] = set()
-        self._in_order: list[Upload] = []
+        self._files: list[Upload | Spooled] = []  # as the form has them
         self._write: Callable[[bytes], None] | None = None
 
     def take(self, event: Event) -> None:
@@ -336,8 +351,9 @@ class FormReceiver:
             self._path = text.decode()
         except UnicodeDecodeError:
             raise BadKey("path is not UTF-8") from None
-        for filename, _ in self._spools:
-            self._admit(filename)
+        for file in self._files:
+            if isinstance(file, Spooled):
+                self._admit(file.filename)
 
     def _begin_file(self, event: File) -> None:
         if LONE_BACKSLASH.search(event.headers.get("Content-Disposition", "")):
@@ -345,12 +361,14 @@ class FormReceiver:
         if self._path is None:
             self._write = self._spool(event.filename)
         else:
-            self._write = self._begin_upload(self._admit(event.filename)).write
+            upload = self._begin_upload(self._admit(event.filename))
+            self._files.append(upload)
+            self._write = upload.write
 
     def _spool(self, filename: str) -> Callable[[bytes], None]:
         keys.for_upload("", filename)  # as much as can be said without the path
         spool = self._uploads.cache.new_spool()
-        self._spools.append((filename, spool))
+        self._files.append(Spooled(filename, spool))
 
         def write(data: bytes) -> None:
             if spool.size + len(data) > self._uploads.max_bytes:
@@ -369,9 +387,7 @@ class FormReceiver:
         return key
 
     def _begin_upload(self, key: str) -> Upload:
-        upload = self._uploads.begin(key, self._plan.content_type(key))
-        self._in_order.append(upload)
-        return upload
+        return self._uploads.begin(key, self._plan.content_type(key))
 
     def commit(self) -> list[Stored]:
         """Store the files, each in turn.
@@ -379,13 +395,13 @@ class FormReceiver:
         :raises BadForm: there is none, or no path.
         :raises StorageError: one failed; the message says which had been stored by then.
         """
-        if not self._spools and not self._in_order:
+        if not self._files:
             raise BadForm("the form has no file: name its file fields file0, file1, …")
         if self._path is None:
             raise BadForm("the form has no field path")
-        self._upload_spooled()
+        uploads = self._all_uploaded()
         stored: list[Stored] = []
-        for upload in self._in_order:
+        for upload in uploads:
             try:
                 stored.append(Stored(upload.commit(), upload.sha256))
             except StorageError as exc:
@@ -395,39 +411,73 @@ class FormReceiver:
             upload.close()
         return stored
 
-    def _upload_spooled(self) -> None:
+    def _all_uploaded(self) -> list[Upload]:
+        """The files, of which those that were spooled are uploaded only now."""
+        for place, file in enumerate(self._files):
+            if isinstance(file, Spooled):
+                self._files[place] = self._upload_spooled(file)
+        return [file for file in self._files if isinstance(file, Upload)]
+
+    def _upload_spooled(self, spooled: Spooled) -> Upload:
         assert self._path is not None
-        for filename, spool in self._spools:
-            upload = self._begin_upload(keys.for_upload(self._path, filename))
-            for start in range(0, spool.size, READ_SIZE):
-                upload.write(os.pread(spool.fileno(), READ_SIZE, start))
-            spool.discard()
+        with contextlib.closing(spooled), contextlib.ExitStack() as undo:
+            upload = self._begin_upload(keys.for_upload(self._path, spooled.filename))
+            undo.callback(upload.close)
+            for start in range(0, spooled.file.size, READ_SIZE):
+                upload.write(os.pread(spooled.file.fileno(), READ_SIZE, start))
+            undo.pop_all()
+        return upload
 
     def close(self) -> None:
         """Let go of everything; what was not committed is gone."""
-        for _, spool in self._spools:
-            spool.discard()
-        for upload in self._in_order:
-            upload.close()
+        for file in self._files:
+            file.close()
 
 
-def form_events(body: Body, boundary: bytes) -> Iterable[Event]:
+def form_events(body: Body, boundary: bytes, max_bytes: int) -> Iterator[Event]:
     """What a multipart body consists of, piece by piece, read to its very end.
 
+    :param max_bytes: how large it may be, but for :data:`FORM_OVERHEAD`.
     :raises BadForm: it is malformed, or ended before its closing boundary.
+    :raises UploadTooLarge: it is too large.
     """
     decoder = MultipartDecoder(boundary, max_form_memory_size=FORM_MEMORY, max_parts=MOST_PARTS)
     try:
-        while data := body.read(READ_SIZE):
-            if decoder.state is not State.EPILOGUE:  # what comes after the closing boundary means nothing
-                decoder.receive_data(data)
+        for data in _limited(body, max_bytes):
+            if decoder.state is State.EPILOGUE:  # what comes after the closing boundary means nothing
+                continue
+            decoder.receive_data(data)
+            if not _ends_in_boundary(decoder.buffer, boundary):
                 yield from _decoded(decoder)
         decoder.receive_data(None)
         yield from _decoded(decoder)
     except RequestEntityTooLarge:
         raise BadForm("the form has too many parts, or a part whose headers are too long") from None
+    except UnicodeDecodeError:
+        raise BadForm("the headers of a part, or a file name in them, are not UTF-8") from None
     except ValueError as exc:
         raise BadForm("the form is malformed, or ended before its closing boundary", detail=str(exc)) from exc
+
+
+def _limited(body: Body, max_bytes: int) -> Iterator[bytes]:
+    received = 0
+    while data := body.read(READ_SIZE):
+        received += len(data)
+        if received > max_bytes + FORM_OVERHEAD:
+            raise too_large(max_bytes)
+        yield data
+
+
+def _ends_in_boundary(buffer: bytearray, boundary: bytes) -> bool:
+    """Whether what is here ends between a boundary and the end of its line: then the decoder has to wait for more.
+
+    Werkzeug (3.1) takes the line break before such a boundary for content: the file got one byte more.
+
+    >>> _ends_in_boundary(bytearray(b"content\\r\\n--b-"), b"b"), _ends_in_boundary(bytearray(b"content-"), b"b")
+    (True, False)
+    """
+    tail = bytes(buffer[-len(boundary) - LONGEST_PADDING :])
+    return tail.endswith((b"-", b" ", b"\t")) and tail.rstrip(b" \t").removesuffix(b"-").endswith(b"--" + boundary)
 
 
 def _decoded(decoder: MultipartDecoder) -> Iterator[Event]:

@@ -12,4 +12,4 @@ blueprint = Blueprint("auth", __name__)
 @blueprint.get("/v1/checkauth")
 def checkauth() -> Response:
     """200 with the token's email; an invalid token is an error like everywhere."""
-    return Response(f"Authorized: {authenticated()}", mimetype="text/plain")
+    return Response(f"Authorized: {authenticated()}", mimetype="text/plain", headers={"Cache-Control": "no-store"})

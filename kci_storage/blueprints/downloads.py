@@ -10,6 +10,7 @@ from flask import Blueprint, Response, request
 from werkzeug.wsgi import wrap_file
 
 from kci_storage import media
+from kci_storage.blueprints.failures import failure, without_body
 from kci_storage.blueprints.routing import download_key, exchange, services
 from kci_storage.errors import ObjectChanged
 from kci_storage.http_semantics import (
@@ -26,7 +27,6 @@ from kci_storage.transport import SentFile
 
 blueprint = Blueprint("downloads", __name__)
 
-CACHE_CONTROL = "public, no-cache"  # anybody may keep a copy, and asks with its ETag before using it
 TRIES = 3  # of a cold object that is replaced while it is looked at
 
 
@@ -61,7 +61,6 @@ def answer(content: Content, conditions: RequestHeaders) -> Response:
     response.headers["ETag"] = etag_header(info.etag)
     response.headers["Last-Modified"] = http_date(info.last_modified)
     response.headers["Accept-Ranges"] = "bytes"
-    response.headers["Cache-Control"] = CACHE_CONTROL
     response.headers["X-Content-Type-Options"] = "nosniff"
     response.headers["X-Cache"] = exchange().cache = content.status.value
     return response
@@ -72,12 +71,12 @@ def with_body(content: Content, decision: Decision) -> Response:
     info = content.info
     if decision.status in (304, 412):
         content.close()
-        return Response(status=decision.status)
+        return without_body(decision.status)
     if decision.status == 416:
         content.close()
-        return Response(
-            f"the file has {info.size} bytes\n", 416, {"Content-Range": f"bytes */{info.size}"}, mimetype="text/plain"
-        )
+        response = failure(416, "Range Not Satisfiable", f"the file has {info.size} bytes")
+        response.headers["Content-Range"] = f"bytes */{info.size}"
+        return response
     content_type = media.for_download(info.content_type, info.key)
     if len(decision.ranges) > 1:
         response = several_ranges(content, decision.ranges, content_type)

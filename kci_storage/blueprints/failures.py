@@ -27,7 +27,7 @@ def install(app: Flask) -> None:
     app.register_error_handler(StorageError, storage_error)
     app.register_error_handler(HTTPException, http_error)
     app.register_error_handler(Exception, unexpected_error)
-    app.after_request(allow_every_origin)
+    app.after_request(serve_the_public)
     app.before_request(note_route)
 
 
@@ -37,9 +37,13 @@ def note_route() -> None:
         exchange().route = request.endpoint.rpartition(".")[2]
 
 
-def allow_every_origin(response: Response) -> Response:
-    """Public answers may be read by scripts of any site; a token is never sent by a browser on its own."""
+def serve_the_public(response: Response) -> Response:
+    """Public answers may be read by scripts of any site, and kept by caches that ask before they use them.
+
+    A token is never sent by a browser on its own, so what needs one may be read too; but it is for its owner alone.
+    """
     if request.method in ("GET", "HEAD", "OPTIONS"):
+        response.headers.setdefault("Cache-Control", "public, no-cache")
         response.headers["Access-Control-Allow-Origin"] = "*"
         response.headers["Access-Control-Expose-Headers"] = EXPOSED_HEADERS
     if request.method == "OPTIONS":
@@ -52,12 +56,16 @@ def allow_every_origin(response: Response) -> Response:
 def storage_error(error: StorageError) -> Response:
     """The answer that the table of errors gives."""
     kind = meaning(error)
-    exchange().error = f"{type(error).__name__}: {error.detail or error.message}"
-    if isinstance(error, Unauthorized):
-        log.warning(logs.logfmt(event="auth_failed", reason=error.detail, ip=request.remote_addr))
+    exchange().failed(error)
     response = failure(kind.status, kind.title, error.message)
     if isinstance(error, Unauthorized):
+        log.warning(
+            logs.logfmt(
+                event="auth_failed", reason=error.detail, ip=request.remote_addr, request_id=exchange().request_id
+            )
+        )
         response.headers["WWW-Authenticate"] = "Bearer"
+        response.headers["Cache-Control"] = "no-store"
     if error.retry_after is not None:
         response.headers["Retry-After"] = str(error.retry_after)
     return response
@@ -88,5 +96,11 @@ def failure(status: int, title: str, message: str) -> Response:
         body, mimetype = message if status == 401 else f"{message}\n", "text/plain"
     response = Response(body, status, mimetype=mimetype)
     response.headers["X-Content-Type-Options"] = "nosniff"
-    response.headers["Cache-Control"] = "no-cache"
+    return response
+
+
+def without_body(status: int) -> Response:
+    """A response that consists of headers alone."""
+    response = Response(status=status)
+    response.headers.remove("Content-Type")
     return response

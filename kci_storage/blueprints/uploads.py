@@ -10,36 +10,38 @@ from flask import Blueprint, Response, jsonify, request
 from werkzeug.http import parse_options_header
 
 from kci_storage import keys, logs, media
+from kci_storage.blueprints.failures import without_body
 from kci_storage.blueprints.routing import authenticated, exchange, services
-from kci_storage.errors import BadForm
+from kci_storage.errors import BadForm, BadRequest
 from kci_storage.http_semantics import etag_header, parse_content_md5, parse_repr_digest, write_allowed
 from kci_storage.transport import RequestBody
-from kci_storage.upload import ExpectedDigests, FormPlan, Stored, too_large
+from kci_storage.upload import FORM_OVERHEAD, ExpectedDigests, FormPlan, Stored, too_large
 
 blueprint = Blueprint("uploads", __name__)
 log = logging.getLogger(__name__)
-
-FORM_OVERHEAD = 1024 * 1024  # bytes that a form may have beside its files
 
 
 @blueprint.post("/upload")
 @blueprint.post("/v1/file")
 def upload() -> Response:
     """Store the files of a multipart form."""
-    email = authenticated()
-    body, boundary = admitted_body(FORM_OVERHEAD), form_boundary()
-    plan = FormPlan(admit=lambda key: services().permissions.check(email, key), content_type=stored_type())
-    stored = services().uploads.store_form(body, boundary, plan)
-    return report(stored, 200)
+    with services().metrics.uploading():
+        email = authenticated()
+        body, boundary = admitted_body(FORM_OVERHEAD), form_boundary()
+        plan = FormPlan(admit=lambda key: services().permissions.check(email, key), content_type=stored_type())
+        return report(services().uploads.store_form(body, boundary, plan), 200)
 
 
 @blueprint.put("/<path:path>")
 def put(path: str) -> Response:
     """Store the body under the key."""
-    email = authenticated()
-    key = keys.for_put(request.environ["PATH_INFO"])
-    services().permissions.check(email, key)
-    stored = services().uploads.put(key, stored_type()(key), admitted_body(0), expected_digests(), replacement_rule())
+    with services().metrics.uploading():
+        email = authenticated()
+        key = keys.for_put(request.environ["PATH_INFO"])
+        services().permissions.check(email, key)
+        refuse_a_part()
+        body, content_type = admitted_body(0), stored_type()(key)
+        stored = services().uploads.put(key, content_type, body, expected_digests(), replacement_rule())
     response = report([stored], 201 if stored.created else 200)
     response.headers["ETag"] = etag_header(stored.info.etag)
     return response
@@ -51,9 +53,9 @@ def delete(path: str) -> Response:
     email = authenticated()
     key = keys.for_put(request.environ["PATH_INFO"])
     services().permissions.check(email, key)
-    services().objects.delete(key)
+    services().objects.delete(key, replacement_rule())
     log.info(logs.logfmt(event="deleted", key=key, user=email, request_id=exchange().request_id))
-    return Response(status=204)
+    return without_body(204)
 
 
 def admitted_body(overhead: int) -> RequestBody:
@@ -66,6 +68,15 @@ def admitted_body(overhead: int) -> RequestBody:
     if body.length is not None and body.length > limit + overhead:
         raise too_large(limit)
     return body
+
+
+def refuse_a_part() -> None:
+    """A part of a file must not be stored as the whole (RFC 9110, 14.5): ``curl -C -`` sends one.
+
+    :raises BadRequest: it is one.
+    """
+    if "Content-Range" in request.headers:
+        raise BadRequest("a file is stored as a whole: send it without Content-Range")
 
 
 def form_boundary() -> bytes:
@@ -96,7 +107,7 @@ def expected_digests() -> ExpectedDigests:
 
 
 def replacement_rule() -> Callable[[str | None], bool] | None:
-    """Whether a version may be replaced, by If-Match and If-None-Match; None: in any case."""
+    """Whether a version may be replaced or deleted, by If-Match and If-None-Match; None: in any case."""
     if_match, if_none_match = request.headers.get("If-Match"), request.headers.get("If-None-Match")
     if if_match is None and if_none_match is None:
         return None
