@@ -155,7 +155,7 @@ def _range_applies(if_range: str | None, etag: str, last_modified: int) -> bool:
 
 
 # Possessive, as a header of nothing but blanks would else cost the square of its length.
-_MEMBER = re.compile(r'[ \t]*+(?:([Ww]/)?"([^"]*)"|([^", \t]*+))[ \t]*+(?:,|\Z)')
+_MEMBER = re.compile(r'[ \t]*+(?:(W/)?"([^"]*)"|([^", \t]*+))[ \t]*+(?:,|\Z)')
 
 
 def _entity_tags(value: str) -> list[tuple[bool, str]]:
@@ -421,7 +421,7 @@ def parse_content_md5(value: str) -> bytes:
 
 
 _SF_KEY = r"[a-z*][a-z0-9_.*-]*"
-_DIGEST_MEMBER = re.compile(rf"[ \t]*({_SF_KEY})=:([A-Za-z0-9+/=]*):(?:;[ ]*{_SF_KEY}(?:=[^;,\" ]*)?)*[ \t]*\Z")
+_DIGEST_MEMBER = re.compile(rf"[ \t]*({_SF_KEY})=:([A-Za-z0-9+/=]*):(?:;[ ]*{_SF_KEY}(?:=[^;,\" \t]*)?)*[ \t]*\Z")
 
 
 def parse_repr_digest(value: str) -> bytes | None:

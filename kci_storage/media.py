@@ -98,7 +98,7 @@ def guess(name: str) -> str:
     >>> guess("build/dmesg.LOG"), guess("dmesg.log.gz"), guess("vmlinux")
     ('text/plain; charset=utf-8', 'application/gzip', 'application/octet-stream')
     """
-    stem, dot, extension = name.rpartition("/")[2].rpartition(".")
+    _, dot, extension = name.rpartition(".")
     return _TYPES.get(extension.lower(), OCTET_STREAM) if dot else OCTET_STREAM
 
 

@@ -192,6 +192,7 @@ REFUSED = {
     "email with a NUL": Refused("Bearer " + token(email="a\0b"), "control character"),
     "email with C1": Refused("Bearer " + token(email="a\x85b"), "control character"),
     "email with a line separator": Refused("Bearer " + token(email="a\u2028b"), "control character"),
+    "email with a paragraph separator": Refused("Bearer " + token(email="a\u2029b"), "control character"),
     "email with a lone surrogate": Refused("Bearer " + token(email="a\ud800b"), "control character"),
 }
 

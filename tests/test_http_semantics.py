@@ -6,6 +6,7 @@ The object of the tables has the ETag ``"v1"``, was last modified at ``MODIFIED`
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 from email import message_from_bytes
 from typing import NamedTuple
@@ -61,7 +62,7 @@ PRECONDITIONS = [
     Row("8.8.3 a tag without quotes, as scripts send it", {"if_match": "v1"}, 200),
     Row("8.8.3 a weak tag without quotes is none", {"if_match": "W/v1"}, 412),
     Row("8.8.3 W/ apart from its tag is malformed", {"if_match": 'W/ "v1"'}, 412),
-    Row("8.8.3 w/ in lower case is weak", {"if_match": 'w/"v1"'}, 412),
+    Row("8.8.3 w/ in lower case is malformed", {"if_none_match": 'w/"v1"'}, 200),
     Row("8.8.3 a comma inside a tag", {"if_match": '"a,v1", "b"'}, 412),
     Row("8.8.3 two tags without a comma are malformed", {"if_match": '"v1" "v2"'}, 412),
     Row("5.6.1.2 empty list members are ignored", {"if_match": ' , ,"v1", ,'}, 200),
@@ -338,19 +339,18 @@ HOSTILE = [
 ]
 
 
+@pytest.mark.timeout(30)  # seconds; a pattern that backtracks takes minutes
+@pytest.mark.parametrize("template", ["{}", '{}"x', "bytes={}", 'sha-256=::;a={}"'])
 @pytest.mark.parametrize("piece", HOSTILE)
-def test_long_headers_cost_no_more_than_their_length(piece: str) -> None:
-    # A pattern that backtracks would run into the suite's time limit.
-    for value in (piece * 200_000, piece * 200_000 + '"x', "bytes=" + piece * 200_000):
-        http_semantics.decide("GET", RequestHeaders(if_match=value), "v1", MODIFIED, SIZE)
-        http_semantics.decide("GET", RequestHeaders(None, value, None, value, value, value), "v1", MODIFIED, SIZE)
-        http_semantics.decide("GET", RequestHeaders(if_none_match=value, range=value), "v1", MODIFIED, SIZE)
-        http_semantics.prefers_json(value)
-        for parse in (http_semantics.parse_content_md5, http_semantics.parse_repr_digest):
-            try:
-                parse(value)
-            except BadRequest:
-                pass
+def test_long_headers_cost_no_more_than_their_length(piece: str, template: str) -> None:
+    value = template.format(piece * 100_000)
+    http_semantics.decide("GET", RequestHeaders(if_match=value), "v1", MODIFIED, SIZE)
+    http_semantics.decide("GET", RequestHeaders(None, value, None, value, value, value), "v1", MODIFIED, SIZE)
+    http_semantics.decide("GET", RequestHeaders(if_none_match=value, range=value), "v1", MODIFIED, SIZE)
+    http_semantics.prefers_json(value)
+    for parse in (http_semantics.parse_content_md5, http_semantics.parse_repr_digest):
+        with contextlib.suppress(BadRequest):
+            parse(value)
 
 
 @pytest.mark.parametrize(
@@ -531,6 +531,7 @@ BROWSER = "text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,imag
         ("text/plain;q=0.2, text/*;q=0.9, application/json;q=0.5", True),
         ("application/problem+json, application/json;q=0.1, text/plain;q=0.5", True),
         (" application/json ; q=1.000 , text/plain ; q=0.999 ", True),
+        ("application/json, application/json;q=0.1, text/plain;q=0.5", True),
         ("application/json;q=2", False),
         ("application/json;q=-1", False),
         ("application/json;q=nan", False),
