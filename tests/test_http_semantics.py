@@ -343,7 +343,8 @@ HOSTILE = [
 @pytest.mark.parametrize("template", ["{}", '{}"x', "bytes={}", 'sha-256=::;a={}"'])
 @pytest.mark.parametrize("piece", HOSTILE)
 def test_long_headers_cost_no_more_than_their_length(piece: str, template: str) -> None:
-    value = template.format(piece * 100_000)
+    # A pattern passes over blanks so fast that only very many of them tell.
+    value = template.format(piece * (600_000 if piece.isspace() else 60_000))
     http_semantics.decide("GET", RequestHeaders(if_match=value), "v1", MODIFIED, SIZE)
     http_semantics.decide("GET", RequestHeaders(None, value, None, value, value, value), "v1", MODIFIED, SIZE)
     http_semantics.decide("GET", RequestHeaders(if_none_match=value, range=value), "v1", MODIFIED, SIZE)
