@@ -59,8 +59,8 @@ from kci_storage.keys import MAX_CHARACTERS, is_valid
 BLOCK_SIZE = 8 * 1024 * 1024  # bytes; at most 50,000 blocks make an object, so 390 GiB
 BLOCKS_IN_FLIGHT = 4  # of one upload; it holds one block more in memory
 FIRST_READ_SIZE = 1024 * 1024  # bytes; small, so that the first ones are on their way to the client soon
-READ_SIZE = 4 * 1024 * 1024  # bytes of each further request of a download
-READS_AHEAD = 3  # of one download
+READ_SIZE = 8 * 1024 * 1024  # bytes of each further request of a download
+READS_AHEAD = 2  # of one download; it holds one range more in memory
 CONNECT_TIMEOUT = 5  # seconds; also for each piece that is sent
 READ_TIMEOUT = 20  # seconds without a byte of the answer
 RETRIES = 2  # of a request that found no connection, or a failing server
@@ -75,7 +75,7 @@ BLOCK_ID_SIZE = 48  # bytes; 64 characters of base64, what most other clients us
 _TIMEOUTS = (ServiceRequestTimeoutError, ServiceResponseTimeoutError)
 _UPLOAD_ID = "uploadid"  # metadata: tells a writer whether what is there is its own
 _PROBE_KEY = ".kci/probe"  # not a valid key: never there
-_NOT_IN_KEYS = re.compile(r"[\x00-\x1f\x7f-\x9f\\\ud800-\udfff]")
+_NOT_IN_URLS = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # nor in keys
 _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
 
 
@@ -143,17 +143,18 @@ class AzureDriver(Driver):
         :raises ObjectChanged: the present version is not ``etag``.
         :raises BackendError: the backend failed, or the answer is short.
         """
-        with _own_errors(ObjectChanged("the object was replaced")):
+        with _own_errors():
             try:
                 if stop > start:
                     return _fetch(self.blob(key), key, start, stop, etag)
             except HttpResponseError as exc:
-                if _code(exc) != "InvalidRange":  # ``start`` is not below the size, which may be 0
+                # The version is another one, or there is none; or ``start`` is not below the size, which may be 0.
+                if _code(exc) not in ("ConditionNotMet", "InvalidRange"):
                     raise
-            properties = self.blob(key).get_blob_properties(**_pinned(etag))
-            if min(stop, properties.size) > start:
-                raise ObjectChanged("the object was replaced")
-            return _info(key, properties), b""
+            info = _info(key, self.blob(key).get_blob_properties())
+        if etag not in (None, info.etag) or start < min(stop, info.size):
+            raise ObjectChanged("the object was replaced")
+        return info, b""
 
     def writer(self, key: str, content_type: str) -> ObjectWriter:
         return _Writer(self, key, content_type)
@@ -163,14 +164,16 @@ class AzureDriver(Driver):
             self.blob(key).delete_blob(delete_snapshots="include")
 
     def list(self, prefix: str = "", delimiter: str = "", marker: str | None = None, details: bool = True) -> Page:
-        if len(prefix) > MAX_CHARACTERS or _NOT_IN_KEYS.search(prefix):
+        if _NOT_IN_URLS.search(marker or ""):
+            raise BadRequest("there is no such page of the listing")
+        if _NOT_IN_URLS.search(prefix) or len(prefix) > MAX_CHARACTERS:
             return Page(())
         with _own_errors():
             pages = self._listing(prefix, delimiter, details).by_page(continuation_token=marker)
             try:
                 items = list(next(pages))
-            except (HttpResponseError, UnicodeError) as exc:
-                if marker is None or getattr(exc, "status_code", 400) != 400:
+            except HttpResponseError as exc:
+                if marker is None or exc.status_code != 400:
                     raise
                 raise BadRequest("there is no such page of the listing") from None
         return _page(items, pages.continuation_token)
@@ -283,10 +286,10 @@ class _Reader(ObjectReader):
         self._ahead: deque[Future[bytes]] = deque()
 
     def __iter__(self) -> Iterator[bytes]:
-        self._read_ahead()
         if self._first:
             first, self._first = self._first, b""
             yield first
+        self._read_ahead()  # not before: starting requests would keep the first bytes from leaving at once
         while self._ahead:
             data = self._ahead.popleft().result()
             self._read_ahead()
@@ -501,7 +504,10 @@ def _page(items: list[Any], marker: str | None) -> Page:
 
 
 def _pinned(etag: str | None) -> dict[str, Any]:
-    return {} if etag is None else {"etag": f'"{etag}"', "match_condition": MatchConditions.IfNotModified}
+    """The condition that a certain version is there. A star, quoted or not, would match any, and is in no ETag."""
+    if etag is None:
+        return {}
+    return {"etag": '"{}"'.format(etag.replace("*", "-")), "match_condition": MatchConditions.IfNotModified}
 
 
 def _expecting(expected: str | Expectation) -> dict[str, Any]:

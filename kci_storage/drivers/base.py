@@ -133,7 +133,8 @@ class ObjectWriter(ABC):
             be called again with another expectation.
         :raises KeyConflict: the backend cannot hold this key beside one that it has.
         :raises WriteConflict: another machine's writer came in between.
-        :raises BackendError: it failed, or nobody knows whether it did (a time-out).
+        :raises BackendError: it failed, or nobody knows whether it did (a time-out); or ``digests`` are of another
+            size than what was written, and nothing has changed.
         """
 
     @abstractmethod

@@ -160,8 +160,12 @@ class _Walk:
                     continue
                 if not self._grouped:
                     yield from self.below(inner, path + name, (*above, identity))
-                elif _holds_keys(inner, path + name, (*above, identity)):
+                elif self._holds_keys(inner, path + name, (*above, identity)):
                     yield path + name, fd
+
+    def _holds_keys(self, fd: int, path: str, above: tuple[tuple[int, int], ...]) -> bool:
+        with contextlib.closing(_Walk(self._windows, "", "", False).below(fd, path, above)) as keys:
+            return next(keys, None) is not None
 
     def _names(self, fd: int, path: str) -> Iterator[str]:
         """The wanted entries of a folder, in order."""
@@ -253,25 +257,6 @@ def _inner_folder(fd: int, name: str) -> Iterator[int | None]:
         yield inner
     finally:
         os.close(inner)
-
-
-def _holds_keys(fd: int, path: str, above: tuple[tuple[int, int], ...]) -> bool:
-    """Whether a key lies in a folder, at any depth."""
-    identity = _identity(fd)
-    if identity in above:
-        return False
-    folders = []
-    for name in _entries(fd):
-        if name.endswith("/"):
-            folders.append(name)
-        elif is_valid(path + name):
-            return True
-    return any(_folder_holds_keys(fd, path, name, (*above, identity)) for name in folders)
-
-
-def _folder_holds_keys(fd: int, path: str, name: str, above: tuple[tuple[int, int], ...]) -> bool:
-    with _inner_folder(fd, name) as inner:
-        return inner is not None and _is_listed(path + name) and _holds_keys(inner, path + name, above)
 
 
 def _entries(fd: int) -> Iterator[str]:
