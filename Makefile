@@ -23,7 +23,7 @@ check: $(VENV)/test.stamp ## look for mistakes without running anything
 
 demo: $(VENV)/test.stamp ## upload and download an arm64 kernel package, or DEMO_DIR=…, over Azurite, and compare
 	@tools/azurite.sh .tools $(VENV)
-	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/python tools/demo.py $(DEMO_DIR)
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/python tools/demo.py $(if $(DEMO_DIR),"$(DEMO_DIR)")
 
 clean: ## remove what make has made, but for config.toml and the stored files
 	rm -rf $(VENV) .tools build dist *.egg-info .pytest_cache .hypothesis .ruff_cache
