@@ -16,24 +16,28 @@ the content file that it names can be opened. That makes a hit two system calls,
 through one worker visible to the very next request on every other one.
 
 Whoever changes an entry holds the key's lock (:meth:`Cache.writing`). A writer that dies leaves its lock file
-behind; whoever finds that makes the entry *doubtful*: it is checked against the backend before it is served again.
+behind; whoever takes that lock next makes the entry *doubtful*, so that it is checked against the backend before it
+is served again, keeps a running fill from being published, and clears the writer's files away.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
+import re
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 from kci_storage import durable
 from kci_storage.drivers.base import ObjectInfo
+from kci_storage.errors import InsufficientStorage
 from kci_storage.locks import KeyLocks, Lease
 
 RECORD, CONTENT, PART, FILL = ".json", ".data", ".part", ".fill"
@@ -41,6 +45,8 @@ LOCKS, SPOOL = "locks", "spool"
 TOUCH_INTERVAL = 300  # seconds; a hit renews a content file's access time at most this often
 REMEMBERED_RECORDS = 20_000  # per process; about 1 KiB each
 FOLDERS = tuple(f"{number:02x}" for number in range(256))
+OURS = re.compile(r"[0-9a-f]{128}\.")  # how the names of the cache's own files start
+PAUSE_EVERY, PAUSE = 500, 0.002  # files, seconds: a walk gives way to requests
 
 
 class Slot(NamedTuple):
@@ -203,15 +209,15 @@ class Cache:
         # Kept by hand, since file systems are mounted noatime; it orders the eviction.
         now = time.time()
         if now - status.st_atime > TOUCH_INTERVAL:
-            with contextlib.suppress(PermissionError):  # the file is another user's; eviction is then less exact
-                os.utime(fd, ns=(int(now * 1e9), status.st_mtime_ns))
+            durable.set_access_time(fd, status, now)
 
     def _remove_broken(self, slot: Slot, record: Record | None) -> None:
-        """Remove an entry that cannot be served, unless somebody is at work on it or has replaced it."""
-        with self.locks.hold_if_free(slot.digest) as lease:
-            if lease is None:
-                return
-            if record is None or self._parse(slot) == record:
+        """Remove an entry that cannot be served, unless somebody is at work on it or has replaced it.
+
+        :param record: what was read; None: what could not be read.
+        """
+        with contextlib.suppress(InsufficientStorage), self._writing_if_free(slot) as free:
+            if free and self._parse(slot) == record:
                 self._unlink_entry(slot, record)
 
     @staticmethod
@@ -235,25 +241,29 @@ class Cache:
             self._heal(slot, lease)
             yield
 
-    @contextlib.contextmanager
-    def writing_if_free(self, key: str) -> Iterator[bool]:
+    def writing_if_free(self, key: str) -> contextlib.AbstractContextManager[bool]:
         """Hold the key's lock during the block if it is free now; the block gets whether it is."""
-        slot = self.slot(key)
+        return self._writing_if_free(self.slot(key))
+
+    @contextlib.contextmanager
+    def _writing_if_free(self, slot: Slot) -> Iterator[bool]:
         with self.locks.hold_if_free(slot.digest) as lease:
             if lease is not None:
                 self._heal(slot, lease)
             yield lease is not None
 
     def _heal(self, slot: Slot, lease: Lease) -> None:
+        """See to what a writer has left that died with the lock."""
         if lease.orphaned:
             self._doubt(slot)
+            self._clear(slot)
 
     def is_being_written(self, key: str) -> bool:
         """Whether an upload or deletion of the key is running. One that died is cleared away."""
         slot = self.slot(key)
         if not self.locks.is_present(slot.digest):
             return False
-        with self.writing_if_free(key) as free:
+        with self._writing_if_free(slot) as free:
             return not free
 
     def new_part(self, key: str) -> durable.NewFile:
@@ -288,103 +298,185 @@ class Cache:
         old = self._parse(slot)
         new = Record(info, new_generation(), validated=time.time())
         try:
-            with durable.NewFile(Path(f"{slot.stem}.{new.generation}{RECORD}{PART}")) as record:
-                record.write(new.to_json())
-                record.flush()
+            with self._new_record(slot, new) as record:
                 part.publish(slot.content(new.generation))
+                self._count(1, info.size)
                 self._unlink_content(slot, old)
                 record.publish(slot.record)
         except BaseException:
+            self._unlink_content(slot, new)
             self._unlink_entry(slot, old)
             raise
-        self.usage.add(0 if old else 1, info.size - (old.info.size if old else 0))
+
+    @staticmethod
+    def _new_record(slot: Slot, record: Record) -> durable.NewFile:
+        """A record that is on the disk, but for its name: what follows cannot fail for want of room."""
+        file = durable.NewFile(Path(f"{slot.stem}.{record.generation}{RECORD}{PART}"))
+        try:
+            file.write(record.to_json())
+            file.flush()
+        except BaseException:
+            file.discard()
+            raise
+        return file
 
     def remove(self, key: str) -> bool:
-        """Remove the copy; whether there was one. The caller holds the key's lock."""
+        """Remove the copy, for good; whether there was one. The caller holds the key's lock."""
         slot = self.slot(key)
-        return self._unlink_entry(slot, self._parse(slot))
+        there = self._unlink_entry(slot, self._parse(slot))
+        if there:
+            durable.sync_directory(slot.record.parent)
+        return there
 
     def remove_version(self, record: Record) -> None:
         """Remove the copy if it is still this one, and nobody is at work on it."""
-        with self.writing_if_free(record.info.key) as free:
-            if free and self._parse(self.slot(record.info.key)) == record:
-                self.remove(record.info.key)
+        self._remove_broken(self.slot(record.info.key), record)
 
     def doubt(self, key: str) -> None:
-        """Have the copy checked before it is served again. The caller holds the key's lock."""
+        """Nobody knows what the backend has. The caller holds the key's lock.
+
+        The copy is checked before it is served again (with a full disk, removed), and no running fill is published.
+        """
         self._doubt(self.slot(key))
 
     def _doubt(self, slot: Slot) -> None:
+        self._revoke_fill(slot)
         record = self._parse(slot)
-        if record is not None and not record.doubtful:
+        if record is None or record.doubtful:
+            return
+        try:
             self._replace_record(slot, record, replace(record, generation=new_generation(), doubtful=True))
+        except InsufficientStorage:
+            self._unlink_entry(slot, record)
 
     def confirm(self, record: Record) -> None:
         """The backend still has this version: a doubt is settled, unless somebody is at work on the entry."""
         if not record.doubtful:
             return
         slot = self.slot(record.info.key)
-        with self.writing_if_free(record.info.key) as free:
+        with contextlib.suppress(InsufficientStorage), self._writing_if_free(slot) as free:
             if free and self._parse(slot) == record:
                 confirmed = replace(record, generation=new_generation(), doubtful=False, validated=time.time())
                 self._replace_record(slot, record, confirmed)
 
     def _replace_record(self, slot: Slot, old: Record, new: Record) -> None:
-        # A new generation, so that no process goes on with the record it remembers.
-        try:
-            os.rename(slot.content(old.generation), slot.content(new.generation))
-        except FileNotFoundError:
-            self._unlink_entry(slot, old)
-            return
-        durable.write_file(slot.record, new.to_json())
+        """Put another record in place of one of the same content; the entry is gone if that has no content.
+
+        :raises InsufficientStorage: the disk is full. Nothing has changed.
+        """
+        with self._new_record(slot, new) as record:
+            try:
+                # A new generation, so that no process goes on with the record it remembers.
+                durable.rename(slot.content(old.generation), slot.content(new.generation))
+                record.publish(slot.record)
+            except BaseException as exc:
+                self._unlink_content(slot, new)
+                self._unlink_entry(slot, old)
+                if not isinstance(exc, FileNotFoundError):
+                    raise
 
     def revoke_fill(self, key: str) -> None:
         """Keep a fill of the key that is running from being published: it may have read the old version."""
-        slot = self.slot(key)
+        self._revoke_fill(self.slot(key))
+
+    @staticmethod
+    def _revoke_fill(slot: Slot) -> None:
         with contextlib.suppress(FileNotFoundError):
             durable.remove(slot.fill_record(slot.fill.stat().st_ino))
             durable.remove(slot.fill)
 
     def _unlink_entry(self, slot: Slot, record: Record | None) -> bool:
+        """Remove the record and its content; whether there was a record.
+
+        :param record: None: there is none, or none that can be read.
+        """
         there = durable.remove(slot.record)
-        self._unlink_content(slot, record)
-        if there and record is not None:
-            self.usage.add(-1, -record.info.size)
+        if record is not None:
+            self._unlink_content(slot, record)
+        elif there:
+            self._clear(slot)
         return there
 
-    @staticmethod
-    def _unlink_content(slot: Slot, record: Record | None) -> None:
-        if record is not None:
-            durable.remove(slot.content(record.generation))
+    def _unlink_content(self, slot: Slot, record: Record | None) -> None:
+        if record is not None and durable.remove(slot.content(record.generation)):
+            self._count(-1, -record.info.size)
 
-    def evict(self, digest: str) -> bool:
-        """Remove the copy of the key with this SHA-512 unless somebody is at work on it; whether it was removed."""
-        slot = self._slot_of_digest(digest)
-        with self.locks.hold_if_free(digest) as lease:
-            return lease is not None and self._unlink_entry(slot, self._parse(slot))
+    def _count(self, files: int, size: int) -> None:
+        with contextlib.suppress(InsufficientStorage):  # the next walk corrects it
+            self.usage.add(files, size)
+
+    def _clear(self, slot: Slot) -> int:
+        """Remove the files of a key that no record names and nobody holds; how many. The caller holds its lock."""
+        record = self._parse(slot)
+        named = slot.content(record.generation).name if record else None
+        removed = 0
+        for file in self._files(slot):
+            if file.name.endswith(PART):
+                removed += durable.remove_if_unlocked(Path(file.path))
+            elif file.name.endswith(CONTENT) and file.name != named:
+                size = file.stat().st_size
+                removed += durable.remove(Path(file.path))
+                self._count(-1, -size)
+        if not self._is_whole(slot, record):
+            removed += durable.remove(slot.record)
+        return removed
+
+    def _files(self, slot: Slot) -> list[os.DirEntry[str]]:
+        with contextlib.suppress(FileNotFoundError), os.scandir(slot.record.parent) as files:
+            return [file for file in files if file.name.startswith(slot.digest)]
+        return []
+
+    def _is_whole(self, slot: Slot, record: Record | None) -> bool:
+        return record is not None and self.slot(record.info.key) == slot and slot.content(record.generation).exists()
+
+    def evict(self, content: Path, used: float) -> bool:
+        """Remove a copy, unless somebody is at work on it or has used it meanwhile; whether it was removed.
+
+        :param content: its content file.
+        :param used: seconds since the epoch; when that was used last as far as the caller knows.
+        """
+        slot = self._slot_of_digest(digest_of(content.name))
+        with self._writing_if_free(slot) as free:
+            status = _status(content)
+            if not free or status is None or last_use(status) != used:
+                return False
+            record = self._parse(slot)
+            if record is not None and slot.content(record.generation) == content:
+                return self._unlink_entry(slot, record)
+            return self._clear(slot) > 0
 
     # Recovery and invariants
 
     def recover_locks(self) -> int:
-        """Doubt the entries whose writers died, and clear their locks away; how many there were."""
-        found = 0
-        for digest in self.locks.names():
-            slot = self._slot_of_digest(digest)
-            with self.locks.hold_if_free(digest) as lease:
-                if lease is not None and lease.orphaned:
-                    self._heal(slot, lease)
-                    found += 1
-        return found
+        """See to what writers have left that died, and clear their locks away; how many there were."""
+        return sum(self._recover_lock(self._slot_of_digest(name)) for name in self.locks.names())
 
-    def entries(self) -> Iterator[tuple[str, os.DirEntry[str]]]:
-        """Every file below the 256 folders, in no order, with the digest that its name starts with."""
+    def _recover_lock(self, slot: Slot) -> bool:
+        with self.locks.hold_if_free(slot.digest) as lease:
+            if lease is None or not lease.orphaned:
+                return False
+            self._heal(slot, lease)
+            return True
+
+    def contents(self) -> Iterator[tuple[os.DirEntry[str], os.stat_result]]:
+        """The content files and their status, in no order, at a pace that leaves requests their time."""
+        for file in _paced(itertools.chain.from_iterable(map(self._scan, FOLDERS))):
+            if file.name.endswith(CONTENT) and (status := _status(file)) is not None:
+                yield file, status
+
+    def _slots(self) -> Iterator[tuple[Slot, list[os.DirEntry[str]]]]:
+        """The files below the 256 folders, by key, at the same pace."""
         for folder in FOLDERS:
-            with contextlib.suppress(FileNotFoundError), os.scandir(self.directory / folder) as files:
-                for file in files:
-                    yield file.name.partition(".")[0], file
+            files = sorted(self._scan(folder), key=lambda file: file.name)
+            for digest, group in itertools.groupby(_paced(files), key=lambda file: digest_of(file.name)):
+                yield self._slot_of_digest(digest), list(group)
+
+    def _scan(self, folder: str) -> Iterator[os.DirEntry[str]]:
+        with contextlib.suppress(FileNotFoundError), os.scandir(self.directory / folder) as files:
+            yield from (file for file in files if OURS.match(file.name))
 
     def sweep(self) -> int:
-        """Remove what a crash left: part files that nobody holds, contents without a record, and the reverse.
+        """Remove what a crash left: temporary files that nobody holds, contents without a record, and the reverse.
 
         Safe while others work. It corrects :attr:`usage` by what it saw.
 
@@ -392,42 +484,49 @@ class Cache:
         """
         self.recover_locks()
         before = Usage(*self.usage.read())
-        removed = sum(durable.remove_if_unlocked(path) for path in self.spool_directory.iterdir())
+        removed = sum(durable.remove_if_unlocked(path) for path in self._spools())
         files = size = 0
-        for digest, file in self.entries():
-            if file.name.endswith((PART, FILL)):
-                removed += durable.remove_if_unlocked(Path(file.path))
-            elif is_fill_record(file.name):
-                removed += self._remove_lonely_fill_record(digest, Path(file.path))
-            elif self._is_orphan(digest, file):
-                removed += self._remove_orphan(digest, Path(file.path))
-            elif file.name.endswith(CONTENT):
-                files, size = files + 1, size + _size(file)
-        self.usage.add(files - before.files, size - before.size)
+        for slot, group in self._slots():
+            with contextlib.suppress(OSError):  # what cannot be removed must not keep the rest from being so
+                removed += self._sweep_slot(slot, group)
+            for status in filter(None, (_status(file) for file in group if file.name.endswith(CONTENT))):
+                files, size = files + 1, size + status.st_size
+        self.correct_usage(before, Usage(files, size))
         return removed
 
-    def _is_orphan(self, digest: str, file: os.DirEntry[str]) -> bool:
-        record = self._parse(self._slot_of_digest(digest))
-        if file.name.endswith(RECORD):
-            return record is None or not self._slot_of_digest(digest).content(record.generation).exists()
-        return record is None or self._slot_of_digest(digest).content(record.generation).name != file.name
+    def correct_usage(self, before: Usage, seen: Usage) -> None:
+        """Have :attr:`usage` say what a walk saw.
 
-    def _remove_orphan(self, digest: str, path: Path) -> int:
-        # Looked at again under the lock: a writer is between two renames more often than dead.
-        with self.locks.hold_if_free(digest) as lease:
-            if lease is None:
-                return 0
-            for entry in os.scandir(path.parent):
-                if entry.name == path.name and self._is_orphan(digest, entry):
-                    return int(durable.remove(path))
-        return 0
+        :param before: what it said before the walk; what came and went during the walk is about right then.
+        """
+        self._count(seen.files - before.files, seen.size - before.size)
 
-    def _remove_lonely_fill_record(self, digest: str, path: Path) -> int:
-        slot = self._slot_of_digest(digest)
+    def _spools(self) -> list[Path]:
         with contextlib.suppress(FileNotFoundError):
-            if slot.fill_record(slot.fill.stat().st_ino) == path:
-                return 0
-        return int(durable.remove(path))
+            return list(self.spool_directory.iterdir())
+        return []
+
+    def _sweep_slot(self, slot: Slot, files: list[os.DirEntry[str]]) -> int:
+        removed = self._sweep_fill(slot) if any(FILL in file.name for file in files) else 0
+        rest = {file.path for file in files if not is_fill(file.name)}
+        record = self._parse(slot)
+        if rest and (record is None or rest != {str(slot.record), str(slot.content(record.generation))}):
+            with self._writing_if_free(slot) as free:  # a writer is between two renames more often than dead
+                removed += self._clear(slot) if free else 0
+        return removed
+
+    def _sweep_fill(self, slot: Slot) -> int:
+        removed = 0
+        with durable.abandoned(slot.fill) as status:
+            if status is not None:
+                # The record first: the inode may be another part's at once.
+                removed += durable.remove(slot.fill_record(status.st_ino))
+                removed += durable.remove(slot.fill)
+        part = _status(slot.fill)
+        records = [Path(file.path) for file in self._files(slot) if is_fill_record(file.name)]
+        return removed + sum(
+            durable.remove(path) for path in records if part is None or path != slot.fill_record(part.st_ino)
+        )
 
     def check(self) -> list[str]:
         """What is wrong with the directory while nobody is at work on it; empty when all is well.
@@ -436,26 +535,32 @@ class Cache:
         key's name, every content has its record, nobody holds a lock, and :attr:`usage` is right.
         """
         wrong = [f"a lock is left: {name}" for name in self.locks.names()]
-        wrong += [f"a spool file is left: {path.name}" for path in self.spool_directory.iterdir()]
+        wrong += [f"a spool file is left: {path.name}" for path in self._spools()]
         files = size = 0
-        for digest, file in self.entries():
-            if file.name.endswith((PART, FILL)) or is_fill_record(file.name):
-                wrong.append(f"a temporary file is left: {file.name}")
-            elif file.name.endswith(RECORD):
-                wrong += self._check_record(digest)
-            elif self._is_orphan(digest, file):
-                wrong.append(f"no record names this file: {file.name}")
-            else:
-                files, size = files + 1, size + _size(file)
-        if (files, size) != tuple(self.usage.read()):
+        for slot, group in self._slots():
+            wrong += self._check_slot(slot, [file.name for file in group])
+            contents = [file for file in group if file.name.endswith(CONTENT)]
+            files, size = files + len(contents), size + sum(file.stat().st_size for file in contents)
+        if (files, size) != self.usage.read():
             wrong.append(f"usage says {self.usage.read()}, but there are {files} files, {size} bytes")
         return wrong
 
-    def _check_record(self, digest: str) -> list[str]:
-        slot = self._slot_of_digest(digest)
+    def _check_slot(self, slot: Slot, names: list[str]) -> list[str]:
         record = self._parse(slot)
+        content = slot.content(record.generation).name if record else None
+        wrong = []
+        for name in names:
+            if name.endswith(PART) or is_fill(name):
+                wrong.append(f"a temporary file is left: {name}")
+            elif name == slot.record.name:
+                wrong += self._check_record(slot, record)
+            elif name != content:
+                wrong.append(f"no record names this file: {name}")
+        return wrong
+
+    def _check_record(self, slot: Slot, record: Record | None) -> list[str]:
         if record is None:
-            return [f"a record cannot be read: {digest}"]
+            return [f"a record cannot be read: {slot.digest}"]
         if self.slot(record.info.key) != slot:
             return [f"a record is under another key's name: {record.info.key!r}"]
         try:
@@ -472,13 +577,36 @@ def new_generation() -> str:
     return secrets.token_hex(8)
 
 
+def digest_of(name: str) -> str:
+    """The SHA-512 of the key that a file is of, by the file's name."""
+    return name.partition(".")[0]
+
+
+def last_use(status: os.stat_result) -> float:
+    """When a content file was written or, to within :data:`TOUCH_INTERVAL`, read; seconds since the epoch."""
+    return max(status.st_atime, status.st_mtime)
+
+
+def is_fill(name: str) -> bool:
+    """Whether a file of this name is a cold object's part, or says what that is going to be."""
+    return name.endswith(FILL) or is_fill_record(name)
+
+
 def is_fill_record(name: str) -> bool:
     """Whether a file of this name says what a part file is going to be."""
-    return FILL + "." in name
+    return FILL + "." in name and name.endswith(RECORD)
 
 
-def _size(file: os.DirEntry[str]) -> int:
-    try:
-        return file.stat().st_size
-    except FileNotFoundError:
-        return 0
+def _status(file: Path | os.DirEntry[str]) -> os.stat_result | None:
+    """A file's status; None when it is gone."""
+    with contextlib.suppress(FileNotFoundError):
+        return file.stat()
+    return None
+
+
+def _paced(files: Iterable[os.DirEntry[str]]) -> Iterator[os.DirEntry[str]]:
+    """A long walk that gives way to requests."""
+    for number, file in enumerate(files, 1):
+        yield file
+        if number % PAUSE_EVERY == 0:
+            time.sleep(PAUSE)

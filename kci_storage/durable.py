@@ -96,6 +96,11 @@ class NewFile:
             os.fsync(self._fd)  # fdatasync leaves out the times
         return os.fstat(self._fd)
 
+    def truncate(self) -> None:
+        """Throw away all that was written, for everybody who has it open."""
+        os.ftruncate(self._fd, 0)
+        self.size = 0
+
     def publish(self, name: Path | str | bytes, directory_fd: int | None = None) -> None:
         """Flush, take the final name, replacing what has it, and flush the folder.
 
@@ -115,9 +120,10 @@ class NewFile:
 
     def discard(self) -> None:
         """Remove the temporary file and close; nothing when it was published, discarded or closed."""
-        if self._fd >= 0:
-            if is_file_at(self._fd, self.path):
+        try:
+            if self._fd >= 0 and is_file_at(self._fd, self.path):
                 remove(self.path)
+        finally:
             self.close()
 
     def close(self) -> None:
@@ -136,18 +142,13 @@ class NewFile:
 class SharedCounters:
     """A few numbers in a file, added to by many processes. They start at 0, and are not flushed to the disk.
 
-    :param path: the file, made where it is missing or of another length.
+    :param path: the file, made where it is missing, and begun anew where it is of another length.
     :param count: how many numbers.
     """
 
     def __init__(self, path: Path, count: int):
         self._format = struct.Struct(f"<{count}q")
         self._path = path
-        make_directory(path.parent)
-        with self._locked() as fd:
-            if os.fstat(fd).st_size != self._format.size:
-                os.ftruncate(fd, 0)
-                os.pwrite(fd, bytes(self._format.size), 0)
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[int]:
@@ -160,15 +161,24 @@ class SharedCounters:
             os.close(fd)
 
     def add(self, *amounts: int) -> None:
-        """Add to each number."""
+        """Add to each number.
+
+        :raises InsufficientStorage: the disk is full.
+        """
         with self._locked() as fd:
-            numbers = self._format.unpack(os.pread(fd, self._format.size, 0))
-            os.pwrite(fd, self._format.pack(*map(int.__add__, numbers, amounts)), 0)
+            os.pwrite(fd, self._format.pack(*map(int.__add__, self._numbers(fd), amounts)), 0)
 
     def read(self) -> tuple[int, ...]:
         """The numbers."""
         with self._locked() as fd:
-            return self._format.unpack(os.pread(fd, self._format.size, 0))
+            return self._numbers(fd)
+
+    def _numbers(self, fd: int) -> tuple[int, ...]:
+        data = os.pread(fd, self._format.size + 1, 0)
+        if len(data) == self._format.size:
+            return self._format.unpack(data)
+        os.ftruncate(fd, 0)
+        return (0,) * (self._format.size // struct.calcsize("q"))
 
 
 def _create(path: Path) -> int:
@@ -207,16 +217,27 @@ def is_file_at(fd: int, path: str | Path) -> bool:
     return (there.st_ino, there.st_dev) == (here.st_ino, here.st_dev)
 
 
-def remove_if_unlocked(path: Path) -> bool:
-    """Remove a temporary file if its writer is dead; whether it was removed."""
+@contextlib.contextmanager
+def abandoned(path: Path) -> Iterator[os.stat_result | None]:
+    """Hold the lock of a temporary file during the block if its writer is dead.
+
+    The block gets the file's status; None: its writer lives, or there is no such file.
+    """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
-        return False
+        yield None
+        return
     try:
-        return try_lock(fd) and is_file_at(fd, path) and remove(path)
+        yield os.fstat(fd) if try_lock(fd) and is_file_at(fd, path) else None
     finally:
         os.close(fd)
+
+
+def remove_if_unlocked(path: Path) -> bool:
+    """Remove a temporary file if its writer is dead; whether it was removed."""
+    with abandoned(path) as status:
+        return status is not None and remove(path)
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -230,14 +251,28 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def open_lock_file(path: Path) -> int:
-    """A descriptor of an empty file to lock, made where there is none."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
-    with _full_disk_is_insufficient_storage():
-        try:
-            return os.open(path, flags, FILE_MODE)
-        except FileNotFoundError:
-            make_directory(path.parent)
-            return os.open(path, flags, FILE_MODE)
+    """A descriptor of a file to lock, made, with its folder, where there is none.
+
+    :raises InsufficientStorage: the disk is full.
+    """
+    return open_or_make_lock_file(path)[0]
+
+
+def open_or_make_lock_file(path: Path) -> tuple[int, bool]:
+    """The same, and whether this call made the file.
+
+    :raises InsufficientStorage: the disk is full.
+    """
+    flags = os.O_RDWR | os.O_CLOEXEC
+    while True:
+        with _full_disk_is_insufficient_storage():
+            try:
+                return os.open(path, flags | os.O_CREAT | os.O_EXCL, FILE_MODE), True
+            except FileNotFoundError:
+                make_directory(path.parent)
+            except FileExistsError:
+                with contextlib.suppress(FileNotFoundError):  # removed since
+                    return os.open(path, flags), False
 
 
 def open_log_file(path: Path) -> int:
@@ -271,6 +306,24 @@ def remove(path: Path) -> bool:
     except FileNotFoundError:
         return False
     return True
+
+
+def rename(old: Path, new: Path) -> None:
+    """Give a file another name in its folder, which is not flushed.
+
+    :raises FileNotFoundError: there is no such file.
+    """
+    os.rename(old, new)
+
+
+def set_access_time(fd: int, status: os.stat_result, seconds: float) -> None:
+    """Note when an open file was used; nothing where the system forbids that.
+
+    :param status: of the file.
+    :param seconds: since the epoch.
+    """
+    with contextlib.suppress(OSError):  # another user's file, a disk that is full or read-only
+        os.utime(fd, ns=(int(seconds * 1e9), status.st_mtime_ns))
 
 
 def sync_directory(path: Path) -> None:

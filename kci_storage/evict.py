@@ -7,20 +7,20 @@ the limits now and then, and walks the directory only when one is crossed. A fil
 
 from __future__ import annotations
 
-import contextlib
 import heapq
 import logging
 import os
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from kci_storage import durable
-from kci_storage.cache import CONTENT, Cache
+from kci_storage.cache import Cache, Usage, last_use
 from kci_storage.config import CacheConfig
 from kci_storage.drivers.base import Sweepable
+from kci_storage.errors import InsufficientStorage, WriteConflict
 
 if TYPE_CHECKING:
     from kci_storage.metrics import Metrics
@@ -28,8 +28,12 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 YOUNGEST = 60  # seconds; what was written or used since is not evicted
-PAUSE_EVERY, PAUSE = 500, 0.002  # files, seconds: a walk gives way to requests
+PAUSE_EVERY, PAUSE = 500, 0.002  # files, seconds: evicting gives way to requests
 ELECTION_INTERVAL = 5  # seconds between two tries to become the one who does it
+SWEEP_INTERVAL = 24 * 3600  # seconds; a sweep also finds what workers left that died while the server ran
+ROOM_TIMEOUT = 10  # seconds to wait for the eviction of another fill; then this one does without the cache
+REMEMBERED = 10_000  # candidates of one walk that are kept for the next fills; about 0.4 KiB each
+INODES = 2  # of one copy: its record and its content
 ROOM_LOCK, LEADER_LOCK = "room.lock", "housekeeping.lock"
 
 
@@ -37,12 +41,12 @@ class Candidate(NamedTuple):
     """A copy that may be evicted; they sort by their last use."""
 
     used: float  # seconds since the epoch
-    digest: str
+    content: str  # the path of its content
     size: int  # bytes
 
 
 class Shortfall(NamedTuple):
-    """How much has to go."""
+    """How much has to go; nothing where a number is not positive."""
 
     files: int
     size: int  # bytes
@@ -64,9 +68,11 @@ class Housekeeper:
         self._limits = limits
         self._metrics = metrics
         self._stopped = threading.Event()
+        self._oldest: list[Candidate] = []  # of the latest walk for a fill, the least recently used last
 
     def start(self) -> None:
-        """Keep house in a thread of its own, whenever no other worker does."""
+        """See to what a worker has left that died, then keep house in a thread whenever no other worker does."""
+        self._log_errors(self._cache.recover_locks)
         threading.Thread(target=self._run, name="housekeeping", daemon=True).start()
 
     def stop(self) -> None:
@@ -74,20 +80,28 @@ class Housekeeper:
         self._stopped.set()
 
     def _run(self) -> None:
-        fd = durable.open_lock_file(self._cache.directory / LEADER_LOCK)
+        while not self._stopped.is_set():
+            self._log_errors(self._lead)
+            self._stopped.wait(ELECTION_INTERVAL)
+
+    def _lead(self) -> None:
+        """Keep house until the end, unless somebody else does."""
+        path = self._cache.directory / LEADER_LOCK
+        fd = durable.open_lock_file(path)
         try:
-            while not durable.try_lock(fd):
-                if self._stopped.wait(ELECTION_INTERVAL):
-                    return
-            self._log_errors(self._sweep)
-            while not self._stopped.is_set():
+            swept = float("-inf")
+            while durable.try_lock(fd) and durable.is_file_at(fd, path):
+                if time.monotonic() - swept > SWEEP_INTERVAL:
+                    swept = time.monotonic()
+                    self._log_errors(self._sweep)
                 self._log_errors(self.keep_limits)
-                self._stopped.wait(self._limits.interval)
+                if self._stopped.wait(self._limits.interval):
+                    return
         finally:
             os.close(fd)
 
     @staticmethod
-    def _log_errors(action: Callable[[], None]) -> None:
+    def _log_errors(action: Callable[[], object]) -> None:
         try:
             action()
         except Exception:  # a full disk, a folder that somebody took away: the next round may do better
@@ -105,7 +119,7 @@ class Housekeeper:
     def keep_limits(self) -> None:
         """Evict while a limit is crossed."""
         if self._over():
-            self._evict_until_within(self._to_recover)
+            self._evict_until_within(self._to_recover, [], self._limits.cleanup_chunk_size)
 
     def make_room(self, size: int) -> bool:
         """Evict, if need be, so that an object of ``size`` bytes fits; whether it does.
@@ -115,86 +129,97 @@ class Housekeeper:
         missing = self._missing_for(size)
         if not missing:
             return True
-        used_files, used_size = self._cache.usage.read()
-        if missing.size > used_size or missing.files > used_files:
+        used = Usage(*self._cache.usage.read())
+        if missing.size > used.size or missing.files > used.files:
             return False
-        with self._one_at_a_time():
-            self._evict_until_within(lambda: self._missing_for(size))
+        try:
+            # Else every fill of every worker evicts for itself what one eviction frees for all of them.
+            with self._cache.locks.hold(ROOM_LOCK, ROOM_TIMEOUT):
+                # A full cache needs room for each object that comes: not each can be worth a walk.
+                chunk = min(self._limits.cleanup_chunk_size, REMEMBERED)
+                self._evict_until_within(lambda: self._missing_for(size), self._oldest, chunk)
+        except (WriteConflict, InsufficientStorage):  # the latter: not even for a lock's file
+            return False
         return not self._missing_for(size)
-
-    @contextlib.contextmanager
-    def _one_at_a_time(self) -> Iterator[None]:
-        # Else every fill of every worker evicts for itself what one eviction frees for all of them.
-        with self._cache.locks.hold(ROOM_LOCK, timeout=60):
-            yield
 
     # What the limits ask for
 
     def _over(self) -> bool:
-        files, size = self._cache.usage.read()
-        limits = self._limits
-        return (
-            files > limits.max_files or 0 < limits.max_bytes < size or self._disk_missing(limits.low_disk_percent) > 0
-        )
+        return bool(self._beyond(0, self._disk_missing(self._limits.low_disk_percent)))
 
     def _to_recover(self) -> Shortfall:
         return self._beyond(0, self._disk_missing(self._limits.recover_disk_percent))
 
     def _missing_for(self, size: int) -> Shortfall:
-        return self._beyond(size, size - shutil.disk_usage(self._cache.directory).free)
+        disk = os.statvfs(self._cache.directory)
+        return self._beyond(size, Shortfall(0, size - disk.f_bavail * disk.f_frsize))
 
-    def _beyond(self, more: int, missing_on_disk: int) -> Shortfall:
-        """What has to go so that ``more`` bytes in one file can come."""
+    def _beyond(self, more: int, on_disk: Shortfall) -> Shortfall:
+        """What has to go so that ``more`` bytes in one file can come.
+
+        :param on_disk: what has to go for the disk's sake.
+        """
         files, size = self._cache.usage.read()
+        too_many_files = files + bool(more) - self._limits.max_files
         too_many_bytes = size + more - self._limits.max_bytes if self._limits.max_bytes else 0
-        return Shortfall(files + bool(more) - self._limits.max_files, max(too_many_bytes, missing_on_disk))
+        return Shortfall(max(too_many_files, on_disk.files), max(too_many_bytes, on_disk.size))
 
-    def _disk_missing(self, percent: float) -> int:
-        """Bytes by which the disk's free space is under ``percent``."""
-        disk = shutil.disk_usage(self._cache.directory)
-        return int(disk.total * percent / 100) - disk.free
+    def _disk_missing(self, percent: float) -> Shortfall:
+        """What has to go so that ``percent`` of the disk are free, of its bytes and of its inodes."""
+        disk = os.statvfs(self._cache.directory)
+        inodes = int(disk.f_files * percent / 100) - disk.f_favail
+        blocks = int(disk.f_blocks * percent / 100) - disk.f_bavail
+        return Shortfall(-(-inodes // INODES), blocks * disk.f_frsize)
 
     # Evicting
 
-    def _evict_until_within(self, shortfall: Callable[[], Shortfall]) -> None:
-        """Evict the least recently used until ``shortfall()`` is none, or nothing more may go."""
+    def _evict_until_within(
+        self, shortfall: Callable[[], Shortfall], candidates: list[Candidate], chunk: int
+    ) -> None:
+        """Evict the least recently used until ``shortfall()`` is none, or nothing more may go.
+
+        :param candidates: those to begin with, the least recently used last; what is not evicted of them or of the
+            last walk is left there.
+        :param chunk: how many files to choose in one walk.
+        """
         files = size = 0
         while missing := shortfall():
-            freed = self._evict(missing)
+            walk = not candidates
+            if walk:
+                candidates += self._least_recently_used(chunk)
+                missing = shortfall()  # the walk has corrected the usage
+            freed = self._evict(missing, candidates)
             files, size = files + freed.files, size + freed.size
-            if not freed:
+            if walk and not freed:
                 break
         if files:
             log.info("event=evicted files=%d bytes=%d", files, size)
 
-    def _evict(self, missing: Shortfall) -> Shortfall:
-        """Evict as much as is missing, at most ``cleanup_chunk_size`` files; what went."""
+    def _evict(self, missing: Shortfall, candidates: list[Candidate]) -> Shortfall:
+        """Evict as much as is missing, from the end of the list; what went."""
         files = size = 0
-        for candidate in self._least_recently_used():
-            if files >= missing.files and size >= missing.size:
-                break
-            if self._cache.evict(candidate.digest):
+        while candidates and (files < missing.files or size < missing.size):
+            candidate = candidates.pop()
+            if self._cache.evict(Path(candidate.content), candidate.used):
                 files, size = files + 1, size + candidate.size
-                self._pause(files)
+                if files % PAUSE_EVERY == 0:
+                    time.sleep(PAUSE)
         self._metrics.evicted(files, size)
         return Shortfall(files, size)
 
-    def _least_recently_used(self) -> list[Candidate]:
-        return heapq.nsmallest(self._limits.cleanup_chunk_size, self._candidates())
-
-    def _candidates(self) -> Iterator[Candidate]:
+    def _least_recently_used(self, count: int) -> list[Candidate]:
+        """So many of them, the least recently used last. The cache's usage is corrected on the way."""
+        before = Usage(*self._cache.usage.read())
+        seen = Usage(0, 0)
         oldest_allowed = time.time() - YOUNGEST
-        for number, (digest, file) in enumerate(self._cache.entries()):
-            self._pause(number)
-            if not file.name.endswith(CONTENT):
-                continue
-            with contextlib.suppress(FileNotFoundError):
-                status = file.stat()
-                used = max(status.st_atime, status.st_mtime)
-                if used < oldest_allowed:
-                    yield Candidate(used, digest, status.st_size)
 
-    @staticmethod
-    def _pause(number: int) -> None:
-        if number % PAUSE_EVERY == PAUSE_EVERY - 1:
-            time.sleep(PAUSE)
+        def candidates() -> Iterator[Candidate]:
+            nonlocal seen
+            for file, status in self._cache.contents():
+                seen = Usage(seen.files + 1, seen.size + status.st_size)
+                if last_use(status) < oldest_allowed:
+                    yield Candidate(last_use(status), file.path, status.st_size)
+
+        chosen = heapq.nsmallest(count, candidates())
+        self._cache.correct_usage(before, seen)
+        return chosen[::-1]

@@ -33,8 +33,11 @@ class Lease:
 
     def release(self) -> None:
         """Remove the file, then let go."""
-        durable.remove(self.path)
-        os.close(self.fd)
+        try:
+            if durable.is_file_at(self.fd, self.path):  # else an operator emptied the folder, and it is another's
+                durable.remove(self.path)
+        finally:
+            os.close(self.fd)
 
 
 class KeyLocks:
@@ -51,13 +54,12 @@ class KeyLocks:
         """The lock if it is free now, else None. The caller releases it."""
         path = self.directory / name
         while True:
-            there = path.exists()
-            fd = durable.open_lock_file(path)
+            fd, made = durable.open_or_make_lock_file(path)
             if not durable.try_lock(fd):
                 os.close(fd)
                 return None
             if durable.is_file_at(fd, path):
-                return Lease(fd, path, orphaned=there)
+                return Lease(fd, path, orphaned=not made)
             os.close(fd)
 
     @contextlib.contextmanager
@@ -95,7 +97,9 @@ class KeyLocks:
 
     def names(self) -> list[str]:
         """The locks that are held or were left by the dead."""
-        return os.listdir(self.directory)
+        with contextlib.suppress(FileNotFoundError):
+            return os.listdir(self.directory)
+        return []
 
     def sync(self) -> None:
         """Make sure that the locks held now are found after a loss of power."""
