@@ -79,6 +79,21 @@ def log_access(exchange: Exchange) -> None:
     )
 
 
+def log_refusal(ip: str, status: int, sent: int, request_id: str, error: str) -> None:
+    """The access line of what never became a request, so that its method and path are not known."""
+    access_logger.info(
+        logfmt(
+            ts=timestamp(time.time()),
+            event="access",
+            ip=ip,
+            status=status,
+            bytes=sent,
+            request_id=request_id,
+            error=f"malformed_request: {error}",
+        )
+    )
+
+
 class LogfmtFormatter(logging.Formatter):
     """Puts the time and the level before a message that is logfmt already, and a traceback into one field."""
 

@@ -76,8 +76,11 @@ class Exchange:
 
 
 def _request_id(incoming: str | None) -> str:
-    if incoming and SANE_REQUEST_ID.fullmatch(incoming):
-        return incoming
+    return incoming if incoming and SANE_REQUEST_ID.fullmatch(incoming) else new_request_id()
+
+
+def new_request_id() -> str:
+    """An ID for a request that brought none along."""
     return uuid.uuid4().hex
 
 

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from kci_storage.metrics import Metrics
 
 READ_SIZE = 256 * 1024  # bytes; gunicorn reads bodies several times slower in smaller steps
+FIRST_READ_SIZE = 1024  # bytes of a form; a read waits for all of its bytes, and these say what may be refused
 FORM_MEMORY = 1024 * 1024  # bytes of a form that may be undecided at once: a part's head, and one read
 LONGEST_PATH_FIELD = 8 * 1024  # bytes; a key has at most 1,024 characters
 FORM_OVERHEAD = 1024 * 1024  # bytes that a form may have beyond the limit, which then holds for each file
@@ -461,7 +462,7 @@ def form_events(body: Body, boundary: bytes, max_bytes: int) -> Iterator[Event]:
 
 def _limited(body: Body, max_bytes: int) -> Iterator[bytes]:
     received = 0
-    while data := body.read(READ_SIZE):
+    while data := body.read(READ_SIZE if received else FIRST_READ_SIZE):
         received += len(data)
         if received > max_bytes + FORM_OVERHEAD:
             raise too_large(max_bytes)

@@ -11,6 +11,7 @@ It leans on gunicorn's internals, so gunicorn is pinned to a minor version in se
 - Connections are closed, with the patience that TCP asks for, by a thread of their own: gunicorn's main loop would
   stand still for two seconds for each.
 - A connection is accepted only while a thread is free for it, and takes one only when something was sent.
+- What is no HTTP is answered and logged like every other error. gunicorn would quote it, and so could show a token.
 """
 
 from __future__ import annotations
@@ -27,14 +28,23 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
-from gunicorn.http import message
+from gunicorn.http import errors, message
 from gunicorn.workers.gthread import TConn, ThreadWorker
 
-from kci_storage.transport import CONNECTION
+from kci_storage import logs
+from kci_storage.transport import CONNECTION, new_request_id
 
 # A key of 1,024 characters has up to 12 KiB when percent-encoded; gunicorn would cap its own setting at 8,190.
 LONGEST_REQUEST_LINE = 16 * 1024
 message.MAX_REQUEST_LINE = LONGEST_REQUEST_LINE
+
+_REFUSALS: dict[type[Exception], tuple[int, str, str]] = {
+    errors.LimitRequestLine: (414, "URI Too Long", "the path is too long"),
+    errors.LimitRequestHeaders: (431, "Request Header Fields Too Large", "the headers are too long"),
+    errors.ExpectationFailed: (417, "Expectation Failed", "the only expectation that can be met is 100-continue"),
+    errors.UnsupportedTransferCoding: (501, "Not Implemented", "the only transfer coding is chunked"),
+    errors.ParseException: (400, "Bad Request", "this is not HTTP/1.1"),
+}
 
 LINGER_SECONDS = 3.0  # for which a client may go on sending after its connection was closed
 LINGER_BYTES = 64 * 1024 * 1024  # that it may send in them
@@ -235,3 +245,21 @@ class Worker(ThreadWorker):
         self._at_work.connection = WorkerConnection(req, conn.sock, expects_continue)
         conn.sock.settimeout(self.send_timeout)
         return super().handle_request(req, conn)
+
+    def handle_error(self, req: Any, client: Any, addr: Any, exc: BaseException) -> None:
+        """Answer what never became a request; the connection is closed then."""
+        refusal = next((found for kind, found in _REFUSALS.items() if isinstance(exc, kind)), None)
+        if refusal is None:
+            super().handle_error(req, client, addr, exc)
+            return
+        status, title, text = refusal
+        request_id, body = new_request_id(), f"{text}\n"
+        head = (
+            f"HTTP/1.1 {status} {title}\r\nConnection: close\r\nContent-Type: text/plain; charset=utf-8\r\n"
+            f"Content-Length: {len(body)}\r\nX-Content-Type-Options: nosniff\r\nX-Request-ID: {request_id}\r\n\r\n"
+        )
+        with contextlib.suppress(OSError):
+            client.settimeout(self.send_timeout)
+            client.sendall((head + body).encode())
+        # The class says enough; the message quotes the client, maybe a header with a token in it.
+        logs.log_refusal(addr[0] if addr else "", status, len(body), request_id, f"{text}: {type(exc).__name__}")
