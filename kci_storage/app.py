@@ -21,6 +21,7 @@ from kci_storage.config import Config, load
 from kci_storage.drivers.base import Driver, LocalObjects, Sweepable
 from kci_storage.evict import Housekeeper
 from kci_storage.fill import Fills
+from kci_storage.hits import Hits
 from kci_storage.metrics import Metrics
 from kci_storage.misses import Misses
 from kci_storage.objects import Objects
@@ -135,6 +136,6 @@ def transport(app: Callable[..., Any], services: Services) -> Callable[..., Any]
         services.metrics.request_finished(exchange)
         logs.log_access(exchange)
 
-    wrapped: Callable[..., Any] = Transport(app, services.metrics.request_started, finished)
+    wrapped: Callable[..., Any] = Transport(Hits(app, services.objects), finished)
     proxies = services.config.server.trusted_proxies
     return ProxyFix(wrapped, x_for=proxies, x_proto=proxies, x_host=proxies) if proxies else wrapped

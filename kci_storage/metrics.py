@@ -8,6 +8,7 @@ route, never a path; an error's label of :data:`kci_storage.errors.TABLE`, never
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import platform
 import time
@@ -44,7 +45,6 @@ _request_seconds = Histogram(
     ["method", "route"],
     buckets=DURATIONS,
 )
-_in_progress = Gauge("kci_storage_http_requests_in_progress", "Requests being answered", multiprocess_mode="livesum")
 _sent = Counter("kci_storage_sent_bytes", "Bytes of response bodies that went out")
 _received = Counter("kci_storage_received_bytes", "Bytes of request bodies that came in")
 _served = Counter("kci_storage_cache_requests", "Objects opened, by where they came from", ["result"])
@@ -68,6 +68,12 @@ _operation_seconds = Histogram(
 )
 
 
+@functools.cache
+def _request_counters(method: str, route: str, status: int) -> tuple[Counter, Histogram]:
+    """Those of one kind of request; looking labels up costs more than counting."""
+    return _requests.labels(method, route, status), _request_seconds.labels(method, route)
+
+
 class Metrics:
     """The events that services report, and the page that Prometheus reads.
 
@@ -88,17 +94,13 @@ class Metrics:
             _uploads.labels(label)
             _fills.labels(label)
 
-    def request_started(self) -> None:
-        """A request's head is here."""
-        _in_progress.inc()
-
     def request_finished(self, exchange: Exchange) -> None:
         """A response has gone out, or the client is gone."""
         method = exchange.environ["REQUEST_METHOD"]
         method, route = method if method in METHODS else "other", exchange.route or "none"
-        _in_progress.dec()
-        _requests.labels(method, route, exchange.status).inc()
-        _request_seconds.labels(method, route).observe(exchange.duration)
+        requests, seconds = _request_counters(method, route, exchange.status)
+        requests.inc()
+        seconds.observe(exchange.duration)
         _sent.inc(exchange.sent)
         if exchange.body.received:
             _received.inc(exchange.body.received)

@@ -203,11 +203,32 @@ class Objects:
         self._metrics.served(content.status)
         return content
 
+    def open_hit(self, key: str) -> FileContent | None:
+        """The object if it lies on this machine and may be served without asking anybody, else None."""
+        if self._local is not None:
+            try:
+                content = self._open_local(self._local, key)
+            except StorageError:
+                return None  # who asks for it in full will be told
+        else:
+            entry = self._cache.lookup(key)
+            if entry is None:
+                return None
+            content = FileContent(entry.record.info, CacheStatus.HIT, entry.fd, entry.path)
+            if self._freshness.is_due(entry.record):
+                content.close()
+                return None
+        self._metrics.served(content.status)
+        return content
+
+    @staticmethod
+    def _open_local(local: LocalObjects, key: str) -> FileContent:
+        info, fd = local.open(key)
+        return FileContent(info, CacheStatus.HIT, fd, None)
+
     def _open(self, key: str, whole: bool) -> Content:
         if self._local is not None:
-            info, file = self._local.open(key)
-            with file:
-                return FileContent(info, CacheStatus.HIT, os.dup(file.fileno()), None)
+            return self._open_local(self._local, key)
         deadline = time.monotonic() + self._wait_timeout
         while True:
             content = self._open_copy(key) or self._open_cold(key, whole)

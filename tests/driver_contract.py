@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -118,7 +119,7 @@ def exists(driver: Driver, key: str) -> bool:
         else:
             answers.add(True)
             if not isinstance(answer, ObjectInfo):
-                (answer[1] if isinstance(answer, tuple) else answer).close()
+                os.close(answer[1]) if isinstance(answer, tuple) else answer.close()
     assert len(answers) == 1, f"not all ways of asking for {key} give the same answer"
     return answers.pop()
 
@@ -293,12 +294,10 @@ class DriverContract:
             return  # it does not claim the ability
         content = content_of(SOME)
         expected = put(driver, "folder/a", content, "text/plain")
-        info, file = driver.open("folder/a")
-        with file:
+        info, fd = driver.open("folder/a")
+        with open(fd, "rb") as file:
             assert info == expected
-            assert file.tell() == 0
             assert file.read() == content
-            assert file.fileno() >= 0
         with pytest.raises(ObjectNotFound):
             driver.open("folder/b")
 

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import logging
 
 from flask import Flask, Response, request
 from werkzeug.exceptions import HTTPException
 
-from kci_storage import logs
+from kci_storage import logs, problems
 from kci_storage.blueprints.routing import exchange
 from kci_storage.errors import StorageError, Unauthorized, meaning
-from kci_storage.http_semantics import prefers_json
+from kci_storage.sending import CACHE_CONTROL, CORS_HEADERS
 
 log = logging.getLogger(__name__)
 
-EXPOSED_HEADERS = (
-    "Accept-Ranges, Content-Disposition, Content-Length, Content-Range, ETag, Last-Modified, Retry-After, "
-    "X-Cache, X-Request-ID"
-)
 REQUEST_HEADERS = "Range, If-Match, If-None-Match, If-Modified-Since, If-Unmodified-Since, If-Range, X-Request-ID"
 
 
@@ -43,9 +38,9 @@ def serve_the_public(response: Response) -> Response:
     A token is never sent by a browser on its own, so what needs one may be read too; but it is for its owner alone.
     """
     if request.method in ("GET", "HEAD", "OPTIONS"):
-        response.headers.setdefault("Cache-Control", "public, no-cache")
-        response.headers["Access-Control-Allow-Origin"] = "*"
-        response.headers["Access-Control-Expose-Headers"] = EXPOSED_HEADERS
+        response.headers.setdefault("Cache-Control", CACHE_CONTROL)
+        for name, value in CORS_HEADERS:
+            response.headers[name] = value
     if request.method == "OPTIONS":
         response.headers["Access-Control-Allow-Methods"] = "GET, HEAD"
         response.headers["Access-Control-Allow-Headers"] = REQUEST_HEADERS
@@ -88,13 +83,8 @@ def unexpected_error(error: Exception) -> Response:
 
 def failure(status: int, title: str, message: str) -> Response:
     """One line of text, or problem details as JSON."""
-    if prefers_json(request.headers.get("Accept")):
-        problem = {"type": "about:blank", "title": title, "status": status, "detail": message}
-        body, mimetype = json.dumps(problem), "application/problem+json"
-    else:
-        # The body of a 401 is this word alone: existing clients compare it.
-        body, mimetype = message if status == 401 else f"{message}\n", "text/plain"
-    response = Response(body, status, mimetype=mimetype)
+    content_type, body = problems.body(status, title, message, request.headers.get("Accept"))
+    response = Response(body, status, content_type=content_type)
     response.headers["X-Content-Type-Options"] = "nosniff"
     return response
 

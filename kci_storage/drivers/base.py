@@ -20,7 +20,7 @@ import enum
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, BinaryIO, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from kci_storage.config import Config
 
@@ -224,8 +224,10 @@ class Driver(ABC):
 class LocalObjects(Protocol):
     """Optional ability: objects are files on this machine, and are served from where they lie, without a cache."""
 
-    def open(self, key: str) -> tuple[ObjectInfo, BinaryIO]:
-        """The object's properties and its content, of one and the same version, the file at its start.
+    def open(self, key: str) -> tuple[ObjectInfo, int]:
+        """The object's properties and a descriptor of its content, of one and the same version.
+
+        The caller closes the descriptor.
 
         :raises ObjectNotFound: there is none.
         """

@@ -24,7 +24,7 @@ from dataclasses import replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, cast
+from typing import NamedTuple
 
 from kci_storage import durable
 from kci_storage.config import Config
@@ -83,8 +83,8 @@ class LocalDriver(Driver):
     def from_config(cls, config: Config) -> LocalDriver:
         return cls(config.local.storage_path)
 
-    def open(self, key: str) -> tuple[ObjectInfo, BinaryIO]:
-        """The object's properties and its file, for :class:`~kci_storage.drivers.base.LocalObjects`.
+    def open(self, key: str) -> tuple[ObjectInfo, int]:
+        """The object's properties and its file, as :class:`~kci_storage.drivers.base.LocalObjects` says.
 
         On the path of every download: one open, one fstat, and a look into memory.
         """
@@ -94,8 +94,8 @@ class LocalDriver(Driver):
                 fd = self._tree.call(os.open, key, _READ)
                 info = self._describe(key, os.fstat(fd))
                 if info is not None:
-                    file, fd = io.FileIO(fd), -1
-                    return info, cast(BinaryIO, file)
+                    opened, fd = fd, -1
+                    return info, opened
             except OSError as exc:
                 raise _read_error(exc) from exc
             finally:
@@ -112,11 +112,11 @@ class LocalDriver(Driver):
         raise _busy()
 
     def read(self, key: str, start: int = 0, stop: int | None = None, etag: str | None = None) -> ObjectReader:
-        info, file = self.open(key)
-        if etag is not None and etag != info.etag:
-            file.close()
+        info, fd = self.open(key)
+        if etag not in (None, info.etag):
+            os.close(fd)
             raise ObjectChanged("the object was replaced")
-        return _Reader(info, file, start, info.size if stop is None else min(stop, info.size))
+        return _Reader(info, io.FileIO(fd), start, info.size if stop is None else min(stop, info.size))
 
     def writer(self, key: str, content_type: str) -> ObjectWriter:
         """Begin a new version.
@@ -144,7 +144,7 @@ class LocalDriver(Driver):
             return self._page(walk, details)
 
     def probe(self) -> None:
-        with _own_errors():
+        with _own_errors(_write_error):
             durable.make_directory(self._temporary)
             if not os.access(self._temporary, os.W_OK | os.X_OK):
                 raise BackendError("the storage folder cannot be written to")
@@ -280,7 +280,7 @@ class LocalDriver(Driver):
 class _Reader(ObjectReader):
     """Bytes of a file that is open. An upload replaces the file, and leaves this one as it is."""
 
-    def __init__(self, info: ObjectInfo, file: BinaryIO, start: int, stop: int):
+    def __init__(self, info: ObjectInfo, file: io.FileIO, start: int, stop: int):
         self.info = info
         self._file = file
         self._start = start

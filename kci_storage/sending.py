@@ -1,0 +1,170 @@
+"""From a content and a request's conditions to the WSGI response: the one place where that is decided.
+
+It knows no framework, since both a view and the short way of hits (:mod:`kci_storage.hits`) send what it makes.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import secrets
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+from urllib.parse import parse_qs
+
+from kci_storage import media, problems
+from kci_storage.drivers.base import ObjectInfo
+from kci_storage.http_semantics import (
+    ByteRange,
+    Decision,
+    MultipartRanges,
+    RequestHeaders,
+    decide,
+    etag_header,
+    http_date,
+)
+from kci_storage.objects import Content, FileContent
+from kci_storage.transport import SentFile
+
+Headers = list[tuple[str, str]]
+
+CACHE_CONTROL = "public, no-cache"  # anybody may keep a copy, and asks with its ETag before using it
+EXPOSED_HEADERS = (
+    "Accept-Ranges, Content-Disposition, Content-Length, Content-Range, ETag, Last-Modified, Retry-After, "
+    "X-Cache, X-Request-ID"
+)
+# Public answers may be read by scripts of any site; a token is never sent by a browser on its own.
+CORS_HEADERS = (
+    ("Access-Control-Allow-Origin", "*"),
+    ("Access-Control-Expose-Headers", EXPOSED_HEADERS),
+)
+NOSNIFF = ("X-Content-Type-Options", "nosniff")
+STATUS_LINES = {
+    200: "200 OK",
+    206: "206 Partial Content",
+    304: "304 Not Modified",
+    412: "412 Precondition Failed",
+    416: "416 Range Not Satisfiable",
+}
+REMEMBERED_VERSIONS = 10_000  # of which the headers are kept ready; about 1 KiB each
+
+
+class Response(NamedTuple):
+    """A WSGI response."""
+
+    status: int
+    headers: Headers
+    body: Iterable[bytes]
+
+
+def respond(content: Content, environ: dict[str, Any], conditions: RequestHeaders) -> Response:
+    """The response to a ``GET`` or ``HEAD`` of an object (RFC 9110, sections 13 and 14).
+
+    It owns the content from now on: the body's end closes it.
+
+    :raises ObjectChanged: the version is gone; nothing has been sent.
+    """
+    info, method = content.info, environ["REQUEST_METHOD"]
+    decision = decide(method, conditions, info.etag, info.last_modified, info.size)
+    headers = [*_validators(info), ("X-Cache", content.status.value), *CORS_HEADERS]
+    if decision.status in (304, 412):
+        content.close()
+        return Response(decision.status, headers, ())
+    if decision.status == 416:
+        content.close()
+        return _unsatisfiable(info, headers, environ)
+    headers += _descriptors(info, asks_for_attachment(environ["QUERY_STRING"]))
+    if len(decision.ranges) > 1:
+        return _several_ranges(content, decision.ranges, headers)
+    return _one_range(content, decision, headers, method, environ["wsgi.file_wrapper"])
+
+
+@functools.lru_cache(REMEMBERED_VERSIONS)
+def _validators(info: ObjectInfo) -> tuple[tuple[str, str], ...]:
+    """What every answer says of the version."""
+    return (
+        ("ETag", etag_header(info.etag)),
+        ("Last-Modified", http_date(info.last_modified)),
+        ("Accept-Ranges", "bytes"),
+        ("Cache-Control", CACHE_CONTROL),
+        NOSNIFF,
+    )
+
+
+@functools.lru_cache(REMEMBERED_VERSIONS)
+def _descriptors(info: ObjectInfo, attachment: bool) -> tuple[tuple[str, str], ...]:
+    """What the answers with content say of it."""
+    content_type = media.for_download(info.content_type, info.key)
+    return (
+        ("Content-Type", content_type),
+        ("Content-Disposition", media.disposition(info.key, content_type, attachment)),
+    )
+
+
+def asks_for_attachment(query: str) -> bool:
+    """Whether a query string says ``download=1``.
+
+    >>> asks_for_attachment("a=b&download=1"), asks_for_attachment("")
+    (True, False)
+    """
+    return bool(query) and parse_qs(query, max_num_fields=100).get("download", [""])[-1] == "1"
+
+
+def _unsatisfiable(info: ObjectInfo, headers: Headers, environ: dict[str, Any]) -> Response:
+    """The answer to a range that lies beyond the end (RFC 9110, 15.5.17)."""
+    content_type, text = problems.body(
+        416, "Range Not Satisfiable", f"the file has {info.size} bytes", environ.get("HTTP_ACCEPT")
+    )
+    headers += (
+        ("Content-Range", f"bytes */{info.size}"),
+        ("Content-Type", content_type),
+        ("Content-Length", str(len(text))),
+    )
+    return Response(416, headers, () if environ["REQUEST_METHOD"] == "HEAD" else (text,))
+
+
+def _one_range(
+    content: Content, decision: Decision, headers: Headers, method: str, wrap_file: Callable[..., Iterable[bytes]]
+) -> Response:
+    """The whole object, or one part of it."""
+    size = content.info.size
+    wanted = decision.ranges[0] if decision.ranges else ByteRange(0, size)
+    if decision.status == 206:
+        headers.append(("Content-Range", wanted.content_range(size)))
+    headers.append(("Content-Length", str(wanted.length)))
+    if method == "HEAD":
+        content.close()
+        return Response(decision.status, headers, ())
+    if isinstance(content, FileContent):
+        return Response(decision.status, headers, wrap_file(SentFile(content.fd, wanted.start, content.close)))
+    return Response(decision.status, headers, _streamed(content, content.read(wanted.start, wanted.stop)))
+
+
+def _several_ranges(content: Content, ranges: tuple[ByteRange, ...], headers: Headers) -> Response:
+    """Several parts, as ``multipart/byteranges``."""
+    part_type = dict(headers)["Content-Type"]
+    body = MultipartRanges(ranges, content.info.size, part_type, secrets.token_hex(16))
+
+    def pieces() -> Iterator[bytes]:
+        for segment in body.segments:
+            if isinstance(segment, bytes):
+                yield segment
+            else:
+                yield from content.read(segment.start, segment.stop)
+
+    headers = [header for header in headers if header[0] != "Content-Type"]
+    headers += (("Content-Type", body.content_type), ("Content-Length", str(body.content_length)))
+    return Response(206, headers, _streamed(content, pieces()))
+
+
+def _streamed(content: Content, pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """The pieces, of which the first is here already, so that an error can still become a proper answer."""
+    first = next(pieces, b"")
+    return _closing(content, itertools.chain((first,), pieces))
+
+
+def _closing(content: Content, pieces: Iterator[bytes]) -> Iterator[bytes]:
+    try:
+        yield from pieces
+    finally:
+        content.close()
