@@ -1,0 +1,53 @@
+"""Small disks for tests: file systems in memory that are soon full."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kci_storage.errors import InsufficientStorage
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size: int, inodes: int = 0) -> Iterator[Path]:
+    """A file system of its own on ``folder`` during the block.
+
+    :param size: bytes.
+    :param inodes: how many files it can hold; 0: as many as it likes.
+    """
+    if os.getuid() != 0:
+        pytest.skip("only root may mount a small disk")
+    folder.mkdir(exist_ok=True)
+    options = f"size={size},nr_inodes={inodes}"
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, text=True)
+    if mount.returncode:
+        pytest.skip(f"no small disk can be mounted here: {mount.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def fill_up(folder: Path) -> Path:
+    """Leave no room on the disk of ``folder``; removing the file that is returned makes room again."""
+    path = folder / "ballast"
+    with path.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+    return path
+
+
+def use_up_inodes(folder: Path) -> list[Path]:
+    """Have the disk of ``folder`` refuse one file more, though it has room; the files that were made."""
+    made: list[Path] = []
+    with contextlib.suppress(OSError, InsufficientStorage):
+        while True:
+            path = folder / f"ballast{len(made)}"
+            path.touch()
+            made.append(path)
+    return made
