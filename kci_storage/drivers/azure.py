@@ -64,6 +64,7 @@ READS_AHEAD = 2  # of one download; it holds one range more in memory
 CONNECT_TIMEOUT = 5  # seconds; also for each piece that is sent
 READ_TIMEOUT = 20  # seconds without a byte of the answer
 RETRIES = 2  # of a request that found no connection, or a failing server
+RETRY_WAIT = 0.5  # seconds before each of them, give or take a half
 RETRY_AFTER = 5  # seconds, when a throttling backend does not say it itself
 SEND_SIZE = 256 * 1024  # bytes given to the socket at a time
 RECEIVE_SIZE = 1024 * 1024  # bytes taken from the socket at a time
@@ -208,7 +209,7 @@ class _Process:
             settings.container,
             credential=key if settings.key else settings.sastoken.removeprefix("?"),
             transport=_transport(endpoint, connect_timeout, read_timeout),
-            retry_policy=_Retry(backoff=0.5, retry_total=RETRIES, random_jitter_range=0.25),
+            retry_policy=_Retry(RETRY_WAIT, RETRIES, random_jitter_range=RETRY_WAIT / 2),
             permit_redirects=False,
             max_single_get_size=READ_SIZE,
             max_chunk_get_size=READ_SIZE,
@@ -468,6 +469,8 @@ def _fetch(blob: BlobClient, key: str, start: int, stop: int, etag: str | None) 
     stream = blob.download_blob(start, stop - start, max_concurrency=1, decompress=False, **_pinned(etag))
     data = b"".join(stream.chunks())
     info = _info(key, stream.properties, size=int(stream.properties.content_range.rpartition("/")[2]))
+    if etag not in (None, info.etag):  # Azurite takes the headers later than the content
+        raise ObjectChanged("the object was replaced")
     if len(data) != min(stop, info.size) - start:
         raise BackendError("the backend sent too little", detail=f"{len(data)} B of {start}-{stop} of {info.size}")
     return info, data
@@ -531,6 +534,8 @@ def _own_errors(unmet: StorageError | None = None) -> Iterator[None]:
         yield
     except (AzureError, requests.RequestException) as exc:
         error = _error(exc, unmet)
+    except (AttributeError, LookupError, TypeError, ValueError) as exc:  # the SDK, of an answer by something else
+        error = BackendError("the backend's answer makes no sense", detail=f"{type(exc).__name__}: {exc}")
     else:
         return
     raise error from None  # the SDK's own would put URLs into the log, with the signature of a SAS token
