@@ -82,8 +82,15 @@ def build_services(config: Config) -> Services:
     housekeeper = Housekeeper(cache, config.cache, metrics, driver if isinstance(driver, Sweepable) else None)
     measured = metrics.measured(driver)
     misses = Misses(config.cache.directory / "uploads")
-    fills = Fills(measured, cache, metrics, housekeeper.make_room, fills_at_once(config))
     server = config.server
+    fills = Fills(
+        measured,
+        cache,
+        metrics,
+        housekeeper.make_room,
+        at_once=fills_at_once(config),
+        queue_size=server.threads // 2,  # the other half is for those who need not wait
+    )
     return Services(
         config=config,
         driver=measured,

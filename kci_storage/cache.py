@@ -2,13 +2,12 @@
 
 For a key whose SHA-512 is ``abcd…``, in the folder ``ab``:
 
-=========================  =============================================================================
-``abcd….json``             the record: the object's properties, and the name of its content file
+===========================  ===========================================================================
+``abcd….json``               the record: the object's properties, and the name of its content file
 ``abcd….<generation>.data``  the content; never modified once it has this name
-``abcd….<generation>.part``  an upload on its way in, locked by its writer
-``abcd….fill``             a cold object on its way in, locked by its filler (:mod:`kci_storage.fill`)
-``abcd….fill.<inode>.json``  what that object is
-=========================  =============================================================================
+``abcd….<generation>.part``  a content on its way in, locked by its writer
+``abcd….fill``               who fetches a cold object, and what it is (:class:`kci_storage.fill.Claim`)
+===========================  ===========================================================================
 
 The rename of the record is the commit. Each version has a generation, hence a content file, of its own, and before a
 new record takes its place the old content is unlinked: so a record that a process remembers is right for as long as
@@ -62,12 +61,8 @@ class Slot(NamedTuple):
 
     @property
     def fill(self) -> Path:
-        """The path of a cold object's part file."""
+        """The path of the claim of who fetches the object."""
         return Path(self.stem + FILL)
-
-    def fill_record(self, inode: int) -> Path:
-        """The path of the record of the part file that is this inode."""
-        return Path(f"{self.stem}{FILL}.{inode}{RECORD}")
 
     def content(self, generation: str) -> Path:
         """The path of one generation's content."""
@@ -381,9 +376,7 @@ class Cache:
 
     @staticmethod
     def _revoke_fill(slot: Slot) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            durable.remove(slot.fill_record(slot.fill.stat().st_ino))
-            durable.remove(slot.fill)
+        durable.remove(slot.fill)
 
     def _unlink_entry(self, slot: Slot, record: Record | None) -> bool:
         """Remove the record and its content; whether there was a record.
@@ -507,26 +500,13 @@ class Cache:
         return []
 
     def _sweep_slot(self, slot: Slot, files: list[os.DirEntry[str]]) -> int:
-        removed = self._sweep_fill(slot) if any(FILL in file.name for file in files) else 0
-        rest = {file.path for file in files if not is_fill(file.name)}
+        removed = sum(durable.remove_if_unlocked(Path(file.path)) for file in files if file.name.endswith(FILL))
+        rest = {file.path for file in files if not file.name.endswith(FILL)}
         record = self._parse(slot)
         if rest and (record is None or rest != {str(slot.record), str(slot.content(record.generation))}):
             with self._writing_if_free(slot) as free:  # a writer is between two renames more often than dead
                 removed += self._clear(slot) if free else 0
         return removed
-
-    def _sweep_fill(self, slot: Slot) -> int:
-        removed = 0
-        with durable.abandoned(slot.fill) as status:
-            if status is not None:
-                # The record first: the inode may be another part's at once.
-                removed += durable.remove(slot.fill_record(status.st_ino))
-                removed += durable.remove(slot.fill)
-        part = _status(slot.fill)
-        records = [Path(file.path) for file in self._files(slot) if is_fill_record(file.name)]
-        return removed + sum(
-            durable.remove(path) for path in records if part is None or path != slot.fill_record(part.st_ino)
-        )
 
     def check(self) -> list[str]:
         """What is wrong with the directory while nobody is at work on it; empty when all is well.
@@ -550,7 +530,7 @@ class Cache:
         content = slot.content(record.generation).name if record else None
         wrong = []
         for name in names:
-            if name.endswith(PART) or is_fill(name):
+            if name.endswith((PART, FILL)):
                 wrong.append(f"a temporary file is left: {name}")
             elif name == slot.record.name:
                 wrong += self._check_record(slot, record)
@@ -585,16 +565,6 @@ def digest_of(name: str) -> str:
 def last_use(status: os.stat_result) -> float:
     """When a content file was written or, to within :data:`TOUCH_INTERVAL`, read; seconds since the epoch."""
     return max(status.st_atime, status.st_mtime)
-
-
-def is_fill(name: str) -> bool:
-    """Whether a file of this name is a cold object's part, or says what that is going to be."""
-    return name.endswith(FILL) or is_fill_record(name)
-
-
-def is_fill_record(name: str) -> bool:
-    """Whether a file of this name says what a part file is going to be."""
-    return FILL + "." in name and name.endswith(RECORD)
 
 
 def _status(file: Path | os.DirEntry[str]) -> os.stat_result | None:

@@ -60,6 +60,18 @@ class NewFile:
         """A new file of a random temporary name in ``directory``."""
         return cls(directory / f"{secrets.token_hex(8)}.part")
 
+    @classmethod
+    def take_over(cls, path: Path) -> NewFile | None:
+        """What a writer that died has left under this temporary name; None: nothing, or somebody else has it."""
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        if try_lock(fd) and is_file_at(fd, path):
+            return cls(path, fd)
+        os.close(fd)
+        return None
+
     def fileno(self) -> int:
         """The descriptor, open for reading and writing."""
         return self._fd
@@ -234,6 +246,12 @@ def abandoned(path: Path) -> Iterator[os.stat_result | None]:
         os.close(fd)
 
 
+def is_locked(path: Path) -> bool:
+    """Whether a temporary file is there and its writer lives."""
+    with abandoned(path) as status:
+        return status is None and path.exists()
+
+
 def remove_if_unlocked(path: Path) -> bool:
     """Remove a temporary file if its writer is dead; whether it was removed."""
     with abandoned(path) as status:
@@ -273,6 +291,18 @@ def open_or_make_lock_file(path: Path) -> tuple[int, bool]:
             except FileExistsError:
                 with contextlib.suppress(FileNotFoundError):  # removed since
                     return os.open(path, flags), False
+
+
+def write_lock_file(fd: int, data: bytes) -> None:
+    """Put ``data`` into a lock file. Who reads it meanwhile may see a part of it.
+
+    :raises InsufficientStorage: the disk is full.
+    """
+    with _full_disk_is_insufficient_storage():
+        os.ftruncate(fd, 0)
+        written = os.pwrite(fd, data, 0)
+        if written < len(data):
+            os.pwrite(fd, data[written:], written)
 
 
 def open_log_file(path: Path) -> int:

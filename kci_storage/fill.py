@@ -1,44 +1,39 @@
 """Bringing a cold object into the cache, while everybody who asked for it reads along.
 
-Over all workers, one thread fetches: the *filler*, whose process holds the lock of the key's part file. It appends
-what the backend sends; everybody else, in whatever process, *follows* the growing file. What the object is stands in
-a small record beside the part, published before the part's first byte.
+Over all workers, one thread fetches: the *filler*. It holds the lock of the key's *claim*, a small file that says
+what the object is and which *part* file it goes to. Everybody else, in whatever process, *follows* the growing part.
 
-A part says by itself how it fares, so that a follower needs nothing but the file it has open:
+Claim and part say by themselves how a fill fares:
 
-- its size is the object's: complete, and verified. The last piece is only written when the digests are right.
-- it is locked: somebody is at work on it.
-- it is not locked, and its path still leads to it: its filler died. Whoever locks it now carries on from its length.
-- it is not locked, and not at its path: given up. Who has a part of it may read the rest from the backend.
-- it is shorter than it was: its content is wrong. Who has a part of it must be cut.
+- The part is as long as the object: complete, and verified. Its last piece is only written if the digests are right.
+- The claim is locked: somebody is at work on it.
+- It is not locked, and its path still leads to it: its filler died. Whoever locks it now carries on.
+- It is not locked, and not at its path: given up. Who has a piece of the object may read the rest from the backend.
+- The part is shorter than it was: its content is wrong. Who has a piece of it must be cut.
 
-An upload or deletion that is committed meanwhile unlinks the part (:meth:`~kci_storage.cache.Cache.revoke_fill`):
-those who follow it still get the version they were promised, but it is never published.
+An upload or deletion that is committed meanwhile unlinks the claim (:meth:`~kci_storage.cache.Cache.revoke_fill`):
+those who follow its part still get the version they were promised, but it is never published, and nobody joins them.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import copy
 import json
 import logging
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kci_storage import durable
 from kci_storage.cache import Cache, Slot
-from kci_storage.drivers.base import Driver, ObjectInfo
-from kci_storage.errors import (
-    BackendError,
-    InsufficientStorage,
-    ObjectChanged,
-    ObjectNotFound,
-    Overloaded,
-    StorageError,
-)
+from kci_storage.drivers.base import Driver, ObjectInfo, ObjectReader
+from kci_storage.errors import InsufficientStorage, Overloaded, StorageError
+from kci_storage.fetch import CorruptObject, resumed, verified
 
 if TYPE_CHECKING:
     from kci_storage.metrics import Metrics
@@ -48,20 +43,108 @@ log = logging.getLogger(__name__)
 READ_SIZE = 256 * 1024  # bytes read from a part at a time
 WATCH_INTERVAL = 0.005  # seconds between two looks at a part that another process fills
 SLOT_INTERVAL = 1.0  # seconds between two looks whether anybody still waits for a fill that may not begin yet
-RESUME_FOR = 60  # seconds without a byte after which a fill gives up
-FIRST_BACKOFF, LONGEST_BACKOFF = 0.2, 5.0  # seconds between two tries of a fill
-
-
-class CorruptObject(BackendError):
-    """The backend's content is not what its own digest or length says."""
 
 
 class AlreadyCached(Exception):
     """The object was published between the look that missed it and the lock: look again."""
 
 
+class FillLost(StorageError):
+    """Another process gave a fill up, nobody here knows why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a claim says, as soon as the backend has answered: which version goes to which file."""
+
+    info: ObjectInfo
+    part: str  # a name in the claim's folder
+
+    def to_json(self) -> bytes:
+        """The plan as the claim holds it."""
+        return json.dumps({"info": self.info.to_fields(), "part": self.part}, ensure_ascii=False).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Plan:
+        """Read a plan.
+
+        :raises ValueError: there is none yet, or not all of it.
+        """
+        try:
+            fields = json.loads(data)
+            return cls(ObjectInfo.from_fields(fields["info"]), fields["part"])
+        except (TypeError, KeyError) as exc:
+            raise ValueError(f"not a plan: {exc}") from exc
+
+
+class Claim:
+    """The file whose lock says who fetches an object. Closed at the end of its block, and thereby unlocked.
+
+    :param fd: the file, opened; closed with the claim.
+    """
+
+    def __init__(self, path: Path, fd: int):
+        self._path = path
+        self._fd = fd
+        self._status = os.fstat(fd)
+
+    @classmethod
+    def at(cls, path: Path) -> Claim:
+        """The claim that is there, or a new one.
+
+        :raises InsufficientStorage: it cannot be made.
+        """
+        return cls(path, durable.open_lock_file(path))
+
+    def try_lock(self) -> bool:
+        """Lock it if it is free now; whether that worked."""
+        return durable.try_lock(self._fd)
+
+    def is_current(self) -> bool:
+        """Whether newcomers still find it."""
+        try:
+            return os.path.samestat(self._status, os.stat(self._path))
+        except FileNotFoundError:
+            return False
+
+    def read(self) -> Plan | None:
+        """What is fetched; None when nobody knows yet."""
+        with contextlib.suppress(ValueError):
+            return Plan.from_json(os.pread(self._fd, os.fstat(self._fd).st_size, 0))
+        return None
+
+    def write(self, plan: Plan) -> None:
+        """Tell the others what is fetched.
+
+        :raises InsufficientStorage: the disk is full.
+        """
+        durable.write_lock_file(self._fd, plan.to_json())
+
+    def part(self, plan: Plan) -> Path:
+        """The path of the part file."""
+        return self._path.with_name(plan.part)
+
+    def read_living(self) -> tuple[ObjectInfo, Path] | None:
+        """What is fetched, and where to; None also when the plan is that of a filler that died."""
+        plan = self.read()
+        if plan is None or not durable.is_locked(self.part(plan)):
+            return None
+        return plan.info, self.part(plan)
+
+    def withdraw(self) -> None:
+        """Take it from its path. The caller holds its lock."""
+        if self.is_current():
+            durable.remove(self._path)
+
+    def __enter__(self) -> Claim:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        os.close(self._fd)
+
+
 class Fill:
-    """A part file as the threads of one process see it, whoever fills it.
+    """An object on its way in as the threads of one process see it, whichever process fetches it.
 
     Whoever joins it leaves it (:meth:`leave`).
     """
@@ -69,36 +152,47 @@ class Fill:
     def __init__(self, key: str, slot: Slot):
         self.key = key
         self.slot = slot
+        self.claim: Claim | None = None
         self.info: ObjectInfo | None = None  # None until the backend has answered
         self.available = 0  # bytes
         self.followers = 0
+        self.queued = False  # whether it waits until it may begin
         self._error: BaseException | None = None  # why it ended early
         self._ended = False
-        self._fd = -1
+        self._fd = -1  # the part
         self._changed = threading.Condition()
 
     # For the thread that fills or watches
 
-    def begin(self, info: ObjectInfo, fd: int) -> None:
-        """The backend has answered: followers may start.
-
-        :param fd: the part, which is read through a descriptor of the fill's own, without its lock.
-        """
-        reading = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+    def begin(self, info: ObjectInfo) -> None:
+        """The backend has answered."""
         with self._changed:
-            self.info, self._fd = info, reading
+            self.info = info
             self._changed.notify_all()
 
-    def advance(self, available: int) -> None:
-        """The part has so many bytes now.
+    def open(self, part: Path) -> None:
+        """Have the followers read this file.
 
-        :raises CorruptObject: they are fewer than before, which is how a filler says that they were wrong.
+        :raises FileNotFoundError: it is gone.
         """
+        self._fd = os.open(part, os.O_RDONLY | os.O_CLOEXEC)
+
+    def look(self) -> None:
+        """See how long the part is now.
+
+        :raises CorruptObject: shorter than before, which is how a filler says that it was wrong.
+        """
+        available = os.fstat(self._fd).st_size
         if available < self.available:
             raise CorruptObject("the backend sent a damaged object")
-        with self._changed:
-            self.available = available
-            self._changed.notify_all()
+        self.advance(available)
+
+    def advance(self, available: int) -> None:
+        """The part has so many bytes now."""
+        if available != self.available:
+            with self._changed:
+                self.available = available
+                self._changed.notify_all()
 
     def end(self, error: BaseException | None) -> None:
         """Nothing more will come."""
@@ -143,22 +237,21 @@ class Fill:
             if self.info is not None:
                 return self.info
             if self._ended:
-                raise self._error or AlreadyCached
-        raise Overloaded("the backend has not answered for a while; try later", retry_after=5)
+                raise self._why() or AlreadyCached
+        raise Overloaded("too many files are being fetched, or the backend is slow; try later", retry_after=5)
 
     def read(self, start: int, stop: int) -> Iterator[bytes]:
         """The bytes from ``start`` up to ``stop``, as they arrive.
 
         :raises StorageError: why the fill ended before ``stop``.
         """
-        position = start
-        while position < stop:
-            available = min(self._wait_beyond(position), stop)
-            while position < available:
-                data = os.pread(self._fd, min(READ_SIZE, available - position), position)
+        while start < stop:
+            available = min(self._wait_beyond(start), stop)
+            while start < available:
+                data = os.pread(self._fd, min(READ_SIZE, available - start), start)
                 if not data:
                     raise CorruptObject("the backend sent a damaged object")
-                position += len(data)
+                start += len(data)
                 yield data
 
     def _wait_beyond(self, position: int) -> int:
@@ -167,11 +260,14 @@ class Fill:
             self._changed.wait_for(lambda: self.available > position or self._ended)
             if self.available > position and not isinstance(self._error, CorruptObject):
                 return self.available
-            raise self._error or BackendError("the object could not be fetched")
+            raise self._why() or FillLost("the object could not be fetched")
+
+    def _why(self) -> BaseException | None:
+        return copy.copy(self._error)  # each thread gets one of its own, since raising it changes it
 
     def is_revoked(self) -> bool:
-        """Whether the part is no longer what a newcomer should follow."""
-        return self._ended or (self._fd >= 0 and not durable.is_file_at(self._fd, self.slot.fill))
+        """Whether what it brings may be older than what a newcomer must get."""
+        return self.claim is not None and not self.claim.is_current()
 
 
 class Fills:
@@ -179,37 +275,52 @@ class Fills:
 
     :param make_room: called with a number of bytes before a fill; it evicts, and says whether they fit.
     :param at_once: how many fills this process may run; further ones wait.
+    :param queue_size: how many requests may wait for those; further ones are refused at once.
     """
 
     def __init__(
-        self, driver: Driver, cache: Cache, metrics: Metrics, make_room: Callable[[int], bool], at_once: int
+        self,
+        driver: Driver,
+        cache: Cache,
+        metrics: Metrics,
+        make_room: Callable[[int], bool],
+        *,
+        at_once: int,
+        queue_size: int,
     ):
         self.driver = driver
         self.cache = cache
         self.metrics = metrics
         self.make_room = make_room
-        self.slots = threading.BoundedSemaphore(at_once)
+        self._slots = threading.BoundedSemaphore(at_once)
+        self._queue_size = queue_size
         self._running: dict[str, Fill] = {}
         self._mutex = threading.Lock()
 
     def join(self, key: str) -> Fill:
-        """The fill of a key, begun if there is none; the caller leaves it."""
+        """The fill of a key, begun if there is none; the caller leaves it.
+
+        :raises Overloaded: too many wait for one to begin.
+        """
         with self._mutex:
             fill = self._running.get(key)
             if fill is None or fill.is_revoked():
-                fill = self._running[key] = Fill(key, self.cache.slot(key))
+                fill = Fill(key, self.cache.slot(key))
                 threading.Thread(target=self._run, args=(fill,), name="fill", daemon=True).start()
+                self._running[key] = fill
+            if fill.queued and self._waiting() >= self._queue_size:
+                raise _overloaded()
             fill.join()
             return fill
 
-    def join_running(self, key: str) -> Fill | None:
-        """The fill of a key if this process takes part in one; the caller leaves it."""
-        with self._mutex:
-            fill = self._running.get(key)
-            if fill is None or fill.is_revoked():
-                return None
-            fill.join()
-            return fill
+    def progress(self, key: str) -> tuple[ObjectInfo, int] | None:
+        """What any process fetches of a key now, and how many bytes of it are here; None: nothing."""
+        path = self.cache.slot(key).fill
+        with contextlib.suppress(FileNotFoundError), Claim(path, os.open(path, os.O_RDONLY | os.O_CLOEXEC)) as claim:
+            info, part = claim.read_living() or (None, path)
+            if info is not None and claim.is_current():
+                return info, part.stat().st_size
+        return None
 
     def _run(self, fill: Fill) -> None:
         error: BaseException | None = None
@@ -239,125 +350,103 @@ class Fills:
             return True
 
     def _take_part(self, fill: Fill) -> bool:
-        """Fill, or watch another process fill; False when the part is gone before anybody knew what it was."""
-        fd = durable.open_lock_file(fill.slot.fill)
-        try:
-            if not durable.try_lock(fd) and not self._watch(fill, fd):
+        """Fill, or watch another process fill; False when that ended before anybody here knew what it was."""
+        with Claim.at(fill.slot.fill) as claim:
+            fill.claim = claim
+            if not claim.try_lock() and not self._watch(fill, claim):
                 return True
-            if durable.is_file_at(fd, fill.slot.fill):
-                Filler(self, fill, durable.NewFile(fill.slot.fill, os.dup(fd))).run()
+            if claim.is_current():
+                Filler(self, fill, claim).run()
                 return True
             if fill.info is not None:
-                raise BackendError("the object could not be fetched", detail="its filler gave up")
+                raise FillLost("the object could not be fetched")
             return False
-        finally:
-            os.close(fd)
 
-    def _watch(self, fill: Fill, fd: int) -> bool:
-        """Follow a part that another process fills; True as soon as that one is gone, and the lock is ours."""
+    def _watch(self, fill: Fill, claim: Claim) -> bool:
+        """Follow what another process fills; True as soon as that one is gone, and the lock is ours."""
         while True:
-            self._look(fill, fd)
+            self._look(fill, claim)
             if fill.complete or self._forget_if_unfollowed(fill):
                 return False
-            if durable.try_lock(fd):
-                self._look(fill, fd)  # at what its filler did between the look and its end
+            if claim.try_lock():
+                self._look(fill, claim)  # at what its filler did between the look and its end
                 return not fill.complete
             time.sleep(WATCH_INTERVAL)
 
     @staticmethod
-    def _look(fill: Fill, fd: int) -> None:
-        status = os.fstat(fd)
+    def _look(fill: Fill, claim: Claim) -> None:
         if fill.info is None:
-            info = read_fill_record(fill.slot, status.st_ino)
-            if info is None:
+            living = claim.read_living()
+            if living is None:
                 return
-            fill.begin(info, fd)
-        fill.advance(status.st_size)
-
-
-class Filler:
-    """The one who fetches: made by the thread that holds the part's lock.
-
-    :param part: the part file, maybe with what a filler that died has left in it.
-    """
-
-    def __init__(self, fills: Fills, fill: Fill, part: durable.NewFile):
-        self._driver, self._cache, self._metrics = fills.driver, fills.cache, fills.metrics
-        self._make_room = fills.make_room
-        self._slots = fills.slots
-        self._fill = fill
-        self._part = part
-        self._record = fill.slot.fill_record(os.fstat(part.fileno()).st_ino)
-        self._verifier: Verifier | None = None
-
-    def run(self) -> None:
-        """Fetch the object and publish it.
-
-        :raises StorageError: it cannot be had.
-        :raises AlreadyCached: there is a copy.
-        """
-        with self._part, self._slot(), self._metrics.filling():
+            info, part = living
             try:
-                self._resume()
-                self._fetch()
-                self._publish()
-            except CorruptObject:
-                os.ftruncate(self._part.fileno(), 0)
-                raise
-            finally:
-                durable.remove(self._record)  # before the part, so that its inode is never another part's by then
+                fill.open(part)
+            except FileNotFoundError:  # it has just ended, well or not
+                return
+            fill.begin(info)
+        fill.look()
 
     @contextlib.contextmanager
-    def _slot(self) -> Iterator[None]:
-        """One of the fills that may run at once; its followers give up waiting by themselves."""
-        while not self._slots.acquire(timeout=SLOT_INTERVAL):
-            if self._fill.followers == 0:
-                raise Overloaded("too many files are being fetched; try later", retry_after=5)
+    def slot(self, fill: Fill) -> Iterator[None]:
+        """One of the fills that may run at once, as soon as there is one.
+
+        :raises Overloaded: too many wait, or nobody any more.
+        """
+        if not self._slots.acquire(blocking=False):
+            self._queue(fill)
         try:
             yield
         finally:
             self._slots.release()
 
-    def _resume(self) -> None:
-        """Take up what a filler that died has left."""
-        info = read_fill_record(self._fill.slot, os.fstat(self._part.fileno()).st_ino)
-        if self._part.size and info is None:
-            raise BackendError("the object could not be fetched", detail="a part file without a record")
-        if self._part.size and info is not None:
-            self._verifier = Verifier(info)
-            for start in range(0, self._part.size, READ_SIZE):
-                self._verifier.update(os.pread(self._part.fileno(), READ_SIZE, start))
-            if self._fill.info is None:
-                self._fill.begin(info, self._part.fileno())
-            self._fill.advance(self._part.size)
+    def _queue(self, fill: Fill) -> None:
+        with self._mutex:
+            fill.queued = True
+            if self._waiting() > self._queue_size:
+                raise _overloaded()
+        while not self._slots.acquire(timeout=SLOT_INTERVAL):
+            if fill.followers == 0:
+                raise _overloaded()
+        fill.queued = False
+
+    def _waiting(self) -> int:
+        return sum(fill.followers for fill in self._running.values() if fill.queued)
+
+
+def _overloaded() -> Overloaded:
+    return Overloaded("too many files are being fetched; try later", retry_after=5)
+
+
+class Filler:
+    """The one who fetches: made by the thread that holds the claim's lock."""
+
+    def __init__(self, fills: Fills, fill: Fill, claim: Claim):
+        self._fills = fills
+        self._driver, self._cache = fills.driver, fills.cache
+        self._fill = fill
+        self._claim = claim
+
+    def run(self) -> None:
+        """Fetch the object and publish it.
+
+        :raises StorageError: it cannot be had, or cannot be kept.
+        :raises AlreadyCached: there is a copy.
+        """
+        try:
+            with self._fills.slot(self._fill):
+                if self._fill.info is None:
+                    self._look_again()
+                with self._fills.metrics.filling():
+                    self._fetch()
+        finally:
+            self._claim.withdraw()
 
     def _fetch(self) -> None:
-        """Bring the part to its full length, through interruptions."""
-        gives_up_at, backoff = time.monotonic() + RESUME_FOR, FIRST_BACKOFF
-        while not self._fill.complete:
-            arrived = self._part.size
-            try:
-                self._fetch_rest()
-            except (CorruptObject, ObjectChanged, ObjectNotFound):
-                raise
-            except BackendError as exc:
-                if self._part.size > arrived:
-                    gives_up_at, backoff = time.monotonic() + RESUME_FOR, FIRST_BACKOFF
-                if self._fill.info is None or time.monotonic() + backoff > gives_up_at:
-                    raise
-                log.warning("event=fill_interrupted position=%d error=%s", self._part.size, type(exc).__name__)
-                time.sleep(backoff)
-                backoff = min(2 * backoff, LONGEST_BACKOFF)
-
-    def _fetch_rest(self) -> None:
         if self._fill.info is None:
-            self._look_again()
-        etag = self._fill.info.etag if self._fill.info else None
-        with self._driver.read(self._fill.key, start=self._part.size, etag=etag) as reader:
-            if self._verifier is None:
-                self._begin(reader.info)
-            for data in reader:
-                self._append(data, reader.info.size)
+            self._begin()
+        else:
+            self._carry_on(self._fill.info)
 
     def _look_again(self) -> None:
         entry = self._cache.lookup(self._fill.key)
@@ -366,59 +455,62 @@ class Filler:
             if not entry.record.doubtful:
                 raise AlreadyCached
 
-    def _begin(self, info: ObjectInfo) -> None:
-        self._verifier = Verifier(info)
-        fits = self._make_room(info.size)
-        if fits:
-            durable.write_file(self._record, json.dumps(info.to_fields()).encode())
-        self._fill.begin(info, self._part.fileno())
-        if not fits:
-            raise InsufficientStorage("the object does not fit into the cache")
+    def _begin(self) -> None:
+        """Fetch from the beginning; also where a filler died that nobody here has followed.
 
-    def _append(self, data: bytes, size: int) -> None:
-        assert self._verifier is not None
-        self._verifier.update(data)
-        if self._part.size + len(data) == size:
-            self._verifier.check()  # before anybody gets the last piece of something wrong
-        self._part.write(data)
-        self._fill.advance(self._part.size)
-
-    def _publish(self) -> None:
-        """Make the part the cache's copy, unless a writer is at work on the key or came in between."""
-        assert self._fill.info is not None
-        with self._cache.writing_if_free(self._fill.key) as free:
-            if free and durable.is_file_at(self._part.fileno(), self._fill.slot.fill):
-                self._cache.publish(self._part, self._fill.info)
-
-
-class Verifier:
-    """Checks a content against the digests that the backend has for it, as it passes."""
-
-    def __init__(self, info: ObjectInfo):
-        self._info = info
-        self._sha256 = hashlib.sha256() if info.sha256 else None
-        # MD5 is half as fast, and says nothing that SHA-256 does not.
-        self._md5 = hashlib.md5(usedforsecurity=False) if info.md5 and not info.sha256 else None
-
-    def update(self, data: bytes) -> None:
-        """Take the next piece in."""
-        for digest in (self._sha256, self._md5):
-            if digest is not None:
-                digest.update(data)
-
-    def check(self) -> None:
-        """Compare, at the end.
-
-        :raises CorruptObject: the content is wrong.
+        What that one has left may be from long ago, or from before a loss of power.
         """
-        if self._sha256 is not None and self._sha256.hexdigest() != self._info.sha256:
-            raise CorruptObject("the backend sent a damaged object", detail=f"SHA-256 of {self._info.key!r}")
-        if self._md5 is not None and self._md5.digest() != self._info.md5:
-            raise CorruptObject("the backend sent a damaged object", detail=f"MD5 of {self._info.key!r}")
+        self._remove_leftover()
+        with self._driver.read(self._fill.key) as reader:
+            self._fill.begin(reader.info)
+            with self._new_part(reader.info) as part:
+                self._fill.open(part.path)
+                self._claim.write(Plan(reader.info, part.path.name))
+                self._complete(part, reader.info, reader)
 
+    def _remove_leftover(self) -> None:
+        plan = self._claim.read()
+        if plan is not None:
+            durable.remove_if_unlocked(self._claim.part(plan))
 
-def read_fill_record(slot: Slot, inode: int) -> ObjectInfo | None:
-    """What the part that is this inode is going to be; None when nobody knows yet."""
-    with contextlib.suppress(FileNotFoundError):
-        return ObjectInfo.from_fields(json.loads(slot.fill_record(inode).read_bytes()))
-    return None
+    def _new_part(self, info: ObjectInfo) -> durable.NewFile:
+        if not self._fills.make_room(info.size):
+            raise InsufficientStorage("the object does not fit into the cache")
+        return self._cache.new_part(info.key)
+
+    def _carry_on(self, info: ObjectInfo) -> None:
+        """Take up what this process has followed until its filler died."""
+        plan = self._claim.read()
+        part = durable.NewFile.take_over(self._claim.part(plan)) if plan is not None else None
+        if part is None:
+            raise FillLost("the object could not be fetched")
+        with part:
+            self._fill.look()
+            self._complete(part, info, None)
+
+    def _complete(self, part: durable.NewFile, info: ObjectInfo, reader: ObjectReader | None) -> None:
+        """Bring the part to its full length, through interruptions, and publish it."""
+        here = self._fill.read(0, part.size)
+        try:
+            for data in verified(info, resumed(self._driver, info, part.size, info.size, reader), here):
+                self._append(part, data, info.size)
+        except CorruptObject:
+            part.truncate()
+            raise
+        self._publish(part, info)
+
+    def _append(self, part: durable.NewFile, data: bytes, size: int) -> None:
+        before = part.size
+        try:
+            part.write(data)
+        except InsufficientStorage:
+            if not self._fills.make_room(size - part.size):
+                raise
+            part.write(memoryview(data)[part.size - before :])
+        self._fill.advance(part.size)
+
+    def _publish(self, part: durable.NewFile, info: ObjectInfo) -> None:
+        """Make the part the cache's copy, unless a writer is at work on the key or came in between."""
+        with self._cache.writing_if_free(info.key) as free:
+            if free and self._claim.is_current():
+                self._cache.publish(part, info)

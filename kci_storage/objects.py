@@ -5,16 +5,26 @@ from __future__ import annotations
 import contextlib
 import enum
 import os
-import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from kci_storage.cache import Cache, Record
+from kci_storage.cache import Cache
 from kci_storage.drivers.base import Driver, LocalObjects, ObjectInfo
-from kci_storage.errors import ObjectNotFound, Overloaded, PreconditionFailed, StorageError
-from kci_storage.fill import READ_SIZE, AlreadyCached, CorruptObject, Fill, Fills
+from kci_storage.errors import (
+    BackendError,
+    InsufficientStorage,
+    ObjectChanged,
+    ObjectNotFound,
+    Overloaded,
+    PreconditionFailed,
+    StorageError,
+)
+from kci_storage.fetch import direct
+from kci_storage.fill import READ_SIZE, AlreadyCached, Fill, Fills
+from kci_storage.flights import Flights
+from kci_storage.freshness import Freshness, Verdict
 from kci_storage.locks import POLL_INTERVAL
 from kci_storage.misses import Misses
 
@@ -22,8 +32,6 @@ if TYPE_CHECKING:
     from kci_storage.metrics import Metrics
 
 FOLLOW_AHEAD = 1024 * 1024  # bytes; a range that begins this little ahead of a running fill follows it
-STALE_GRACE = 5  # seconds; after a revalidation that failed, the backend is not asked again for so long
-REVALIDATION_STRIPES = 64
 
 
 class CacheStatus(enum.Enum):
@@ -96,17 +104,18 @@ class FilledContent(Content):
 
     def read(self, start: int, stop: int) -> Iterator[bytes]:
         assert self._fill is not None
+        position = start
         try:
             for data in self._fill.read(start, stop):
-                start += len(data)
+                position += len(data)
                 yield data
-        except CorruptObject:
+        except (BackendError, ObjectNotFound):
             raise
         except StorageError:
             # A full disk here, a filler lost in another process: what fails a fill need not fail a download.
             self._metrics.uncached()
-            with self._driver.read(self.info.key, start, stop, etag=self.info.etag) as reader:
-                yield from reader
+            before = self._fill.read(0, position) if stop - start == self.info.size else None
+            yield from direct(self._driver, self.info, position, stop, before)
 
     def close(self) -> None:
         if self._fill is not None:
@@ -115,50 +124,63 @@ class FilledContent(Content):
 
 
 class RemoteContent(Content):
-    """An object of which only the properties are here, and maybe only a part is wanted."""
+    """An object of which only the properties are here, and maybe only a part is wanted.
+
+    :param fills: None: the cache has no room for it.
+    :param patience: seconds to wait for a fill to begin.
+    """
 
     status = CacheStatus.MISS
 
-    def __init__(self, driver: Driver, fills: Fills, info: ObjectInfo, metrics: Metrics):
+    def __init__(self, driver: Driver, fills: Fills | None, info: ObjectInfo, metrics: Metrics, patience: float):
         self.info = info
         self._driver = driver
         self._metrics = metrics
         self._fills = fills
+        self._patience = patience
+        self._followed: list[FilledContent] = []
 
     def read(self, start: int, stop: int) -> Iterator[bytes]:
-        fill = self._fill_to_follow(start, stop)
-        if fill is None:
-            with self._driver.read(self.info.key, start, stop, etag=self.info.etag) as reader:
-                yield from reader
-            return
-        with contextlib.closing(FilledContent(self._driver, self.info, fill, self._metrics)) as content:
-            yield from content.read(start, stop)
+        content = self._to_follow(self._fills, start, stop) if self._fills is not None else None
+        if content is not None:
+            self._followed.append(content)
+            return content.read(start, stop)
+        return direct(self._driver, self.info, start, stop, () if stop - start == self.info.size else None)
 
-    def _fill_to_follow(self, start: int, stop: int) -> Fill | None:
-        """The running fill if it soon gets there, or a new one for who wants all; else None.
+    def _to_follow(self, fills: Fills, start: int, stop: int) -> FilledContent | None:
+        """The running fill if it soon gets there, or a new one for who wants most of the object; else None.
 
-        A reader of a far range, such as a crawler that wants the end of every image, starts no fill.
+        Who wants less, such as a crawler that reads the end of every image, starts no fill.
         """
-        if stop - start == self.info.size:
-            fill = self._fills.join(self.info.key)
-        elif (running := self._fills.join_running(self.info.key)) is not None:
-            fill = running
-        else:
+        wants_most = 2 * (stop - start) >= self.info.size
+        running, here = fills.progress(self.info.key) or (None, 0)
+        if start > here + FOLLOW_AHEAD:
+            if wants_most:
+                with contextlib.suppress(Overloaded):
+                    fills.join(self.info.key).leave()
             return None
+        if wants_most or (running is not None and running.etag == self.info.etag):
+            return self._follow(fills.join(self.info.key))
+        return None
+
+    def _follow(self, fill: Fill) -> FilledContent | None:
         try:
-            usable = fill.wait_for_info(timeout=STALE_GRACE).etag == self.info.etag
+            if fill.wait_for_info(self._patience).etag == self.info.etag:
+                return FilledContent(self._driver, self.info, fill, self._metrics)
         except AlreadyCached:
-            usable = False
+            fill.leave()
+            raise ObjectChanged("the file has just been fetched") from None  # so that the caller finds it
+        except InsufficientStorage:
+            self._metrics.uncached()
         except BaseException:
             fill.leave()
             raise
-        if usable and start <= fill.available + FOLLOW_AHEAD:
-            return fill
         fill.leave()
         return None
 
     def close(self) -> None:
-        pass
+        while self._followed:
+            self._followed.pop().close()
 
 
 class Objects:
@@ -188,7 +210,8 @@ class Objects:
         self._misses = misses
         self._metrics = metrics
         self._wait_timeout = wait_timeout
-        self._freshness = Freshness(revalidate_after)
+        self._freshness = Freshness(driver, cache, metrics, revalidate_after)
+        self._questions: Flights[ObjectInfo] = Flights()
 
     def open(self, key: str, *, whole: bool = True) -> Content:
         """The object, to be read.
@@ -242,15 +265,14 @@ class Objects:
         entry = self._cache.lookup(key)
         if entry is None:
             return None
-        try:
-            status = self._revalidate(entry.record) if self._freshness.is_due(entry.record) else CacheStatus.HIT
-        except BaseException:
-            os.close(entry.fd)
-            raise
-        if status is CacheStatus.MISS:
-            os.close(entry.fd)
+        content = FileContent(entry.record.info, CacheStatus.HIT, entry.fd, entry.path)
+        verdict = self._freshness.check(entry.record) if self._freshness.is_due(entry.record) else Verdict.FRESH
+        if verdict is Verdict.UNKNOWN:
+            content.status = CacheStatus.STALE
+        elif verdict is not Verdict.FRESH:
+            content.close()
             return None
-        return FileContent(entry.record.info, status, entry.fd, entry.path)
+        return content
 
     def _open_cold(self, key: str, whole: bool) -> Content | None:
         """A content that is fetched; None when one has to look again."""
@@ -258,52 +280,31 @@ class Objects:
             return None
         if self._misses.remembers(key):
             raise ObjectNotFound("no such file")
-        uploads = self._misses.uploads(key)
+        changes = self._misses.changes(key)
         try:
-            if whole:
-                return self._open_fill(key)
-            return RemoteContent(self._driver, self._fills, self._driver.stat(key), self._metrics)
+            return self._open_fill(key) if whole else self._open_remote(key, self._fills)
+        except AlreadyCached:
+            return None
+        except InsufficientStorage:  # not even for the first byte of a fill
+            self._metrics.uncached()
+            return self._open_remote(key, None)
         except ObjectNotFound:
-            self._misses.remember(key, uploads)
+            self._misses.remember(key, changes)
             raise
 
-    def _open_fill(self, key: str) -> FilledContent | None:
+    def _open_fill(self, key: str) -> FilledContent:
         fill = self._fills.join(key)
         try:
             return FilledContent(self._driver, fill.wait_for_info(self._wait_timeout), fill, self._metrics)
-        except AlreadyCached:
-            fill.leave()
-            return None
         except BaseException:
             fill.leave()
             raise
 
-    def _revalidate(self, record: Record) -> CacheStatus:
-        """Ask the backend whether the copy is still right: HIT, MISS when it is not, STALE when nobody knows.
-
-        :raises ObjectNotFound: the object was deleted.
-        """
-        with self._freshness.turn(record) as due:
-            if not due:
-                return CacheStatus.HIT
-            try:
-                current = self._driver.stat(record.info.key)
-            except ObjectNotFound:
-                self._cache.remove_version(record)
-                self._metrics.revalidated("deleted")
-                raise
-            except StorageError:
-                self._freshness.postpone(record, STALE_GRACE)
-                self._metrics.revalidated("failed")
-                return CacheStatus.STALE
-            if current.etag != record.info.etag:
-                self._cache.remove_version(record)
-                self._metrics.revalidated("changed")
-                return CacheStatus.MISS
-            self._cache.confirm(record)
-            self._freshness.confirm(record)
-            self._metrics.revalidated("fresh")
-            return CacheStatus.HIT
+    def _open_remote(self, key: str, fills: Fills | None) -> RemoteContent:
+        # Who asks after a change on this server must not share an answer from before it.
+        question = key, self._misses.changes(key)
+        info = self._questions.share(question, lambda: self._driver.stat(key))
+        return RemoteContent(self._driver, fills, info, self._metrics, self._wait_timeout)
 
     def delete(self, key: str, may_delete: Callable[[str | None], bool] | None = None) -> None:
         """Delete the object and its copy.
@@ -333,40 +334,4 @@ class Objects:
     def _forget(self, key: str) -> None:
         self._cache.remove(key)
         self._cache.revoke_fill(key)
-
-
-class Freshness:
-    """Which copies were checked when, by this process.
-
-    :param period: seconds for which a check holds; 0: for ever.
-    """
-
-    def __init__(self, period: float):
-        self._period = period
-        self._good_until: dict[str, float] = {}  # by generation; seconds since the epoch
-        self._stripes = [threading.Lock() for _ in range(REVALIDATION_STRIPES)]
-
-    def is_due(self, record: Record) -> bool:
-        """Whether the copy has to be checked before it is served."""
-        if not self._period and not record.doubtful:
-            return False
-        until = self._good_until.get(record.generation)
-        if until is None:
-            until = 0.0 if record.doubtful else record.validated + self._period
-        return time.time() >= until
-
-    @contextlib.contextmanager
-    def turn(self, record: Record) -> Iterator[bool]:
-        """Check during the block, one thread at a time for a key; the block gets whether it is still due."""
-        with self._stripes[hash(record.info.key) % REVALIDATION_STRIPES]:
-            yield self.is_due(record)
-
-    def confirm(self, record: Record) -> None:
-        """The copy was right now."""
-        self.postpone(record, self._period or float("inf"))
-
-    def postpone(self, record: Record, seconds: float) -> None:
-        """Do not check the copy again for so long."""
-        if len(self._good_until) > 100_000:
-            self._good_until.clear()
-        self._good_until[record.generation] = time.time() + seconds
+        self._misses.changed(key)

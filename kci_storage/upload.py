@@ -239,7 +239,7 @@ class Upload:
             raise
         self._publish(info)
         self._cache.revoke_fill(self.key)
-        self._misses.uploaded(self.key)
+        self._misses.changed(self.key)
         self._metrics.uploaded()
         return info
 

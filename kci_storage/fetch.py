@@ -1,0 +1,131 @@
+"""Reading one version of an object from the backend: through its failures, and checked against its digests."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import time
+from collections.abc import Iterable, Iterator
+
+from kci_storage.drivers.base import Driver, ObjectInfo, ObjectReader
+from kci_storage.errors import BackendError, ObjectChanged
+
+log = logging.getLogger(__name__)
+
+RESUME_FOR = 60  # seconds without a byte after which a read is given up
+FIRST_BACKOFF, LONGEST_BACKOFF = 0.2, 5.0  # seconds between two tries
+
+
+class CorruptObject(BackendError):
+    """The backend's content is not what its own digest or length says."""
+
+
+def direct(
+    driver: Driver, info: ObjectInfo, start: int, stop: int, before: Iterable[bytes] | None = None
+) -> Iterator[bytes]:
+    """The bytes from ``start`` up to ``stop`` of one version, straight from the backend.
+
+    :param before: the bytes before ``start``, of which the client has all: what comes is verified then.
+    :raises StorageError: before the first piece: the backend does not give any.
+    """
+    reader = driver.read(info.key, start, stop, info.etag)
+    with contextlib.closing(resumed(driver, info, start, stop, reader)) as pieces:
+        yield from pieces if before is None else verified(info, pieces, before)
+
+
+def resumed(
+    driver: Driver, info: ObjectInfo, start: int, stop: int, reader: ObjectReader | None = None
+) -> Iterator[bytes]:
+    """The bytes from ``start`` up to ``stop`` of one version, taken up where a read broke off.
+
+    :param reader: what reads them at first; None: one is opened. It is closed.
+    :raises ObjectChanged: the version is gone.
+    :raises CorruptObject: there is more than that.
+    :raises BackendError: nothing has come for :data:`RESUME_FOR` seconds.
+    """
+    patience = Patience()
+    while start < stop:
+        try:
+            with reader or driver.read(info.key, start, stop, info.etag) as pieces:
+                for data in pieces:
+                    start += len(data)
+                    if start > stop:
+                        raise CorruptObject("the backend sent too much", detail=f"{info.key!r}: {start} of {stop} B")
+                    patience.renew()
+                    yield data
+            if start < stop:
+                raise BackendError("the backend sent too little", detail=f"{info.key!r}: {start} of {stop} B")
+        except (ObjectChanged, CorruptObject):
+            raise
+        except BackendError as exc:
+            log.warning("event=read_interrupted position=%d error=%s", start, type(exc).__name__)
+            patience.lose(exc)
+        reader = None
+
+
+class Patience:
+    """How long to go on with a backend that fails."""
+
+    def __init__(self) -> None:
+        self.renew()
+
+    def renew(self) -> None:
+        """It has sent something."""
+        self._backoff = FIRST_BACKOFF
+        self._ends = time.monotonic() + RESUME_FOR
+
+    def lose(self, error: BackendError) -> None:
+        """It has failed: wait, longer each time.
+
+        :raises BackendError: the given one, when that has been so for too long.
+        """
+        if time.monotonic() + self._backoff > self._ends:
+            raise error
+        time.sleep(self._backoff)
+        self._backoff = min(2 * self._backoff, LONGEST_BACKOFF)
+
+
+def verified(info: ObjectInfo, pieces: Iterable[bytes], before: Iterable[bytes] = ()) -> Iterator[bytes]:
+    """The pieces that end an object, the last of them only if the whole is what the backend's digests say.
+
+    :param before: what comes before them, and is not given again.
+    :raises CorruptObject: it is not.
+    """
+    digests = Digests(info)
+    missing = info.size
+    for data in before:
+        digests.update(data)
+        missing -= len(data)
+    for data in pieces:
+        digests.update(data)
+        missing -= len(data)
+        if missing == 0:
+            digests.check()
+        yield data
+
+
+class Digests:
+    """Those of a content that the backend knows."""
+
+    def __init__(self, info: ObjectInfo):
+        self._info = info
+        self._sha256 = hashlib.sha256() if info.sha256 else None
+        # MD5 is half as fast, and says nothing that SHA-256 does not.
+        self._md5 = hashlib.md5(usedforsecurity=False) if info.md5 and not info.sha256 else None
+
+    def update(self, data: bytes) -> None:
+        """Take the next piece in."""
+        for digest in (self._sha256, self._md5):
+            if digest is not None:
+                digest.update(data)
+
+    def check(self) -> None:
+        """Compare, at the end.
+
+        :raises CorruptObject: the content is wrong.
+        """
+        if self._sha256 is not None and self._sha256.hexdigest() != self._info.sha256:
+            raise CorruptObject("the backend sent a damaged object", detail=f"SHA-256 of {self._info.key!r}")
+        if self._md5 is not None and self._md5.digest() != self._info.md5:
+            raise CorruptObject("the backend sent a damaged object", detail=f"MD5 of {self._info.key!r}")
