@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-pytest.register_assert_rewrite("tests.harness")
+pytest.register_assert_rewrite("tests.harness", "tests.driver_contract")
 
 from tests.azurite import azurite  # noqa: E402, F401  (a fixture)
 from tests.harness import Server, running  # noqa: E402

@@ -36,4 +36,5 @@ def _imported(entry: EntryPoint) -> object:
     try:
         return entry.load()
     except Exception as exc:  # an import runs the plug-in's own code, which may raise anything
-        raise ConfigError(f"driver: {entry.name!r} cannot be loaded: {type(exc).__name__}: {exc}") from exc
+        reason = " ".join(f"{type(exc).__name__}: {exc}".split())
+        raise ConfigError(f"driver: {entry.name!r} cannot be loaded: {reason}") from exc
