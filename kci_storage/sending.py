@@ -69,6 +69,8 @@ def respond(content: Content, environ: dict[str, Any], conditions: RequestHeader
     headers = [*_validators(info), ("X-Cache", content.status.value), *CORS_HEADERS]
     if decision.status in (304, 412):
         content.close()
+        if decision.status == 412:  # a 304 never has a body, and no length of one
+            headers.append(("Content-Length", "0"))
         return Response(decision.status, headers, ())
     if decision.status == 416:
         content.close()

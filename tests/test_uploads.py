@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import subprocess
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -873,18 +872,17 @@ def test_a_second_upload_of_a_key_waits_then_gives_up(strict_server: Server):
 
 
 def test_a_second_upload_of_a_key_waits_for_the_first(server: Server):
-    folder, results = new_folder(), []
+    folder = new_folder()
     form_head = request("POST", "/upload", {**server.headers(), **FORM_TYPE, "Transfer-Encoding": "chunked"})
     first_part = part("path", folder.encode()) + part("file0", b"first" * 1000, "a")
-    with Wire(server) as first:
+    with Wire(server) as first, Wire(server) as second:
         first.send(form_head, b"%x\r\n%b\r\n" % (len(first_part), first_part))
         wait_for_lock(server)
-        second = threading.Thread(target=lambda: results.append(put(server, f"{folder}/a", b"second")))
-        second.start()
+        second.send(request("PUT", f"/{folder}/a", server.headers(), b"second"))
+        second.wait_until_taken()
         first.send(b"%x\r\n%b\r\n0\r\n\r\n" % (len(form()), form()))
         assert first.answer().status == 200
-        second.join()
-    assert [response.status_code for response in results] == [200]
+        assert second.answer().status == 200
     assert get(server, f"{folder}/a").content == b"second"
 
 

@@ -68,6 +68,20 @@ class Wire:
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self._socket.close()
 
+    def wait_until_taken(self) -> None:
+        """Wait until the server has read all that was sent; what it does next is a matter of microseconds."""
+        wait_until(lambda: self._waiting_at_server() == 0, SECONDS, "the server to read what was sent")
+
+    def _waiting_at_server(self) -> int:
+        """Bytes in the receive queue of the connection's other end (proc_net_tcp)."""
+        ours, theirs = (address[1] for address in (self._socket.getsockname(), self._socket.getpeername()))
+        ends = f":{theirs:04X}", f":{ours:04X}"
+        for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+            _, local, remote, _, queues, *_ = line.split()
+            if (local[-5:], remote[-5:]) == ends:
+                return int(queues.partition(":")[2], 16)
+        return 1  # not accepted yet
+
     def _receive(self) -> bytes:
         data = self._socket.recv(1 << 16)
         self._received += data
@@ -211,6 +225,14 @@ def keys(server: Server, prefix: str) -> list[str]:
     response = requests.get(f"{server.url}/v1/list", params={"prefix": prefix}, timeout=SECONDS)
     assert response.status_code == 200
     return response.text.splitlines()
+
+
+def stored_by_another_program(server: Server, key: str, content: bytes) -> Path:
+    """Put a file at its key, as an operator may, below the local driver's folder; its path."""
+    path = server.storage_path / key
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
 
 
 def temporary_files(server: Server) -> list[Path]:
