@@ -14,7 +14,7 @@ from werkzeug.middleware.proxy_fix import ProxyFix
 
 from kci_storage import drivers, logs
 from kci_storage.auth import MIN_SECRET_BYTES, Authenticator, Permissions, is_weak
-from kci_storage.blueprints import admin, auth, downloads, failures, uploads
+from kci_storage.blueprints import admin, auth, browse, downloads, failures, uploads
 from kci_storage.blueprints.routing import KeyConverter
 from kci_storage.cache import Cache
 from kci_storage.config import Config, load
@@ -66,7 +66,7 @@ def create_app(config: Config | None = None) -> Flask:
     app.url_map.converters["path"] = KeyConverter
     app.extensions["kci_storage"] = services
     services.metrics.watch(app)
-    for blueprint in (admin.blueprint, auth.blueprint, uploads.blueprint, downloads.blueprint):
+    for blueprint in (admin.blueprint, auth.blueprint, browse.blueprint, uploads.blueprint, downloads.blueprint):
         app.register_blueprint(blueprint)
     failures.install(app)
     app.wsgi_app = transport(app.wsgi_app, services)  # type: ignore[method-assign]

@@ -1,0 +1,150 @@
+"""One level of the store as a page: what is in it, in which order, and how it is named. Pure, but for the driver."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote
+
+from kci_storage import keys
+from kci_storage.drivers.base import Driver, ObjectInfo
+from kci_storage.errors import ObjectNotFound
+from kci_storage.http_semantics import etag_header, http_date
+
+TOP = "/v1/browse/"  # since / is the status line
+_DIGITS = re.compile(r"([0-9]+)")
+_UNITS = ("KiB", "MiB", "GiB", "TiB")
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """A folder in a directory."""
+
+    path: str  # with the trailing slash
+
+    @property
+    def name(self) -> str:
+        """Its last segment, with the trailing slash."""
+        return self.path[:-1].rpartition("/")[2] + "/"
+
+    @property
+    def url(self) -> str:
+        """Where it is browsed."""
+        return directory_url(self.path)
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """A file in a directory."""
+
+    info: ObjectInfo
+
+    @property
+    def name(self) -> str:
+        """Its last segment."""
+        return self.info.key.rpartition("/")[2]
+
+    @property
+    def url(self) -> str:
+        """Where it is downloaded."""
+        return "/" + quote(self.info.key)
+
+
+@dataclass(frozen=True, slots=True)
+class Directory:
+    """One page of one level."""
+
+    prefix: str  # empty, or with a trailing slash
+    folders: Sequence[Folder]
+    files: Sequence[File]
+    next_url: str | None  # of the next page; None: this was the last one
+
+    @property
+    def ancestors(self) -> list[Folder]:
+        """The folders above it and itself, from the top."""
+        segments = self.prefix.split("/")[:-1]
+        return [Folder("/".join(segments[: depth + 1]) + "/") for depth in range(len(segments))]
+
+    @property
+    def parent_url(self) -> str | None:
+        """Where the folder above it is browsed; None at the top."""
+        return directory_url("".join(folder.path for folder in self.ancestors[-2:-1])) if self.prefix else None
+
+    def to_fields(self) -> dict[str, Any]:
+        """The page as plain values that JSON can hold."""
+        return {
+            "path": self.prefix,
+            "folders": [{"name": folder.name, "path": folder.path, "url": folder.url} for folder in self.folders],
+            "files": [
+                {
+                    "name": file.name,
+                    "path": file.info.key,
+                    "size": file.info.size,
+                    "etag": etag_header(file.info.etag),
+                    "last_modified": http_date(file.info.last_modified),
+                    "url": file.url,
+                }
+                for file in self.files
+            ],
+            "next": self.next_url,
+        }
+
+
+def browse(driver: Driver, prefix: str, marker: str | None) -> Directory:
+    """One page of the level below a prefix.
+
+    :param prefix: empty for the top, else ending in a slash.
+    :param marker: of the page, from the previous one's ``next_url``; None: the first.
+    :raises ObjectNotFound: there is nothing below it.
+    :raises BadRequest: there is no such page.
+    """
+    page = driver.list(prefix, delimiter="/", marker=marker)
+    folders = [Folder(path) for path in page.folders if keys.is_valid(f"{path}x")]
+    files = [File(info) for info in page.objects if keys.is_valid(info.key)]
+    if not folders and not files and page.next_marker is None and marker is None:
+        raise ObjectNotFound("no such folder")
+    next_url = f"{directory_url(prefix)}?marker={quote(page.next_marker, safe='')}" if page.next_marker else None
+    return Directory(
+        prefix,
+        sorted(folders, key=lambda folder: natural(folder.name)),
+        sorted(files, key=lambda file: natural(file.name)),
+        next_url,
+    )
+
+
+def directory_url(prefix: str) -> str:
+    """Where a folder is browsed.
+
+    >>> directory_url("a b/"), directory_url("")
+    ('/a%20b/', '/v1/browse/')
+    """
+    return "/" + quote(prefix) if prefix else TOP
+
+
+def natural(name: str) -> list[tuple[int, int | str]]:
+    """A sort key by which numbers count as numbers.
+
+    >>> sorted(["v6.10", "v6.9", "V6.1"], key=natural)
+    ['V6.1', 'v6.9', 'v6.10']
+    """
+    parts: list[tuple[int, int | str]] = []
+    for part in _DIGITS.split(name.casefold()):
+        if part:
+            parts.append((0, int(part)) if part.isdigit() and part.isascii() and len(part) < 100 else (1, part))
+    return [*parts, (2, name)]
+
+
+def readable_size(size: int) -> str:
+    """A number of bytes, as people read it.
+
+    >>> readable_size(999), readable_size(1536), readable_size(5 * 2**30)
+    ('999 B', '1.5 KiB', '5.0 GiB')
+    """
+    if size < 1024:
+        return f"{size} B"
+    amount, unit = size / 1024, 0
+    while amount >= 1024 and unit < len(_UNITS) - 1:
+        amount, unit = amount / 1024, unit + 1
+    return f"{amount:.1f} {_UNITS[unit]}"
