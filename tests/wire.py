@@ -132,6 +132,13 @@ class Wire:
             assert self.line() == b""
         assert self.line() == b""
 
+    def rest_of_chunks(self) -> bytes:
+        """The rest of a response that comes in chunks, from within one of them, encoding and all."""
+        while not self._received.endswith(b"\r\n0\r\n\r\n"):
+            assert self._receive(), "the connection ended between chunks"
+        data, self._received = self._received, b""
+        return data
+
     def rest(self) -> bytes:
         """Everything until the connection ends, be it closed or reset."""
         with contextlib.suppress(ConnectionResetError):
