@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from flask import Flask
 from werkzeug.middleware.proxy_fix import ProxyFix
 
 from kci_storage import drivers, logs
-from kci_storage.auth import MIN_SECRET_BYTES, Authenticator, Permissions, is_weak
+from kci_storage.auth import Authenticator, Permissions
 from kci_storage.blueprints import admin, auth, browse, downloads, failures, uploads
 from kci_storage.blueprints.routing import KeyConverter
 from kci_storage.cache import Cache
@@ -27,8 +26,6 @@ from kci_storage.misses import Misses
 from kci_storage.objects import Objects
 from kci_storage.transport import Exchange, Transport
 from kci_storage.upload import Uploads
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -46,7 +43,6 @@ class Services:
 
     def start(self) -> None:
         """Start what runs beside requests, in the worker process."""
-        warn_of_weak_secrets(self.config)
         self.housekeeper.start()
 
 
@@ -128,12 +124,6 @@ def fills_at_once(config: Config) -> int:
 def disks(config: Config, local: LocalObjects | None) -> list[Path]:
     """The folders whose disks fill up."""
     return [config.cache.directory] if local is None else [config.cache.directory, config.local.storage_path]
-
-
-def warn_of_weak_secrets(config: Config) -> None:
-    """Old installations have secrets that can be guessed; they work, with a warning."""
-    if any(is_weak(secret) for secret in config.secrets):
-        log.warning("event=weak_secret message=%s", logs.value(f"a secret is shorter than {MIN_SECRET_BYTES} bytes"))
 
 
 def transport(app: Callable[..., Any], services: Services) -> Callable[..., Any]:

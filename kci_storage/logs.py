@@ -20,17 +20,20 @@ if TYPE_CHECKING:
 _PLAIN = re.compile(r"[!#-<>-\[\]-~]+")  # what needs no quotes: printable ASCII without space, quote, = and backslash
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 LONGEST_VALUE = 2_048  # characters; what a client sends cannot fill the disk with one line
+LONGEST_TRACEBACK = 65_536  # characters; its end is what matters most
 
 
-def value(raw: object) -> str:
+def value(raw: object, longest: int = LONGEST_VALUE) -> str:
     r"""One logfmt value: quoted where it has to be, and always one line.
+
+    :param longest: characters; what is beyond them is cut off.
 
     >>> value("curl/8.5"), value('a "b"'), value("x\ny"), value("")
     ('curl/8.5', '"a \\"b\\""', '"x\\u000ay"', '""')
     """
     if type(raw) is int:
         return str(raw)
-    text = str(raw)[:LONGEST_VALUE]
+    text = str(raw)[:longest]
     if _PLAIN.fullmatch(text):
         return text
     text = text.replace("\\", "\\\\").replace('"', '\\"')
@@ -117,7 +120,7 @@ class LogfmtFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         line = f"ts={timestamp(record.created)} level={record.levelname.lower()} {record.getMessage()}"
         if record.exc_info:
-            line += f" traceback={value(self.formatException(record.exc_info))}"
+            line += f" traceback={value(self.formatException(record.exc_info), LONGEST_TRACEBACK)}"
         return line
 
 

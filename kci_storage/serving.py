@@ -6,6 +6,7 @@ Used as ``gunicorn -c python:kci_storage.serving``, and by ``gunicorn.conf.py`` 
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import socket
 import sys
@@ -13,6 +14,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from kci_storage import logs
+from kci_storage.auth import MIN_SECRET_BYTES, is_weak
 from kci_storage.config import ConfigError, load
 from kci_storage.worker import LONGEST_REQUEST_LINE, Worker
 
@@ -59,6 +62,17 @@ control_socket_disable = True  # it would be shared by all servers of one user
 proc_name = "kci-storage"
 # gunicorn must not look at X-Forwarded-*: trusted_proxies says whom to believe, and the application does.
 forwarded_allow_ips = ""
+
+
+def on_starting(server: Any) -> None:
+    """Old installations have secrets that can be guessed; they work, with one warning."""
+    if any(is_weak(secret) for secret in _config.secrets):
+        server.log.warning(logs.logfmt(event="weak_secret", message=f"shorter than {MIN_SECRET_BYTES} bytes"))
+
+
+# Downloads, uploads and their locks are open files; the usual soft limit of 1,024 is for programs that use select().
+_, _most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (_most_files, _most_files))
 
 
 def when_ready(server: Any) -> None:

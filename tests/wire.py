@@ -53,7 +53,7 @@ class Wire:
         if receive_buffer is not None:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         self._socket.connect(("127.0.0.1", server.port))
-        self._received = b""
+        self._received = bytearray()
 
     def send(self, *data: bytes) -> None:
         """Send all of it."""
@@ -91,7 +91,11 @@ class Wire:
         """The next bytes; fewer only when the connection ended."""
         while len(self._received) < size and self._receive():
             pass
-        data, self._received = self._received[:size], self._received[size:]
+        return self._take(size)
+
+    def _take(self, size: int) -> bytes:
+        data = bytes(self._received[:size])
+        del self._received[:size]
         return data
 
     def head(self) -> Answer:
@@ -99,8 +103,8 @@ class Wire:
         while b"\r\n\r\n" not in self._received:
             if not self._receive():
                 raise AssertionError(f"the connection ended in a response's head: {self._received!r}")
-        head, _, self._received = self._received.partition(b"\r\n\r\n")
-        status, *lines = head.decode("latin-1").split("\r\n")
+        head = self._take(self._received.index(b"\r\n\r\n") + 4)
+        status, *lines = head.decode("latin-1").removesuffix("\r\n\r\n").split("\r\n")
         assert status.startswith("HTTP/1.1 "), status
         pairs = (line.partition(":") for line in lines)
         return Answer(int(status.split()[1]), CaseInsensitiveDict((name, text.strip()) for name, _, text in pairs))
@@ -123,8 +127,7 @@ class Wire:
         while b"\n" not in self._received:
             if not self._receive():
                 raise AssertionError(f"the connection ended in a line: {self._received!r}")
-        line, _, self._received = self._received.partition(b"\n")
-        return line.rstrip(b"\r")
+        return self._take(self._received.index(b"\n") + 1).rstrip(b"\r\n")
 
     def _chunks(self) -> Iterator[bytes]:
         while size := int(self.line(), 16):
@@ -136,16 +139,14 @@ class Wire:
         """The rest of a response that comes in chunks, from within one of them, encoding and all."""
         while not self._received.endswith(b"\r\n0\r\n\r\n"):
             assert self._receive(), "the connection ended between chunks"
-        data, self._received = self._received, b""
-        return data
+        return self._take(len(self._received))
 
     def rest(self) -> bytes:
         """Everything until the connection ends, be it closed or reset."""
         with contextlib.suppress(ConnectionResetError):
             while self._receive():
                 pass
-        data, self._received = self._received, b""
-        return data
+        return self._take(len(self._received))
 
     def close(self) -> None:
         """Close."""

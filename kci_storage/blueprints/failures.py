@@ -52,6 +52,7 @@ def storage_error(error: StorageError) -> Response:
     """The answer that the table of errors gives."""
     kind = meaning(error)
     exchange().failed(error)
+    log.debug(logs.logfmt(event="error", request_id=exchange().request_id), exc_info=error)
     response = failure(kind.status, kind.title, error.message)
     if isinstance(error, Unauthorized):
         log.warning(
