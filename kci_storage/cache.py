@@ -296,7 +296,7 @@ class Cache:
             with self._new_record(slot, new) as record:
                 part.publish(slot.content(new.generation))
                 self._count(1, info.size)
-                self._unlink_content(slot, old)
+                self._unlink_old_content(slot, old, keep=new)
                 record.publish(slot.record)
         except BaseException:
             self._unlink_content(slot, new)
@@ -320,7 +320,8 @@ class Cache:
         slot = self.slot(key)
         there = self._unlink_entry(slot, self._parse(slot))
         if there:
-            durable.sync_directory(slot.record.parent)
+            with contextlib.suppress(InsufficientStorage):  # it is removed, until a loss of power at least
+                durable.sync_directory(slot.record.parent)
         return there
 
     def remove_version(self, record: Record) -> None:
@@ -379,20 +380,27 @@ class Cache:
         durable.remove(slot.fill)
 
     def _unlink_entry(self, slot: Slot, record: Record | None) -> bool:
-        """Remove the record and its content; whether there was a record.
+        """Remove the content and its record, in this order; whether there was a record.
 
         :param record: None: there is none, or none that can be read.
         """
-        there = durable.remove(slot.record)
-        if record is not None:
-            self._unlink_content(slot, record)
-        elif there:
-            self._clear(slot)
-        return there
+        self._unlink_old_content(slot, record)
+        return durable.remove(slot.record)
 
-    def _unlink_content(self, slot: Slot, record: Record | None) -> None:
-        if record is not None and durable.remove(slot.content(record.generation)):
+    def _unlink_old_content(self, slot: Slot, old: Record | None, keep: Record | None = None) -> None:
+        """See that no process goes on with a record that it remembers.
+
+        :param old: the present record; None: there is none, or none that can be read.
+        :param keep: a record whose content is to stay.
+        """
+        if not self._unlink_content(slot, old) and slot.record.exists():  # a broken one: it names no content
+            self._remove_strays(slot, keep)
+
+    def _unlink_content(self, slot: Slot, record: Record | None) -> bool:
+        there = record is not None and durable.remove(slot.content(record.generation))
+        if record is not None and there:
             self._count(-1, -record.info.size)
+        return there
 
     def _count(self, files: int, size: int) -> None:
         with contextlib.suppress(InsufficientStorage):  # the next walk corrects it
@@ -401,18 +409,20 @@ class Cache:
     def _clear(self, slot: Slot) -> int:
         """Remove the files of a key that no record names and nobody holds; how many. The caller holds its lock."""
         record = self._parse(slot)
-        named = slot.content(record.generation).name if record else None
-        removed = 0
-        for file in self._files(slot):
-            if file.name.endswith(PART):
-                removed += durable.remove_if_unlocked(Path(file.path))
-            elif file.name.endswith(CONTENT) and file.name != named:
-                size = file.stat().st_size
-                removed += durable.remove(Path(file.path))
-                self._count(-1, -size)
+        parts = [Path(file.path) for file in self._files(slot) if file.name.endswith(PART)]
+        removed = sum(map(durable.remove_if_unlocked, parts)) + self._remove_strays(slot, record)
         if not self._is_whole(slot, record):
             removed += durable.remove(slot.record)
         return removed
+
+    def _remove_strays(self, slot: Slot, keep: Record | None) -> int:
+        kept = slot.content(keep.generation).name if keep else None
+        strays = [file for file in self._files(slot) if file.name.endswith(CONTENT) and file.name != kept]
+        for file in strays:
+            size = file.stat().st_size
+            durable.remove(Path(file.path))
+            self._count(-1, -size)
+        return len(strays)
 
     def _files(self, slot: Slot) -> list[os.DirEntry[str]]:
         with contextlib.suppress(FileNotFoundError), os.scandir(slot.record.parent) as files:
@@ -480,17 +490,19 @@ class Cache:
         removed = sum(durable.remove_if_unlocked(path) for path in self._spools())
         files = size = 0
         for slot, group in self._slots():
-            with contextlib.suppress(OSError):  # what cannot be removed must not keep the rest from being so
-                removed += self._sweep_slot(slot, group)
             for status in filter(None, (_status(file) for file in group if file.name.endswith(CONTENT))):
                 files, size = files + 1, size + status.st_size
+            # What cannot be removed, or locked on a full disk, must not keep the rest from being so.
+            with contextlib.suppress(OSError, InsufficientStorage):
+                removed += self._sweep_slot(slot, group)
         self.correct_usage(before, Usage(files, size))
         return removed
 
     def correct_usage(self, before: Usage, seen: Usage) -> None:
         """Have :attr:`usage` say what a walk saw.
 
-        :param before: what it said before the walk; what came and went during the walk is about right then.
+        :param before: what it said before the walk. What has come and gone since is about right then, and what the
+            walk itself has removed after it saw it is exactly so.
         """
         self._count(seen.files - before.files, seen.size - before.size)
 

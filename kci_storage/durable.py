@@ -154,6 +154,8 @@ class NewFile:
 class SharedCounters:
     """A few numbers in a file, added to by many processes. They start at 0, and are not flushed to the disk.
 
+    The file has its full length from the beginning, so that a disk that is full later does not matter.
+
     :param path: the file, made where it is missing, and begun anew where it is of another length.
     :param count: how many numbers.
     """
@@ -161,6 +163,8 @@ class SharedCounters:
     def __init__(self, path: Path, count: int):
         self._format = struct.Struct(f"<{count}q")
         self._path = path
+        with contextlib.suppress(InsufficientStorage):
+            self.read()
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[int]:
@@ -181,7 +185,10 @@ class SharedCounters:
             os.pwrite(fd, self._format.pack(*map(int.__add__, self._numbers(fd), amounts)), 0)
 
     def read(self) -> tuple[int, ...]:
-        """The numbers."""
+        """The numbers.
+
+        :raises InsufficientStorage: the disk is full, and there is no such file yet.
+        """
         with self._locked() as fd:
             return self._numbers(fd)
 
@@ -190,7 +197,8 @@ class SharedCounters:
         if len(data) == self._format.size:
             return self._format.unpack(data)
         os.ftruncate(fd, 0)
-        return (0,) * (self._format.size // struct.calcsize("q"))
+        os.pwrite(fd, bytes(self._format.size), 0)
+        return self._format.unpack(bytes(self._format.size))
 
 
 def _create(path: Path) -> int:
@@ -342,8 +350,10 @@ def rename(old: Path, new: Path) -> None:
     """Give a file another name in its folder, which is not flushed.
 
     :raises FileNotFoundError: there is no such file.
+    :raises InsufficientStorage: the disk is full.
     """
-    os.rename(old, new)
+    with _full_disk_is_insufficient_storage():
+        os.rename(old, new)
 
 
 def set_access_time(fd: int, status: os.stat_result, seconds: float) -> None:
@@ -357,9 +367,13 @@ def set_access_time(fd: int, status: os.stat_result, seconds: float) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Flush a folder, so that a rename in it outlives a loss of power."""
+    """Flush a folder, so that a rename in it outlives a loss of power.
+
+    :raises InsufficientStorage: the disk is full.
+    """
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        os.fsync(fd)
+        with _full_disk_is_insufficient_storage():
+            os.fsync(fd)
     finally:
         os.close(fd)

@@ -317,6 +317,22 @@ class TestSharedCounters:
         counters.add(3, 4)
         assert counters.read() == (3, 4)
 
+    def test_a_disk_that_is_full_later_does_not_matter(self, disk: Path) -> None:
+        counters = SharedCounters(disk / "counters", 64)
+        fill_up(disk)
+        counters.add(*range(64))
+        assert counters.read() == tuple(range(64))
+
+    def test_without_room_from_the_beginning_it_says_so(self, tmp_path: Path) -> None:
+        with small_disk(tmp_path / "disk", 1024 * 1024, inodes=20) as disk:
+            ballast = use_up_inodes(disk)
+            counters = SharedCounters(disk / "counters", 1)
+            with pytest.raises(InsufficientStorage):
+                counters.add(1)
+            ballast.pop().unlink()
+            counters.add(2)
+            assert counters.read() == (2,)
+
     def test_a_file_that_somebody_removed_begins_anew(self, tmp_path: Path) -> None:
         counters = SharedCounters(tmp_path / "folder/counters", 1)
         counters.add(1)

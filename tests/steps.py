@@ -1,0 +1,84 @@
+"""Interrupting a process between any two of its changes to the disk.
+
+The functions of ``os`` that change files are counted, and at one of them something happens instead: the process dies,
+or the disk is full. A scenario that is repeated with each number in turn has been interrupted everywhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+CHANGING = (
+    "open", "write", "pwrite", "ftruncate", "fsync", "fdatasync", "rename", "mkdir", "utime", "unlink", "rmdir",
+)  # fmt: skip
+GROWING = ("open", "write", "pwrite", "fsync", "fdatasync", "rename", "mkdir")  # what may need room on the disk
+
+
+class Steps:
+    """Counts the changes below a folder.
+
+    :param folder: where changes count.
+    :param functions: which do.
+    :param interrupt: called before each one, with its number, the first being 1.
+    """
+
+    def __init__(self, folder: Path, functions: tuple[str, ...], interrupt: Callable[[int], None]):
+        self._folder = str(folder)
+        self._interrupt = interrupt
+        self._functions = functions
+        self.count = 0
+
+    @contextlib.contextmanager
+    def counted(self) -> Iterator[Steps]:
+        """Count during the block."""
+        originals = {name: getattr(os, name) for name in self._functions}
+        for name, function in originals.items():
+            setattr(os, name, self._wrapped(name, function))
+        try:
+            yield self
+        finally:
+            for name, function in originals.items():
+                setattr(os, name, function)
+
+    def _wrapped(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if self._is_change(name, args):
+                self.count += 1
+                self._interrupt(self.count)
+            return function(*args, **kwargs)
+
+        return call
+
+    def _is_change(self, name: str, args: tuple[Any, ...]) -> bool:
+        if name == "open" and (not args[1] & os.O_CREAT or os.path.exists(args[0])):
+            return False
+        if name == "pwrite" and args[2] + len(args[1]) <= os.fstat(args[0]).st_size:
+            return False  # in place
+        path = os.readlink(f"/proc/self/fd/{args[0]}") if isinstance(args[0], int) else os.fsdecode(args[0])
+        return path.startswith(self._folder) or not path.startswith("/")  # relative: below an open folder
+
+
+def die_at(number: int) -> Callable[[int], None]:
+    """SIGKILL at that step."""
+
+    def interrupt(step: int) -> None:
+        if step == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return interrupt
+
+
+def full_at(number: int, for_ever: bool) -> Callable[[int], None]:
+    """A disk that is full at that step, and maybe from then on."""
+
+    def interrupt(step: int) -> None:
+        if step == number or (for_ever and step > number):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    return interrupt
