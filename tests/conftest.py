@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-pytest.register_assert_rewrite("tests.harness", "tests.driver_contract")
+pytest.register_assert_rewrite("tests.harness", "tests.driver_contract", "tests.cold")
 
 from tests.azurite import azurite  # noqa: E402, F401  (a fixture)
+from tests.cold import bench, new_bench, shared_bench  # noqa: E402, F401  (fixtures)
 from tests.harness import Server, running  # noqa: E402
 
 NO_SKIP_VARIABLE = "KCI_STORAGE_NO_SKIP"  # set: what would be skipped fails, with the reason

@@ -48,7 +48,6 @@ BLOCK = 64 * KIB
 def small_sizes(monkeypatch):
     """A few hundred KiB are many ranges, some dozens of objects many pages; and no test waits for a retry."""
     monkeypatch.setattr(azure, "RETRY_WAIT", 0.01)
-    monkeypatch.setattr(azure, "FIRST_READ_SIZE", 64 * KIB)
     monkeypatch.setattr(azure, "READ_SIZE", 64 * KIB)
     monkeypatch.setattr(azure, "LIST_SIZE", 7)
     monkeypatch.setattr(azure, "NAMES_SIZE", 7)

@@ -14,12 +14,15 @@ import contextlib
 import io
 import logging
 import os
+import queue
 import re
 import secrets
+import time
 from base64 import b64decode
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 import requests
@@ -31,6 +34,7 @@ from azure.core.exceptions import (
     ServiceResponseTimeoutError,
 )
 from azure.core.pipeline.transport import RequestsTransport
+from azure.core.rest import HttpResponse
 from azure.storage.blob import (
     BlobBlock,
     BlobClient,
@@ -58,17 +62,16 @@ from kci_storage.keys import MAX_CHARACTERS, is_valid
 
 BLOCK_SIZE = 8 * 1024 * 1024  # bytes; at most 50,000 blocks make an object, so 390 GiB
 BLOCKS_IN_FLIGHT = 4  # of one upload; it holds one block more in memory
-FIRST_READ_SIZE = 1024 * 1024  # bytes; small, so that the first ones are on their way to the client soon
-READ_SIZE = 8 * 1024 * 1024  # bytes of each further request of a download
-READS_AHEAD = 2  # of one download; it holds one range more in memory
+READ_SIZE = 8 * 1024 * 1024  # bytes of each request of a download
+READS_AHEAD = 2  # of one download; it may hold as many ranges in memory
 CONNECT_TIMEOUT = 5  # seconds; also for each piece that is sent
 READ_TIMEOUT = 20  # seconds without a byte of the answer
 RETRIES = 2  # of a request that found no connection, or a failing server
 RETRY_WAIT = 0.5  # seconds before each of them, give or take a half
 RETRY_AFTER = 5  # seconds, when a throttling backend does not say it itself
 SEND_SIZE = 256 * 1024  # bytes given to the socket at a time
-RECEIVE_SIZE = 1024 * 1024  # bytes taken from the socket at a time
-THREADS = 64  # of one process, for blocks and for reading ahead
+RECEIVE_SIZE = 128 * 1024  # bytes taken from the socket at a time; the first are to be on their way soon
+THREADS = 128  # of one process, for blocks and for reading ahead
 CONNECTIONS = 128  # kept for later use, of one process
 LIST_SIZE, NAMES_SIZE = 1000, 5000  # entries in one page of a listing; 0.2 ms and 0.04 ms of work each
 BLOCK_ID_SIZE = 48  # bytes; 64 characters of base64, what most other clients use
@@ -129,33 +132,64 @@ class AzureDriver(Driver):
             return _info(key, self.blob(key).get_blob_properties())
 
     def read(self, key: str, start: int = 0, stop: int | None = None, etag: str | None = None) -> ObjectReader:
-        # Who knows the version knows its properties too, and waits for nothing but the content.
-        size = FIRST_READ_SIZE if etag is None else READ_SIZE
-        first_stop = start + size if stop is None else min(stop, start + size)
-        info, data = self.fetch(key, start, first_stop, etag)
-        return _Reader(self, info, start, data, info.size if stop is None else min(stop, info.size))
+        first_stop = start + READ_SIZE if stop is None else min(stop, start + READ_SIZE)
+        info, answer = self.ask(key, start, first_stop, etag)
+        return _Reader(self, info, answer, start, info.size if stop is None else min(stop, info.size))
 
-    def fetch(self, key: str, start: int, stop: int, etag: str | None) -> tuple[ObjectInfo, bytes]:
-        """One range of an object, in one request, and the object's properties.
+    def ask(self, key: str, start: int, stop: int, etag: str | None) -> tuple[ObjectInfo, HttpResponse | None]:
+        """Ask for one range of an object.
 
         :param stop: bytes; beyond the end means the end, and not above ``start`` means nothing.
         :param etag: the only version wanted; None: the present one.
+        :returns: the object's properties, and the answer, of which only the head is here; None: the range is empty.
         :raises ObjectNotFound: there is no such object.
         :raises ObjectChanged: the present version is not ``etag``.
-        :raises BackendError: the backend failed, or the answer is short.
+        :raises BackendError: the backend failed.
         """
+        answer = None
         with _own_errors():
             try:
                 if stop > start:
-                    return _fetch(self.blob(key), key, start, stop, etag)
+                    answer = _ask(self.blob(key), start, stop, etag)
             except HttpResponseError as exc:
                 # The version is another one, or there is none; or ``start`` is not below the size, which may be 0.
                 if _code(exc) not in ("ConditionNotMet", "InvalidRange"):
                     raise
-            info = _info(key, self.blob(key).get_blob_properties())
-        if etag not in (None, info.etag) or start < min(stop, info.size):
+            info = _info_of_range(key, answer) if answer else _info(key, self.blob(key).get_blob_properties())
+        # Azurite takes the headers later than the content, and does not compare them with the condition.
+        if etag not in (None, info.etag) or (answer is None and start < min(stop, info.size)):
             raise ObjectChanged("the object was replaced")
-        return info, b""
+        return info, answer
+
+    def pieces(self, info: ObjectInfo, start: int, stop: int, answer: HttpResponse | None = None) -> Iterator[bytes]:
+        """One range of one version as it arrives, taken up where it breaks off, a few times.
+
+        :param answer: what it comes with at first; None: it is asked for.
+        :raises ObjectChanged: the version is gone.
+        """
+        for broken in range(RETRIES + 1):
+            try:
+                if answer is None:
+                    answer = self._ask_again(info, start, stop)
+                for piece in _body(answer, start, stop):
+                    start += len(piece)
+                    yield piece
+                return
+            except (BackendTimeout, BackendThrottled, ObjectChanged):
+                raise
+            except BackendError:
+                if broken == RETRIES:
+                    raise
+            answer = None
+            time.sleep(broken * RETRY_WAIT)
+
+    def _ask_again(self, info: ObjectInfo, start: int, stop: int) -> HttpResponse:
+        try:
+            _, answer = self.ask(info.key, start, stop, info.etag)
+        except ObjectNotFound as exc:
+            raise ObjectChanged("the object was deleted") from exc
+        assert answer is not None
+        return answer
 
     def writer(self, key: str, content_type: str) -> ObjectWriter:
         return _Writer(self, key, content_type)
@@ -211,8 +245,6 @@ class _Process:
             transport=_transport(endpoint, connect_timeout, read_timeout),
             retry_policy=_Retry(RETRY_WAIT, RETRIES, random_jitter_range=RETRY_WAIT / 2),
             permit_redirects=False,
-            max_single_get_size=READ_SIZE,
-            max_chunk_get_size=READ_SIZE,
             max_single_put_size=2**63,  # the writer decides; what it gives in one piece is sent in one request
         )
         self.threads = ThreadPoolExecutor(THREADS, thread_name_prefix="azure")
@@ -273,43 +305,68 @@ def _transport(endpoint: str, connect_timeout: float, read_timeout: float) -> Re
 
 
 class _Reader(ObjectReader):
-    """An object's content by ranged requests, a few of them ahead of the one who reads.
+    """An object's content by ranged requests, a few of them ahead of the one that is read.
 
-    The SDK begins a range that breaks off again, twice. Each request names the version (``If-Match``).
+    Each but the first names the version (``If-Match``).
     """
 
-    def __init__(self, driver: AzureDriver, info: ObjectInfo, start: int, first: bytes, stop: int):
+    def __init__(self, driver: AzureDriver, info: ObjectInfo, answer: HttpResponse | None, start: int, stop: int):
         self.info = info
         self._driver = driver
-        self._first = first
-        self._starts = iter(range(start + len(first), stop, READ_SIZE))
+        self._answer = answer
+        self._first = driver.pieces(info, start, min(start + READ_SIZE, stop), answer) if answer else iter(())
+        self._starts = iter(range(start + READ_SIZE, stop, READ_SIZE))
         self._stop = stop
-        self._ahead: deque[Future[bytes]] = deque()
+        self._ahead: deque[_Ahead] = deque()
 
     def __iter__(self) -> Iterator[bytes]:
-        if self._first:
-            first, self._first = self._first, b""
-            yield first
-        self._read_ahead()  # not before: starting requests would keep the first bytes from leaving at once
+        for piece in self._first:
+            yield piece
+            self._read_ahead()  # not before: starting requests would keep the first bytes from leaving at once
         while self._ahead:
-            data = self._ahead.popleft().result()
+            arriving = self._ahead.popleft()
             self._read_ahead()
-            yield data
+            with contextlib.closing(arriving):
+                yield from arriving
 
     def _read_ahead(self) -> None:
         while len(self._ahead) < READS_AHEAD and (start := next(self._starts, None)) is not None:
-            self._ahead.append(self._driver.submit(self._range, start))
-
-    def _range(self, start: int) -> bytes:
-        try:
-            return self._driver.fetch(self.info.key, start, min(start + READ_SIZE, self._stop), self.info.etag)[1]
-        except ObjectNotFound as exc:
-            raise ObjectChanged("the object was deleted") from exc
+            pieces = self._driver.pieces(self.info, start, min(start + READ_SIZE, self._stop))
+            self._ahead.append(_Ahead(self._driver, pieces))
 
     def close(self) -> None:
         self._starts = iter(())
         while self._ahead:
-            self._ahead.pop().cancel()
+            self._ahead.pop().close()
+        if self._answer is not None:
+            self._answer.close()
+
+
+class _Ahead:
+    """A range that one of the process's threads receives while an earlier one is read."""
+
+    def __init__(self, driver: AzureDriver, pieces: Iterator[bytes]):
+        self._pieces = pieces
+        self._arrived: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._closed = False
+        self._received = driver.submit(self._receive)
+        self._received.add_done_callback(lambda _: self._arrived.put(None))
+
+    def _receive(self) -> None:
+        for piece in self._pieces:
+            if self._closed:
+                break
+            self._arrived.put(piece)
+
+    def __iter__(self) -> Iterator[bytes]:
+        while (piece := self._arrived.get()) is not None:
+            yield piece
+        self._received.result()
+
+    def close(self) -> None:
+        """Receive no more."""
+        self._closed = True
+        self._received.cancel()
 
 
 class _BlocksLost(Exception):
@@ -345,6 +402,14 @@ class _Writer(ObjectWriter):
             self._stage()
         self._pieces.append(rest)
         self._filled += len(rest)
+
+    @property
+    def held(self) -> int:
+        return self._filled
+
+    def flush(self) -> None:
+        if self._filled:
+            self._stage()
 
     def _take(self) -> bytes:
         data = b"".join(self._pieces)
@@ -465,29 +530,79 @@ def _others_block_id_size(blob: BlobClient) -> int | None:
     return size if size >= 8 else None  # shorter random ids would meet
 
 
-def _fetch(blob: BlobClient, key: str, start: int, stop: int, etag: str | None) -> tuple[ObjectInfo, bytes]:
-    stream = blob.download_blob(start, stop - start, max_concurrency=1, decompress=False, **_pinned(etag))
-    data = b"".join(stream.chunks())
-    info = _info(key, stream.properties, size=int(stream.properties.content_range.rpartition("/")[2]))
-    if etag not in (None, info.etag):  # Azurite takes the headers later than the content
-        raise ObjectChanged("the object was replaced")
-    if len(data) != min(stop, info.size) - start:
-        raise BackendError("the backend sent too little", detail=f"{len(data)} B of {start}-{stop} of {info.size}")
-    return info, data
+class _Answered(Exception):
+    """The head of the answer to a read is here."""
+
+    def __init__(self, answer: HttpResponse):
+        super().__init__()
+        self.answer = answer
 
 
-def _info(key: str, properties: BlobProperties, size: int | None = None) -> ObjectInfo:
+def _ask(blob: BlobClient, start: int, stop: int, etag: str | None) -> HttpResponse:
+    """The answer to a read, with its body still to come.
+
+    The SDK would take in the whole range before it gives a byte of it. So this leaves it as soon as it shows the
+    answer, by an exception that it does not know.
+    """
+
+    def leave(response: Any) -> None:
+        if response.http_response.status_code in (200, 206):
+            raise _Answered(response.http_response)
+
+    try:
+        blob.download_blob(start, stop - start, max_concurrency=1, raw_response_hook=leave, **_pinned(etag))
+    except _Answered as answered:
+        return answered.answer
+    raise BackendError("the backend's answer makes no sense")
+
+
+def _body(answer: HttpResponse, start: int, stop: int) -> Iterator[bytes]:
+    """The body of an answer, of which it is known then that it is all of a range.
+
+    :raises BackendError: it is not, or breaks off. What was given until then is right.
+    """
+    with _own_errors(), contextlib.closing(answer):
+        sent = f"{answer.headers['Content-Range']}, {answer.headers['Content-Length']} B"
+        if not re.fullmatch(rf"bytes {start}-{stop - 1}/\d+, {stop - start} B", sent):
+            raise BackendError("the backend sent something else than was asked for", detail=sent)
+        yield from answer.iter_raw()
+
+
+def _info_of_range(key: str, answer: HttpResponse) -> ObjectInfo:
+    """The properties of the object that an answer is a range of."""
+    headers = answer.headers
+    try:
+        md5 = headers.get("x-ms-blob-content-md5")  # the whole object's; Content-MD5 is the range's
+        return ObjectInfo(
+            key,
+            int(headers["Content-Range"].rpartition("/")[2]),
+            headers["ETag"].strip('"'),
+            int(parsedate_to_datetime(headers["Last-Modified"]).timestamp()),
+            headers.get("Content-Type"),
+            _sha256(headers.get("x-ms-meta-sha256")),
+            b64decode(md5) if md5 else None,
+        )
+    except (KeyError, ValueError) as exc:
+        answer.close()
+        raise BackendError("the backend's answer makes no sense", detail=repr(exc)) from exc
+
+
+def _info(key: str, properties: BlobProperties) -> ObjectInfo:
     settings, metadata = properties.content_settings, properties.metadata or {}
-    sha256 = metadata.get("sha256", "")
     return ObjectInfo(
         key,
-        properties.size if size is None else size,
+        properties.size,
         properties.etag.strip('"'),
         int(properties.last_modified.timestamp()),
         settings.content_type,
-        sha256 if _SHA256.match(sha256) else None,
+        _sha256(metadata.get("sha256")),
         bytes(settings.content_md5) if settings.content_md5 else None,
     )
+
+
+def _sha256(text: str | None) -> str | None:
+    """Another program's metadata may hold anything under that name."""
+    return text if text and _SHA256.match(text) else None
 
 
 def _page(items: list[Any], marker: str | None) -> Page:

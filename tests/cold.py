@@ -1,0 +1,214 @@
+"""What tests of cold objects share: a server whose backend fails as it is told, and crowds of clients."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import selectors
+import socket
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+from azure.storage.blob import ContainerClient
+
+from tests.azurite import Azurite
+from tests.faultproxy import CONTENT, FaultProxy, fault_proxy
+from tests.harness import Server, running
+from tests.wire import new_folder, request
+
+MIB = 1024 * 1024
+CROWD_SECONDS = 120  # after which clients give up
+
+
+@dataclass
+class Bench:
+    """A server over Azurite, a proxy between them, and the container, which is reached without the proxy."""
+
+    server: Server
+    proxy: FaultProxy
+    container: ContainerClient
+
+    def store(self, content: bytes, key: str | None = None, digest: bool = True) -> str:
+        """Store an object as another program would, and give its key.
+
+        :param digest: whether the backend gets to know its SHA-256.
+        """
+        key = key or f"{new_folder()}/file.bin"
+        metadata = {"sha256": hashlib.sha256(content).hexdigest()} if digest else None
+        self.container.upload_blob(key, content, overwrite=True, metadata=metadata, max_concurrency=2)
+        return key
+
+    def fetches(self, key: str) -> float:
+        """How often the backend has sent the object's content, by its bytes."""
+        size = self.container.get_blob_client(key).get_blob_properties().size
+        return self.proxy.body_bytes(CONTENT, key) / size
+
+    def metric(self, name: str, **labels: str) -> float:
+        """A metric's value, over all workers."""
+        pairs = ",".join(f'{label}="{value}"' for label, value in labels.items())
+        wanted = f"{name}{{{pairs}}}" if pairs else name
+        for line in requests.get(f"{self.server.url}/metrics", timeout=20).text.splitlines():
+            found, _, value = line.rpartition(" ")
+            if found == wanted:
+                return float(value)
+        return 0.0
+
+
+@contextmanager
+def cold_bench(
+    azurite: Azurite, folder: Path, options: Mapping[str, Any], environ: Mapping[str, str] | None = None
+) -> Iterator[Bench]:
+    """A bench, during the block; the server must be clean at its end."""
+    name = azurite.new_container()
+    with fault_proxy(azurite) as proxy, azurite.client(name) as container:
+        azure = {"account": azurite.account, "key": azurite.key, "endpoint": proxy.endpoint, "container": name}
+        document = {
+            "driver": "azure",
+            "azure": azure,
+            **options,
+            "server": {"workers": 3, **options.get("server", {})},
+        }
+        with running(Server(folder, document, environ)) as server:
+            yield Bench(server, proxy, container)
+
+
+@pytest.fixture(scope="module")
+def shared_bench(azurite: Azurite, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    """The one behind ``bench``."""
+    with cold_bench(azurite, tmp_path_factory.mktemp("bench"), {}) as bench:
+        yield bench
+
+
+@pytest.fixture
+def bench(shared_bench: Bench, request: pytest.FixtureRequest) -> Iterator[Bench]:
+    """A server of three workers, shared by a module's tests: each uses keys of its own."""
+    before = len(shared_bench.server.log())
+    expected = [pattern for mark in request.node.iter_markers("expected_errors") for pattern in mark.args]
+    shared_bench.server.expected_errors += expected
+    yield shared_bench
+    shared_bench.proxy.bandwidth = None
+    shared_bench.proxy.come_back()
+    shared_bench.server.assert_no_trouble(since=before)
+
+
+@pytest.fixture
+def new_bench(azurite: Azurite, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Bench]]:
+    """Starts a server for a test alone: ``new_bench(cache={"max_fills": 2})``."""
+    with ExitStack() as stack:
+
+        def start(**options: Any) -> Bench:
+            return stack.enter_context(cold_bench(azurite, tmp_path_factory.mktemp("bench"), options))
+
+        yield start
+
+
+# Clients
+
+
+@dataclass
+class Visit:
+    """What one client got."""
+
+    expected: bytes = field(repr=False)
+    status: int = 0
+    headers: dict[str, str] = field(default_factory=dict)
+    received: int = 0  # bytes of the body
+    correct: bool = True  # whether they are the expected ones so far
+    first_byte: float = float("inf")  # seconds from the request to the body's first byte
+    seconds: float = 0.0  # until the end
+    _head: bytes = field(default=b"", repr=False)
+
+    @property
+    def complete(self) -> bool:
+        """Whether it got all, and nothing else."""
+        return self.status in (200, 206) and self.correct and self.received == len(self.expected)
+
+    @property
+    def deceived(self) -> bool:
+        """Whether it got something wrong or too little, and could not know."""
+        if self.status not in (200, 206):
+            return False
+        return not self.correct or (self.received >= int(self.headers["content-length"]) and not self.complete)
+
+    def take(self, data: memoryview, elapsed: float) -> bool:
+        """Take what came; whether that was the end."""
+        if self.status == 0:
+            self._head += data
+            if b"\r\n\r\n" not in self._head:
+                return False
+            head, _, rest = self._head.partition(b"\r\n\r\n")
+            lines = head.decode("latin-1").split("\r\n")
+            self.status = int(lines[0].split()[1])
+            self.headers = {
+                name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines[1:])
+            }
+            data = memoryview(rest)
+        if data:
+            self.first_byte = min(self.first_byte, elapsed)
+            if self.status in (200, 206):
+                self.correct &= self.expected[self.received : self.received + len(data)] == data
+            self.received += len(data)
+        return self.received >= int(self.headers["content-length"])
+
+
+def crowd(
+    server: Server, key: str, count: int, expected: bytes, headers: Mapping[str, str] | None = None
+) -> list[Visit]:
+    """So many clients ask for an object at the same moment, each on a connection of its own, and read to the end."""
+    visits = {_connect(server): Visit(expected) for _ in range(count)}
+    buffer = bytearray(256 * 1024)
+    view = memoryview(buffer)
+    with selectors.DefaultSelector() as selector:
+        started = time.monotonic()
+        for sock in visits:
+            sock.sendall(request("GET", f"/{key}", headers))
+            selector.register(sock, selectors.EVENT_READ)
+        while selector.get_map() and time.monotonic() - started < CROWD_SECONDS:
+            for found, _ in selector.select(1):
+                sock = found.fileobj
+                assert isinstance(sock, socket.socket)
+                visit = visits[sock]
+                size = _receive(sock, buffer)
+                visit.seconds = time.monotonic() - started
+                if not size or visit.take(view[:size], visit.seconds):
+                    selector.unregister(sock)
+                    sock.close()
+        assert not selector.get_map(), "clients are still waiting"
+    return list(visits.values())
+
+
+def _connect(server: Server) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", server.port), timeout=CROWD_SECONDS)
+
+
+def _receive(sock: socket.socket, buffer: bytearray) -> int:
+    try:
+        return sock.recv_into(buffer)
+    except ConnectionResetError:
+        return 0
+
+
+def median_first_byte(visits: list[Visit]) -> float:
+    """In seconds."""
+    return statistics.median(visit.first_byte for visit in visits)
+
+
+def figure(case: str, **values: Any) -> None:
+    """Print what docs/reliability.md shows; ``pytest -s`` lets one see it."""
+    print(f"\n{case}: " + ", ".join(f"{name.replace('_', ' ')} {_short(value)}" for name, value in values.items()))
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def some_bytes(size: int) -> bytes:
+    """Bytes that nothing else has."""
+    return secrets.token_bytes(size)
