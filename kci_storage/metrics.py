@@ -326,5 +326,12 @@ class MeasuredWriter(ObjectWriter):
         with _operation("commit"):
             return self._writer.commit(digests, expected, replay)
 
+    @property
+    def held(self) -> int:
+        return self._writer.held
+
+    def flush(self) -> None:
+        self._writer.flush()
+
     def abort(self) -> None:
         self._writer.abort()

@@ -43,6 +43,8 @@ FORM_MEMORY = 1024 * 1024  # bytes of a form that may be undecided at once: a pa
 LONGEST_PATH_FIELD = 8 * 1024  # bytes; a key has at most 1,024 characters
 FORM_OVERHEAD = 1024 * 1024  # bytes that a form may have beyond the limit, which then holds for each file
 MOST_PARTS = 10_000
+MOST_FILES = 1_000  # each keeps a few files open until the form's end
+FORM_HELD = 16 * 1024 * 1024  # bytes of a form's files that may wait in memory for its end
 LONGEST_PADDING = 64  # blanks after a boundary, which RFC 2046, 5.1.1 allows and nobody sends
 FILE_FIELD = re.compile(r"file[0-9]+")
 # A backslash that escapes nothing: a Windows path, of which the decoder would silently drop the separators.
@@ -207,6 +209,18 @@ class Upload:
             self._part = None
 
     @property
+    def held(self) -> int:
+        """Bytes that are kept in memory until the commit."""
+        return self._writer.held
+
+    def flush(self) -> None:
+        """Keep nothing in memory until the commit.
+
+        :raises StorageError: the backend failed.
+        """
+        self._writer.flush()
+
+    @property
     def sha256(self) -> str:
         """Hex, of what was written so far."""
         return self._sha256.hexdigest()
@@ -334,6 +348,14 @@ class FormReceiver:
         if self._path_text is not None:
             self._set_path(bytes(self._path_text))
             self._path_text = None
+        self._relieve_memory()
+
+    def _relieve_memory(self) -> None:
+        """Small files wait in memory to be committed by one request each; many of them must not."""
+        waiting = [file for file in self._files if isinstance(file, Upload)]
+        if sum(upload.held for upload in waiting) > FORM_HELD:
+            for upload in waiting:
+                upload.flush()
 
     def _begin_path(self) -> None:
         if self._path is not None:
@@ -359,6 +381,8 @@ class FormReceiver:
     def _begin_file(self, event: File) -> None:
         if LONE_BACKSLASH.search(event.headers.get("Content-Disposition", "")):
             raise BadKey("a file name contains a backslash")
+        if len(self._files) == MOST_FILES:
+            raise BadForm(f"a form may have at most {MOST_FILES} files; send the others in another one")
         if self._path is None:
             self._write = self._spool(event.filename)
         else:

@@ -97,6 +97,9 @@ class _PausingWriter(ObjectWriter):
     def write(self, data: bytes) -> None:
         self._inner.write(data)
 
+    def flush(self) -> None:
+        self._inner.flush()
+
     def commit(
         self,
         digests: Digests,

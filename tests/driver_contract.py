@@ -220,6 +220,17 @@ class DriverContract:
         assert driver.stat("a") == info
         assert get(driver, "a") == b"previous"
 
+    def test_flushed_at_any_time_it_holds_nothing_and_is_the_same(self, driver):
+        content = content_of(SOME)
+        with driver.writer("a", "text/plain") as writer:
+            for piece in (content[:10], content[10:20], content[20:]):
+                writer.write(piece)
+                writer.flush()
+                assert writer.held == 0
+                assert not exists(driver, "a")
+            writer.commit(digests_of(content))
+        assert get(driver, "a") == content
+
     def test_abort_after_a_commit_does_nothing(self, driver):
         with driver.writer("a", "text/plain") as writer:
             writer.write(b"content")

@@ -929,3 +929,35 @@ def test_a_file_is_not_kept_in_memory(server: Server, path_first: bool):
     (entry,) = stored(post(server, *((path, file) if path_first else (file, path))))
     assert entry["sha256"] == sha256(content)
     assert peak_memory(server) - before < 75 * MIB
+
+
+def test_a_form_of_many_files_is_not_held_in_memory(azure_server):
+    """Each file is small enough for one request, and all of them wait for the form's end."""
+    pids = azure_server.worker_pids()
+    files = {f"file{number}": (f"{number:03d}", bytes([number]) * (4 << 20)) for number in range(60)}
+    before = max(psutil.Process(pid).memory_info().rss for pid in pids)
+    response = requests.post(
+        f"{azure_server.url}/upload",
+        data={"path": "many"},
+        files=files,
+        headers=azure_server.headers("a@example.com"),
+        timeout=120,
+    )
+    assert response.status_code == 200, response.text
+    assert len(response.json()["files"]) == 60
+    assert max(psutil.Process(pid).memory_info().rss for pid in pids) - before < 120 << 20
+    assert requests.get(f"{azure_server.url}/many/041", timeout=30).content == bytes([41]) * (4 << 20)
+
+
+def test_a_form_of_too_many_files_is_refused(local_server):
+    files = {f"file{number}": (str(number), b"") for number in range(1_001)}
+    response = requests.post(
+        f"{local_server.url}/upload",
+        data={"path": "many"},
+        files=files,
+        headers=local_server.headers("a@example.com"),
+        timeout=120,
+    )
+    assert response.status_code == 400
+    assert "at most 1000 files" in response.text
+    assert requests.get(f"{local_server.url}/many/0", timeout=30).status_code == 404

@@ -109,6 +109,18 @@ class ObjectWriter(ABC):
     Used as a context manager, it is aborted at the end of the block unless it was committed.
     """
 
+    @property
+    def held(self) -> int:
+        """Bytes that it keeps in memory until the commit, however long that takes."""
+        return 0
+
+    @abstractmethod
+    def flush(self) -> None:
+        """Hand to the backend what is held in memory, even if that makes the commit cost more.
+
+        :raises BackendError: the backend failed. The writer is then of no more use.
+        """
+
     @abstractmethod
     def write(self, data: bytes) -> None:
         """Append ``data``, of any size. It may return before the backend has it, and blocks when too much waits.

@@ -311,6 +311,9 @@ class _Writer(ObjectWriter):
         self._content_type = content_type
         self._file = file
 
+    def flush(self) -> None:
+        """Nothing is held in memory."""
+
     def write(self, data: bytes) -> None:
         with _own_errors(_write_error):
             self._file.write(data)
