@@ -255,6 +255,14 @@ def check_after_full_disk(world: World, scenario: Scenario, failed: bool, served
     assert world.cache.check() == [], world.cache.check()
 
 
+@pytest.fixture(scope="module")
+def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Peer]:
+    """A process that finds the drivers for tests."""
+    with peers(1) as [peer]:
+        peer.call(find_drivers, tmp_path_factory.mktemp("packages"))
+        yield peer
+
+
 class TestEveryStep:
     @pytest.fixture
     def folder(self, tmp_path: Path) -> Iterator[Path]:
@@ -266,13 +274,6 @@ class TestEveryStep:
         folder.mkdir()
         yield folder
         shutil.rmtree(folder)
-
-    @pytest.fixture(scope="class")
-    def worker(self, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Peer]:
-        """A process that finds the drivers for tests."""
-        with peers(1) as [peer]:
-            peer.call(find_drivers, tmp_path_factory.mktemp("packages"))
-            yield peer
 
     @scenarios
     def test_killed(self, worker: Peer, folder: Path, name: str) -> None:
