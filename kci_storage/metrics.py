@@ -90,6 +90,7 @@ class Metrics:
             _revalidations.labels(result)
         for operation in OPERATIONS:
             _operations.labels(operation, "ok")
+            _operation_seconds.labels(operation)
         for label in ("ok", *(row.label for row in TABLE.values())):
             _uploads.labels(label)
             _fills.labels(label)
@@ -197,12 +198,16 @@ class Metrics:
 
 
 def mounts(folders: Iterable[Path]) -> Iterator[tuple[str, str, Path]]:
-    """The device and the mount point that each folder lies on."""
+    """The device and the mount point that each folder lies on, and a folder there that exists: it itself, if it does.
+
+    The local driver makes its folder with the first upload.
+    """
     mounted = {partition.mountpoint: partition.device for partition in psutil.disk_partitions(all=True)}
     for folder in folders:
         path = folder.resolve()
+        path = next(parent for parent in (path, *path.parents) if parent.exists())
         mount = next((str(parent) for parent in (path, *path.parents) if str(parent) in mounted), "/")
-        yield mounted.get(mount, "unknown"), mount, folder
+        yield mounted.get(mount, "unknown"), mount, path
 
 
 def machine_metrics() -> Iterator[Metric]:

@@ -10,6 +10,7 @@ from werkzeug.exceptions import HTTPException
 from kci_storage import logs, problems
 from kci_storage.blueprints.routing import exchange
 from kci_storage.errors import StorageError, Unauthorized, meaning
+from kci_storage.metrics import METHODS
 from kci_storage.sending import CACHE_CONTROL, CORS_HEADERS
 
 log = logging.getLogger(__name__)
@@ -30,6 +31,8 @@ def note_route() -> None:
     """Tell the log and the metrics which view answers."""
     if request.endpoint is not None:
         exchange().route = request.endpoint.rpartition(".")[2]
+    if request.method not in METHODS:
+        request.prom_do_not_track = True  # type: ignore[attr-defined]  # the exporter makes a label of each method
 
 
 def serve_the_public(response: Response) -> Response:
