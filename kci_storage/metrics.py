@@ -11,6 +11,7 @@ import contextlib
 import functools
 import os
 import platform
+import struct
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from kci_storage.transport import Exchange
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS")
+STARTING_SECONDS = 1  # a worker takes microseconds to fill a file that it has made
 OPERATIONS = ("stat", "read", "commit", "delete", "list", "probe")
 DURATIONS = (0.005, 0.02, 0.1, 0.5, 2, 10, 60, 300, 1800)  # seconds; a root file system on a slow link takes minutes
 
@@ -172,7 +174,14 @@ class Metrics:
         if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
             MultiProcessCollector(registry)
         encode, content_type = choose_encoder(accept or "")
-        return encode(registry), content_type
+        deadline = time.monotonic() + STARTING_SECONDS
+        while True:
+            try:
+                return encode(registry), content_type
+            except struct.error:  # a worker that is starting has made one of its files, and not yet filled it
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)
 
     def collect(self) -> Iterator[Metric]:
         """What is looked up at a scrape; prometheus_client calls it."""
