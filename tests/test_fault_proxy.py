@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import http.client
-import os
+import random
 import threading
 import time
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ from tests.faultproxy import (
     Stall,
 )
 
-CONTENT_BYTES = os.urandom(200_000)
+CONTENT_BYTES = random.Random(0).randbytes(200_000)  # the same in every process, as the tests' names show it
 
 
 class Backend(BaseHTTPRequestHandler):
@@ -127,7 +127,7 @@ def test_a_connection_is_kept_for_the_next_request(proxy: FaultProxy) -> None:
         (Shrink(10), CONTENT_BYTES[:-10]),
         (Flip(100_000), CONTENT_BYTES[:100_000] + bytes([CONTENT_BYTES[100_000] ^ 0xFF]) + CONTENT_BYTES[100_001:]),
     ],
-    ids=repr,
+    ids=lambda value: repr(value) if isinstance(value, Fault) else str(len(value)),
 )
 def test_bodies_are_damaged(proxy: FaultProxy, fault: Fault, got: bytes) -> None:
     proxy.inject(fault, times=1)
