@@ -27,7 +27,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from kci_storage import durable
 from kci_storage.cache import Cache, Slot
@@ -51,6 +51,27 @@ class AlreadyCached(Exception):
 
 class FillLost(StorageError):
     """Another process gave a fill up, nobody here knows why."""
+
+
+class Region(NamedTuple):
+    """Bytes of an open file, to be sent without coming through this process's memory."""
+
+    fd: int
+    start: int
+    stop: int
+
+    def read(self) -> Iterator[bytes]:
+        """The bytes, for who cannot do that.
+
+        :raises CorruptObject: the file has become shorter.
+        """
+        position = self.start
+        while position < self.stop:
+            data = os.pread(self.fd, min(READ_SIZE, self.stop - position), position)
+            if not data:
+                raise CorruptObject("the backend sent a damaged object")
+            position += len(data)
+            yield data
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,19 +261,20 @@ class Fill:
                 raise self._why() or AlreadyCached
         raise Overloaded("too many files are being fetched, or the backend is slow; try later", retry_after=5)
 
-    def read(self, start: int, stop: int) -> Iterator[bytes]:
+    def regions(self, start: int, stop: int) -> Iterator[Region]:
         """The bytes from ``start`` up to ``stop``, as they arrive.
 
         :raises StorageError: why the fill ended before ``stop``.
         """
         while start < stop:
             available = min(self._wait_beyond(start), stop)
-            while start < available:
-                data = os.pread(self._fd, min(READ_SIZE, available - start), start)
-                if not data:
-                    raise CorruptObject("the backend sent a damaged object")
-                start += len(data)
-                yield data
+            yield Region(self._fd, start, available)
+            start = available
+
+    def read(self, start: int, stop: int) -> Iterator[bytes]:
+        """The same as bytes."""
+        for region in self.regions(start, stop):
+            yield from region.read()
 
     def _wait_beyond(self, position: int) -> int:
         """How many bytes there are, as soon as it is more than ``position``."""

@@ -22,7 +22,7 @@ from kci_storage.errors import (
     StorageError,
 )
 from kci_storage.fetch import direct
-from kci_storage.fill import READ_SIZE, AlreadyCached, Fill, Fills
+from kci_storage.fill import AlreadyCached, Fill, Fills, Region
 from kci_storage.flights import Flights
 from kci_storage.freshness import Freshness, Verdict
 from kci_storage.locks import POLL_INTERVAL
@@ -49,12 +49,20 @@ class Content(ABC):
     status: CacheStatus
 
     @abstractmethod
-    def read(self, start: int, stop: int) -> Iterator[bytes]:
-        """The bytes from ``start`` up to ``stop``; never silently fewer.
+    def segments(self, start: int, stop: int) -> Iterator[bytes | Region]:
+        """The bytes from ``start`` up to ``stop``, where that is possible as regions of a file; never silently fewer.
 
         :raises ObjectChanged: before the first byte: the version is gone; ask anew.
         :raises StorageError: they cannot be had.
         """
+
+    def read(self, start: int, stop: int) -> Iterator[bytes]:
+        """The same, all as bytes."""
+        for segment in self.segments(start, stop):
+            if isinstance(segment, bytes):
+                yield segment
+            else:
+                yield from segment.read()
 
     @abstractmethod
     def close(self) -> None:
@@ -74,13 +82,8 @@ class FileContent(Content):
         self.fd = fd
         self.path = path
 
-    def read(self, start: int, stop: int) -> Iterator[bytes]:
-        while start < stop:
-            data = os.pread(self.fd, min(READ_SIZE, stop - start), start)
-            if not data:
-                raise StorageError("the file became shorter while it was sent", detail=self.path)
-            start += len(data)
-            yield data
+    def segments(self, start: int, stop: int) -> Iterator[Region]:
+        yield Region(self.fd, start, stop)
 
     def close(self) -> None:
         if self.fd >= 0:
@@ -102,13 +105,13 @@ class FilledContent(Content):
         self._metrics = metrics
         self._fill: Fill | None = fill
 
-    def read(self, start: int, stop: int) -> Iterator[bytes]:
+    def segments(self, start: int, stop: int) -> Iterator[bytes | Region]:
         assert self._fill is not None
         position = start
         try:
-            for data in self._fill.read(start, stop):
-                position += len(data)
-                yield data
+            for region in self._fill.regions(start, stop):
+                position = region.stop
+                yield region
         except (BackendError, ObjectNotFound):
             raise
         except StorageError:
@@ -140,11 +143,11 @@ class RemoteContent(Content):
         self._patience = patience
         self._followed: list[FilledContent] = []
 
-    def read(self, start: int, stop: int) -> Iterator[bytes]:
+    def segments(self, start: int, stop: int) -> Iterator[bytes | Region]:
         content = self._to_follow(self._fills, start, stop) if self._fills is not None else None
         if content is not None:
             self._followed.append(content)
-            return content.read(start, stop)
+            return content.segments(start, stop)
         return direct(self._driver, self.info, start, stop, () if stop - start == self.info.size else None)
 
     def _to_follow(self, fills: Fills, start: int, stop: int) -> FilledContent | None:

@@ -14,6 +14,7 @@ from urllib.parse import parse_qs
 
 from kci_storage import media, problems
 from kci_storage.drivers.base import ObjectInfo
+from kci_storage.fill import Region
 from kci_storage.http_semantics import (
     ByteRange,
     Decision,
@@ -24,7 +25,7 @@ from kci_storage.http_semantics import (
     http_date,
 )
 from kci_storage.objects import Content, FileContent
-from kci_storage.transport import SentFile
+from kci_storage.transport import SentFile, SentSegments
 
 Headers = list[tuple[str, str]]
 
@@ -139,7 +140,7 @@ def _one_range(
         return Response(decision.status, headers, ())
     if isinstance(content, FileContent):
         return Response(decision.status, headers, wrap_file(SentFile(content.fd, wanted.start, content.close)))
-    return Response(decision.status, headers, _streamed(content, content.read(wanted.start, wanted.stop)))
+    return Response(decision.status, headers, _arriving(content, wanted, wrap_file))
 
 
 def _several_ranges(content: Content, ranges: tuple[ByteRange, ...], headers: Headers) -> Response:
@@ -156,17 +157,32 @@ def _several_ranges(content: Content, ranges: tuple[ByteRange, ...], headers: He
 
     headers = [header for header in headers if header[0] != "Content-Type"]
     headers += (("Content-Type", body.content_type), ("Content-Length", str(body.content_length)))
-    return Response(206, headers, _streamed(content, pieces()))
+    return Response(206, headers, _Pieces(content, _begun(pieces())[1]))
 
 
-def _streamed(content: Content, pieces: Iterator[bytes]) -> Iterator[bytes]:
-    """The pieces, of which the first is here already, so that an error can still become a proper answer."""
-    first = next(pieces, b"")
-    return _closing(content, itertools.chain((first,), pieces))
+def _arriving(content: Content, wanted: ByteRange, wrap_file: Callable[..., Iterable[bytes]]) -> Iterable[bytes]:
+    """A body that is not all here: by ``sendfile`` where it comes through a file."""
+    first, segments = _begun(content.segments(wanted.start, wanted.stop))
+    if isinstance(first, Region):
+        return wrap_file(SentSegments(segments, first.fd, content.close))
+    return _Pieces(content, segments)
 
 
-def _closing(content: Content, pieces: Iterator[bytes]) -> Iterator[bytes]:
-    try:
-        yield from pieces
-    finally:
-        content.close()
+def _begun(segments: Iterator[Any]) -> tuple[Any, Iterator[Any]]:
+    """The first segment, and all of them. It is waited for, so that an error can still become a proper answer."""
+    first = next(segments, b"")
+    return first, itertools.chain((first,), segments)
+
+
+class _Pieces:
+    """A body of bytes. A generator would not close the content of a body that nobody begins to read."""
+
+    def __init__(self, content: Content, pieces: Iterator[Any]):
+        self._content = content
+        self._pieces = pieces
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self._pieces
+
+    def close(self) -> None:
+        self._content.close()

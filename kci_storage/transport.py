@@ -7,11 +7,13 @@ logged and counted. WSGI hooks of a framework run before the body is sent, and n
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import os
 import random
 import re
+import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
@@ -178,6 +180,105 @@ class SentFile:
                 self.exchange.finish()
 
 
+class SentSegments:
+    """A body that arrives while it is sent, in pieces: bytes, or regions of files, which go by ``sendfile``.
+
+    :param segments: the pieces; a region has ``fd``, ``start``, ``stop``, and ``read()`` for who needs bytes.
+    :param fd: any file, for a server that asks whether this is one.
+    :param close: called once all has been sent, or never will be.
+    """
+
+    def __init__(self, segments: Iterator[Any], fd: int, close: Callable[[], None]):
+        self._segments = segments
+        self._bytes = self._as_bytes()
+        self._fd = fd
+        self._close: Callable[[], None] | None = close
+        self._sent = 0
+        self.exchange: Exchange | None = None
+
+    def fileno(self) -> int:
+        """The descriptor of a file that can be seeked."""
+        return self._fd
+
+    def send_to(self, sock: socket.socket) -> int:
+        """Send all of it; how many bytes that were."""
+        with _cut_short(self.exchange):
+            for segment in self._segments:
+                if isinstance(segment, bytes):
+                    sock.sendall(segment)
+                    self._sent += len(segment)
+                else:
+                    self._send_region(sock, segment)
+        return self._sent
+
+    def _send_region(self, sock: socket.socket, region: Any) -> None:
+        file = _Position(region.fd, region.start)
+        try:
+            sock.sendfile(file, region.start, region.stop - region.start)  # type: ignore[arg-type]
+        finally:
+            self._sent += file.position - region.start
+        if file.position < region.stop:
+            raise StorageError("the file became shorter while it was sent")
+
+    def read(self, size: int = -1) -> bytes:
+        """The next piece, of any size, for a server or a TLS connection that cannot use ``sendfile``."""
+        with _cut_short(self.exchange):
+            data = next(self._bytes, b"")
+        self._sent += len(data)
+        return data
+
+    def _as_bytes(self) -> Iterator[bytes]:
+        for segment in self._segments:
+            if isinstance(segment, bytes):
+                yield segment
+            else:
+                yield from segment.read()
+
+    def close(self) -> None:
+        """Idempotent."""
+        if self._close is not None:
+            close, self._close = self._close, None
+            close()
+            if self.exchange is not None:
+                self.exchange.sent = self._sent
+                self.exchange.finish()
+
+
+class _Position:
+    """A file for ``socket.sendfile``, which seeks it to where it stopped, also when the client went away.
+
+    The descriptor is shared, so its own position means nothing.
+    """
+
+    def __init__(self, fd: int, position: int):
+        self._fd = fd
+        self._next = self.position = position
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def seek(self, position: int) -> None:
+        self._next = self.position = position
+
+    def read(self, size: int) -> bytes:  # what ``socket.sendfile`` tries when the system call fails
+        data = os.pread(self._fd, size, self._next)
+        self._next += len(data)
+        return data
+
+
+@contextlib.contextmanager
+def _cut_short(exchange: Exchange | None) -> Iterator[None]:
+    """A body that fails after its head was sent ends the connection."""
+    try:
+        yield
+    except StorageError as exc:
+        if exchange is not None:
+            exchange.failed(exc)
+        # Too late for an error's status. The server takes this for a client that left: it closes the connection,
+        # without the last chunk or short of Content-Length, so the client sees that something is missing.
+        raise ConnectionResetError(errno.ECONNRESET, "the response was cut short") from exc
+
+
 class SentBody:
     """Any other response body, counted as it goes out."""
 
@@ -187,16 +288,11 @@ class SentBody:
 
     def __iter__(self) -> Iterator[bytes]:
         without_body = self._exchange.environ["REQUEST_METHOD"] == "HEAD"
-        try:
+        with _cut_short(self._exchange):
             for data in self._body:
                 yield data  # counted when the server asks for the next piece: then this one has gone out
                 if not without_body:
                     self._exchange.sent += len(data)
-        except StorageError as exc:
-            self._exchange.failed(exc)
-            # Too late for an error's status. The server takes this for a client that left: it closes the connection,
-            # without the last chunk or short of Content-Length, so the client sees that something is missing.
-            raise ConnectionResetError(errno.ECONNRESET, "the response was cut short") from exc
 
     def close(self) -> None:
         """Called by the server at the end, whatever happened."""
@@ -247,7 +343,7 @@ class Transport:
             exchange.finish()
             raise
         file = getattr(body, "filelike", None)
-        if isinstance(file, SentFile):
+        if isinstance(file, SentFile | SentSegments):
             file.exchange = exchange
             return body
         return SentBody(body, exchange)

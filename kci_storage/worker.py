@@ -32,7 +32,7 @@ from gunicorn.http import errors, message
 from gunicorn.workers.gthread import TConn, ThreadWorker
 
 from kci_storage import logs
-from kci_storage.transport import CONNECTION, new_request_id
+from kci_storage.transport import CONNECTION, SentSegments, new_request_id
 
 # A key of 1,024 characters has up to 12 KiB when percent-encoded; gunicorn would cap its own setting at 8,190.
 LONGEST_REQUEST_LINE = 16 * 1024
@@ -67,7 +67,12 @@ class ProgressSocket(socket.socket):
                 view = view[self.send(view, flags) :]
 
     def sendfile(self, file: Any, offset: int = 0, count: int | None = None) -> int:
-        """As of any socket; it counts the time-out from the last progress by itself."""
+        """As of any socket; it counts the time-out from the last progress by itself.
+
+        What is no plain file knows how to send itself.
+        """
+        if isinstance(file, SentSegments):
+            return file.send_to(self)
         with _stalled_is_reset():
             return super().sendfile(file, offset, count)
 

@@ -370,7 +370,7 @@ def test_a_writer_that_is_overtaken_again_and_again_gives_up(driver, other, prox
 @pytest.mark.parametrize("block_id", [b"\xff" * 9, b"12345678", b"x" * 20, b"y" * 64])
 def test_blocks_that_another_program_left_are_in_nobodys_way(driver, other, block_id):
     leave_block(other, "a", block_id)
-    content = content_of(SOME)
+    content = content_of(10 * BLOCK)
     put(driver, "a", content)
     assert get(driver, "a") == content
 
@@ -477,6 +477,13 @@ def test_a_lost_answer_to_a_block_is_no_failure(driver, proxy):
     content = content_of(SOME)
     put(driver, "a", content)
     assert get(driver, "a") == content
+
+
+def test_a_lost_answer_to_a_read_is_no_failure(driver, proxy):
+    put(driver, "a", content_of(2 * BLOCK))
+    lose_answers(proxy, "GET")
+    assert get(driver, "a") == content_of(2 * BLOCK)
+    assert proxy.seen().count("GET") == 3
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])
@@ -597,6 +604,14 @@ def test_only_the_backends_own_word_means_that_an_object_is_missing(driver, prox
         with pytest.raises(StorageError) as caught:
             attempt()
         assert type(caught.value) is expected, caught.value.detail
+
+
+def test_redirections_are_not_followed(driver, proxy):
+    """A signed request goes to the configured backend and nowhere else."""
+    proxy.before = fail_with(307, Location=f"{proxy.url}/elsewhere")
+    with pytest.raises(BackendError):
+        driver.stat("a")
+    assert len(proxy.requests) == 1
 
 
 def test_a_throttling_backend_says_when_to_come_back(driver, proxy):

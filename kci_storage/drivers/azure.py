@@ -150,7 +150,7 @@ class AzureDriver(Driver):
         with _own_errors():
             try:
                 if stop > start:
-                    answer = _ask(self.blob(key), start, stop, etag)
+                    answer = _ask(self._process.reading.get_blob_client(key), start, stop, etag)
             except HttpResponseError as exc:
                 # The version is another one, or there is none; or ``start`` is not below the size, which may be 0.
                 if _code(exc) not in ("ConditionNotMet", "InvalidRange"):
@@ -237,22 +237,31 @@ class _Process:
 
     def __init__(self, settings: AzureConfig, connect_timeout: float, read_timeout: float):
         endpoint = settings.endpoint or f"https://{settings.account}.blob.core.windows.net"
-        key = {"account_name": settings.account, "account_key": settings.key}
-        self.container = ContainerClient(
-            endpoint,
-            settings.container,
-            credential=key if settings.key else settings.sastoken.removeprefix("?"),
-            transport=_transport(endpoint, connect_timeout, read_timeout),
-            retry_policy=_Retry(RETRY_WAIT, RETRIES, random_jitter_range=RETRY_WAIT / 2),
-            permit_redirects=False,
-            max_single_put_size=2**63,  # the writer decides; what it gives in one piece is sent in one request
-        )
+        transport = _transport(endpoint, connect_timeout, read_timeout)
+        self.container = _client(settings, endpoint, transport)
+        # A hook that is given with a request would be lost when that is tried again.
+        self.reading = _client(settings, endpoint, transport, raw_response_hook=_leave)
         self.threads = ThreadPoolExecutor(THREADS, thread_name_prefix="azure")
 
     def close(self) -> None:
         """Let go of both; what is under way ends by itself."""
         self.threads.shutdown(wait=False, cancel_futures=True)
         self.container.close()
+
+
+def _client(settings: AzureConfig, endpoint: str, transport: RequestsTransport, **options: Any) -> ContainerClient:
+    """A client with policies of its own: one that two clients share would lead from the one to the other."""
+    key = {"account_name": settings.account, "account_key": settings.key}
+    return ContainerClient(
+        endpoint,
+        settings.container,
+        credential=key if settings.key else settings.sastoken,
+        transport=transport,
+        retry_policy=_Retry(RETRY_WAIT, RETRIES, random_jitter_range=RETRY_WAIT / 2),
+        permit_redirects=False,
+        max_single_put_size=2**63,  # the writer decides; what it gives in one piece is sent in one request
+        **options,
+    )
 
 
 class _Retry(LinearRetry):
@@ -541,19 +550,22 @@ class _Answered(Exception):
 def _ask(blob: BlobClient, start: int, stop: int, etag: str | None) -> HttpResponse:
     """The answer to a read, with its body still to come.
 
-    The SDK would take in the whole range before it gives a byte of it. So this leaves it as soon as it shows the
-    answer, by an exception that it does not know.
+    :param blob: a client with :func:`_leave`.
     """
-
-    def leave(response: Any) -> None:
-        if response.http_response.status_code in (200, 206):
-            raise _Answered(response.http_response)
-
     try:
-        blob.download_blob(start, stop - start, max_concurrency=1, raw_response_hook=leave, **_pinned(etag))
+        blob.download_blob(start, stop - start, max_concurrency=1, **_pinned(etag))
     except _Answered as answered:
         return answered.answer
     raise BackendError("the backend's answer makes no sense")
+
+
+def _leave(response: Any) -> None:
+    """Leave the SDK as soon as it shows the answer, by an exception that it does not know.
+
+    It would take in a whole range before it gives a byte of it.
+    """
+    if response.http_response.status_code in (200, 206):
+        raise _Answered(response.http_response)
 
 
 def _body(answer: HttpResponse, start: int, stop: int) -> Iterator[bytes]:
