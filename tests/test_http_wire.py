@@ -474,3 +474,41 @@ def test_a_broken_chunked_body_is_refused(server: Server):
             wire.end()
             assert_error(wire.answer(), 400, server)
     assert keys(server, folder) == []
+
+
+# Clients that stand still
+
+
+@pytest.fixture(scope="module")
+def impatient_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server that drops a client after a second without progress."""
+    with running(Server(tmp_path_factory.mktemp("impatient"), {"server": {"send_timeout": 1}})) as server:
+        yield server
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_client_that_stops_in_an_upload_is_dropped(
+    impatient_server: Server, way: Callable[[Server, str, bytes], bytes]
+):
+    key = f"{new_folder()}/a"
+    put(impatient_server, key, b"old")
+    upload = way(impatient_server, key, os.urandom(CUT_SIZE))
+    with Wire(impatient_server) as wire:
+        wire.send(upload[: len(upload) // 2])
+        answer = wire.answer()
+        assert_error(answer, 400, impatient_server)
+        assert wire.rest() == b""
+    assert access(impatient_server, answer)["error"].startswith("client_disconnected")
+    wait_until_tidy(impatient_server)
+    assert get(impatient_server, key).content == b"old"
+
+
+def test_a_client_that_stops_in_a_download_is_dropped(impatient_server: Server):
+    key, content = f"{new_folder()}/a", bytes(64 << 20)
+    put(impatient_server, key, content)
+    with Wire(impatient_server, receive_buffer=64 * 1024) as wire:
+        wire.send(request("GET", f"/{key}"))
+        answer = wire.head()
+        line = access(impatient_server, answer)  # it is written when the server has given up
+        assert int(line["bytes"]) < len(content)
+        assert len(wire.rest()) < len(content)
