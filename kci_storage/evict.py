@@ -145,23 +145,23 @@ class Housekeeper:
     # What the limits ask for
 
     def _over(self) -> bool:
-        return bool(self._beyond(0, self._disk_missing(self._limits.low_disk_percent)))
+        return bool(self._beyond(Usage(0, 0), self._disk_missing(self._limits.low_disk_percent)))
 
     def _to_recover(self) -> Shortfall:
-        return self._beyond(0, self._disk_missing(self._limits.recover_disk_percent))
+        return self._beyond(Usage(0, 0), self._disk_missing(self._limits.recover_disk_percent))
 
     def _missing_for(self, size: int) -> Shortfall:
         disk = os.statvfs(self._cache.directory)
-        return self._beyond(size, Shortfall(0, size - disk.f_bavail * disk.f_frsize))
+        return self._beyond(Usage(1, size), Shortfall(0, size - disk.f_bavail * disk.f_frsize))
 
-    def _beyond(self, more: int, on_disk: Shortfall) -> Shortfall:
-        """What has to go so that ``more`` bytes in one file can come.
+    def _beyond(self, more: Usage, on_disk: Shortfall) -> Shortfall:
+        """What has to go so that ``more`` can come.
 
         :param on_disk: what has to go for the disk's sake.
         """
         files, size = self._cache.usage.read()
-        too_many_files = files + bool(more) - self._limits.max_files
-        too_many_bytes = size + more - self._limits.max_bytes if self._limits.max_bytes else 0
+        too_many_files = files + more.files - self._limits.max_files
+        too_many_bytes = size + more.size - self._limits.max_bytes if self._limits.max_bytes else 0
         return Shortfall(max(too_many_files, on_disk.files), max(too_many_bytes, on_disk.size))
 
     def _disk_missing(self, percent: float) -> Shortfall:
