@@ -343,8 +343,8 @@ def test_a_miss_does_not_wait_for_an_upload_for_ever(start_server: Callable[...,
     key = f"{new_folder()}/a"
     with Wire(server) as uploader:
         uploader.send(request("PUT", f"/{key}", {**server.headers(), "Content-Length": 10}), b"first")
-        locks = server.cache_directory / "locks"
-        wait_until(lambda: list(locks.iterdir()), SECONDS, "the upload's lock")
+        # The part comes after the lock is held; the lock's file is there a moment before.
+        wait_until(lambda: list(server.cache_directory.glob("??/*.part")), SECONDS, "the upload's lock")
         answer = get(server, key)
         assert_error(answer, 503, server)
         assert int(answer.headers["Retry-After"]) > 0
