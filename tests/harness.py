@@ -20,6 +20,7 @@ import jwt
 import psutil
 import requests
 
+from kci_storage import durable
 from kci_storage.cache import Cache
 
 START_SECONDS = 60  # a loaded machine starts two Python workers in well under this
@@ -190,6 +191,10 @@ class Server:
         """gunicorn's master."""
         assert self._process is not None, "the server is not running"
         return self._process
+
+    def is_writing(self) -> bool:
+        """Whether an upload holds a key's lock. The lock's file alone says less: it is there a moment before."""
+        return any(durable.is_locked(path) for path in (self.cache_directory / "locks").iterdir())
 
     def worker_pids(self) -> list[int]:
         """The process ids of the workers that live."""

@@ -329,8 +329,7 @@ def test_a_miss_during_an_upload_is_answered_from_it(azure_server: Server):
     key = f"{new_folder()}/a"
     with Wire(azure_server) as uploader, Wire(azure_server) as reader:
         uploader.send(request("PUT", f"/{key}", {**azure_server.headers(), "Content-Length": 10}), b"first")
-        locks = azure_server.cache_directory / "locks"
-        wait_until(lambda: list(locks.iterdir()), SECONDS, "the upload's lock")
+        wait_until(azure_server.is_writing, SECONDS, "the upload's lock")
         reader.send(request("GET", f"/{key}"))
         reader.wait_until_taken()
         uploader.send(b"-done")
@@ -343,8 +342,7 @@ def test_a_miss_does_not_wait_for_an_upload_for_ever(start_server: Callable[...,
     key = f"{new_folder()}/a"
     with Wire(server) as uploader:
         uploader.send(request("PUT", f"/{key}", {**server.headers(), "Content-Length": 10}), b"first")
-        # The part comes after the lock is held; the lock's file is there a moment before.
-        wait_until(lambda: list(server.cache_directory.glob("??/*.part")), SECONDS, "the upload's lock")
+        wait_until(server.is_writing, SECONDS, "the upload's lock")
         answer = get(server, key)
         assert_error(answer, 503, server)
         assert int(answer.headers["Retry-After"]) > 0

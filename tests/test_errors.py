@@ -111,7 +111,7 @@ def a_file_in_the_way(server: Server, headers: Headers) -> requests.Response:
 def another_upload(server: Server, headers: Headers) -> requests.Response:
     with Wire(server) as first:
         first.send(request("PUT", "/contested", {**server.headers(), "Content-Length": 10}), b"first")
-        wait_until(lambda: list((server.cache_directory / "locks").iterdir()), SECONDS, "the upload's lock")
+        wait_until(server.is_writing, SECONDS, "the upload's lock")
         response = sent(server, "PUT", "contested", headers, b"second")
         first.send(b"-done")
         assert first.answer().status in (200, 201)
