@@ -595,7 +595,7 @@ class DriverContract:
     def test_a_prefix_that_no_key_has_gives_nothing(self, driver, tree):
         absent = ["nothing", "A", "B/", "many/001/", "%", "<", "&", "x" * 300, "x" * 5000]
         impossible = ["a/b/", "a//", "/", "/a", "../", "./", ".", "..", "many/../a", ".kci", ".kci/", "\\"]
-        impossible += ["\x00", "a\x01", "\x7f", "\ud800", "a\n"]
+        impossible += ["\x00", "a\x01", "\x7f", "\ud800", "a\n", "\x00/", "\ud800/a"]
         for prefix, delimiter in itertools.product(absent + impossible, ("", "/")):
             for page in pages(driver, prefix=prefix, delimiter=delimiter):
                 assert (page.objects, page.folders) == ((), ()), prefix

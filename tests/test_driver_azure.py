@@ -120,6 +120,7 @@ class Proxy:
         self.upstream = urlsplit(azurite.endpoint)
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler(), bind_and_activate=False)
         self.server.daemon_threads = True
+        self.server.handle_error = lambda *args: None  # a connection that the driver broke off
         self.server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 * KIB)
         self.server.server_bind()
         self.server.server_activate()

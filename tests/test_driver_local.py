@@ -323,6 +323,12 @@ def test_deleting_the_last_object_of_a_folder_removes_it(driver, root):
     assert inside(root) == []
 
 
+def test_a_folder_that_somebody_else_removed_does_not_keep_those_above(driver, root):
+    (root / "a/b").mkdir(parents=True)
+    driver._tree.prune("a/b/c/d")
+    assert inside(root) == []
+
+
 def test_a_failed_commit_leaves_no_folders(driver, root):
     put(driver, "x", b"")
     before = inside(root)
@@ -434,6 +440,29 @@ def test_files_that_vanish_from_under_a_listing_are_no_failure(driver, root, mon
 
     monkeypatch.setattr(driver._tree, "walk", deleting)
     assert [info.key for info in driver.list().objects] == [f"object-{number}" for number in (0, 1, 2, 3, 5, 6, 7, 8)]
+
+
+@pytest.mark.parametrize("size", [6, 7, 8, 14])
+def test_the_last_page_says_so(driver, monkeypatch, size):
+    monkeypatch.setattr(local, "PAGE_SIZE", 7)
+    for number in range(size):
+        put(driver, f"{number:02}", b"")
+    assert [len(page.objects) for page in pages(driver)] == [7] * (size // 7) + ([size % 7] if size % 7 else [])
+
+
+def test_an_object_that_is_replaced_while_it_is_listed_is_listed(driver, root, monkeypatch):
+    put(driver, "a", b"old", "text/plain")
+    lister = LocalDriver(root)
+    real = lister._records.get
+
+    def replaced(*args: object) -> object:
+        monkeypatch.setattr(lister._records, "get", real)
+        infos.append(put(driver, "a", b"newer", "image/png"))
+        return real(*args)
+
+    infos = []
+    monkeypatch.setattr(lister._records, "get", replaced)
+    assert list(lister.list().objects) == infos
 
 
 # Crashes
@@ -680,7 +709,7 @@ def test_a_storage_folder_that_is_not_there_yet_is_empty(driver, root):
     assert listed(driver) == []
 
 
-def test_a_name_that_the_file_system_does_not_take_is_a_bad_key(driver, monkeypatch):
+def test_a_name_that_the_file_system_does_not_take_is_a_bad_key(driver, root, monkeypatch):
     """As on a file system with shorter names than usual (eCryptfs takes 143 bytes)."""
     long = "x" * 300
     monkeypatch.setattr(keys, "MAX_SEGMENT_BYTES", 300)
@@ -690,6 +719,7 @@ def test_a_name_that_the_file_system_does_not_take_is_a_bad_key(driver, monkeypa
     for key in (long, f"folder/{long}", f"{long}/a"):
         with pytest.raises(BadKey):
             put(driver, key, b"content")
+    assert inside(root) == []
 
 
 def test_a_version_lasts_as_long_as_its_file(driver, root):
