@@ -356,20 +356,14 @@ class Cache:
                 self._replace_record(slot, record, confirmed)
 
     def _replace_record(self, slot: Slot, old: Record, new: Record) -> None:
-        """Put another record in place of one of the same content; the entry is gone if that has no content.
+        """Put another record in place of one of the same content. Cut off in between, it leaves a broken entry.
 
-        :raises InsufficientStorage: the disk is full. Nothing has changed.
+        :raises InsufficientStorage: the disk is full.
         """
-        with self._new_record(slot, new) as record:
-            try:
-                # A new generation, so that no process goes on with the record it remembers.
-                durable.rename(slot.content(old.generation), slot.content(new.generation))
-                record.publish(slot.record)
-            except BaseException as exc:
-                self._unlink_content(slot, new)
-                self._unlink_entry(slot, old)
-                if not isinstance(exc, FileNotFoundError):
-                    raise
+        with self._new_record(slot, new) as record, contextlib.suppress(FileNotFoundError):  # a broken entry already
+            # A new generation, so that no process goes on with the record it remembers.
+            durable.rename(slot.content(old.generation), slot.content(new.generation))
+            record.publish(slot.record)
 
     def revoke_fill(self, key: str) -> None:
         """Keep a fill of the key that is running from being published: it may have read the old version."""
@@ -411,7 +405,7 @@ class Cache:
         record = self._parse(slot)
         parts = [Path(file.path) for file in self._files(slot) if file.name.endswith(PART)]
         removed = sum(map(durable.remove_if_unlocked, parts)) + self._remove_strays(slot, record)
-        if not self._is_whole(slot, record):
+        if record is None or not slot.content(record.generation).exists():
             removed += durable.remove(slot.record)
         return removed
 
@@ -428,9 +422,6 @@ class Cache:
         with contextlib.suppress(FileNotFoundError), os.scandir(slot.record.parent) as files:
             return [file for file in files if file.name.startswith(slot.digest)]
         return []
-
-    def _is_whole(self, slot: Slot, record: Record | None) -> bool:
-        return record is not None and self.slot(record.info.key) == slot and slot.content(record.generation).exists()
 
     def evict(self, content: Path, used: float) -> bool:
         """Remove a copy, unless somebody is at work on it or has used it meanwhile; whether it was removed.

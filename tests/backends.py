@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -123,7 +124,7 @@ def _pausing(name: str) -> Iterator[None]:
 def _pause(point: str) -> None:
     pauses = Path(os.environ[PAUSES_VARIABLE])
     if (pauses / point).exists():
-        (pauses / f"{point}.{os.getpid()}").touch()
+        (pauses / f"{point}.{secrets.token_hex(4)}-{os.getpid()}").touch()
         while (pauses / point).exists():
             time.sleep(0.005)
 
@@ -143,16 +144,17 @@ class Pauses:
             "PYTHONPATH": install(folder / "packages"),
         }
 
-    def at(self, point: str) -> None:
-        """Whoever comes to that point from now on waits there."""
+    @contextlib.contextmanager
+    def during(self, point: str) -> Iterator[None]:
+        """Whoever comes to that point during the block waits there until its end."""
         (self._folder / point).touch()
+        try:
+            yield
+        finally:
+            (self._folder / point).unlink()
+            for path in self._folder.glob(f"{point}.*"):
+                path.unlink()
 
     def waiting(self, point: str) -> list[int]:
-        """The processes that have come to that point."""
-        return [int(path.suffix[1:]) for path in self._folder.glob(f"{point}.*")]
-
-    def end(self, point: str) -> None:
-        """Let those go on who live."""
-        (self._folder / point).unlink()
-        for path in self._folder.glob(f"{point}.*"):
-            path.unlink()
+        """The process of each one that has come to that point."""
+        return [int(path.name.rpartition("-")[2]) for path in self._folder.glob(f"{point}.*")]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 ANSWER_SECONDS = 60
@@ -75,6 +77,16 @@ def _serve(connection: Connection) -> None:
             except Exception as exc:
                 answer = None, exc
             connection.send(answer)
+
+
+def holders(path: Path) -> list[int]:
+    """The processes that hold the lock of a file (``/proc/locks``)."""
+    try:
+        inode = path.stat().st_ino
+    except FileNotFoundError:
+        return []
+    locks = re.findall(r"FLOCK\s+ADVISORY\s+WRITE (\d+) \w+:\w+:(\d+) ", Path("/proc/locks").read_text())
+    return [int(pid) for pid, locked in locks if int(locked) == inode]
 
 
 def dies(function: Callable[[], object]) -> bool:

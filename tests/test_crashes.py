@@ -3,30 +3,37 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import os
 import secrets
 import shutil
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import requests
 
 from kci_storage.app import Services, build_services
 from kci_storage.cache import CONTENT, Cache
 from kci_storage.config import load
 from kci_storage.errors import ObjectNotFound, StorageError
 from kci_storage.upload import ExpectedDigests
-from tests.backends import install
-from tests.harness import toml
-from tests.peers import Peer, dies, peers
+from tests.azurite import Azurite
+from tests.backends import Pauses, install
+from tests.harness import Server, toml, wait_until
+from tests.peers import Peer, dies, holders, peers
 from tests.steps import CHANGING, GROWING, Steps, die_at, full_at
+from tests.wire import FORM_TYPE, SECONDS, Wire, form, get, part, put, request
 
 KEY = "folder/file.txt"
 OLD, NEW = b"old content", b"the new content"
 MOST_STEPS = 300
+WORKERS = 3
 SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -283,3 +290,191 @@ class TestEveryStep:
     @pytest.mark.parametrize("for_ever", [False, True], ids=["once", "from_then_on"])
     def test_full_disk(self, worker: Peer, folder: Path, name: str, for_ever: bool) -> None:
         assert worker.call(fill_everywhere, folder, name, for_ever) >= 1
+
+
+# Real servers
+
+
+class TestRealServers:
+    """A worker of a real server, over a real Azurite, is killed in the middle of its work."""
+
+    pytestmark = pytest.mark.expected_errors("was sent SIGKILL")
+
+    @pytest.fixture
+    def pauses(self, tmp_path: Path) -> Pauses:
+        return Pauses(tmp_path, behind="azure")
+
+    @pytest.fixture
+    def server(self, start_server: Callable[..., Server], azurite: Azurite, pauses: Pauses) -> Iterator[Server]:
+        """A server that waits where the test says, and of which nothing is left after a sweep."""
+        settings = dataclasses.asdict(azurite.settings())
+        server = start_server("pausing", azure=settings, server={"workers": WORKERS}, environ=pauses.environ)
+        yield server
+        server.stop()
+        Cache(server.cache_directory).sweep()
+
+    @pytest.mark.parametrize("share", [0.001, 0.5, 0.999], ids=["begun", "half", "almost"])
+    @pytest.mark.parametrize("method", ["PUT", "POST"])
+    def test_in_the_middle_of_an_upload(self, server: Server, method: str, share: float) -> None:
+        store(server, OLD)
+        with Wire(server) as wire:
+            data = upload(server, method, secrets.token_bytes(20_000_000))  # Azure gets some blocks of it
+            wire.send(data[: int(len(data) * share)])
+            [pid] = wait_until(lambda: writers(server), SECONDS, "the upload")
+            kill(server, pid)
+        assert get_from_all(server) == {OLD}
+        store(server, NEW)
+        assert get_from_all(server) == {NEW}
+
+    @pytest.mark.parametrize(
+        ("point", "expected"), [("before-commit", OLD), ("after-commit", NEW)], ids=["before", "after"]
+    )
+    def test_around_the_backends_commit(self, server: Server, pauses: Pauses, point: str, expected: bytes) -> None:
+        store(server, OLD)
+        assert get_from_all(server) == {OLD}  # every worker remembers it
+        kill_at(server, pauses, point, lambda: store(server, NEW))
+        # Nobody asks for it, but the worker's successor sees to it.
+        wait_until(lambda: served(server) == expected, SECONDS, "the backend's version")
+        assert get_from_all(server) == {expected}
+
+    @pytest.mark.parametrize(
+        ("point", "expected"), [("before-delete", OLD), ("after-delete", None)], ids=["before", "after"]
+    )
+    def test_around_the_backends_deletion(
+        self, server: Server, pauses: Pauses, point: str, expected: bytes | None
+    ) -> None:
+        store(server, OLD)
+        assert get_from_all(server) == {OLD}
+        kill_at(server, pauses, point, lambda: delete(server))
+        wait_until(lambda: served(server) == expected, SECONDS, "the backend's version")
+        assert get_from_all(server) == {expected}
+
+    def test_after_the_commit_of_a_new_file(self, server: Server, pauses: Pauses) -> None:
+        assert get_from_all(server) == {None}
+        kill_at(server, pauses, "after-commit", lambda: store(server, NEW))
+        wait_until(lambda: served(server) == NEW, SECONDS, "the backend's version")
+        assert get_from_all(server) == {NEW}
+
+    def test_a_whole_server_between_the_backends_commit_and_the_caches(self, server: Server, pauses: Pauses) -> None:
+        store(server, OLD)
+        with pauses.during("after-commit"), ThreadPoolExecutor() as clients:
+            clients.submit(store, server, NEW)
+            wait_until(lambda: pauses.waiting("after-commit"), SECONDS, "the commit")
+            server.kill()
+        server.start()
+        assert get_from_all(server) == {NEW}  # no worker takes a request before the dead have been seen to
+
+    def test_a_dead_writers_key_is_served_while_the_backend_is_away(
+        self, server: Server, pauses: Pauses, azurite: Azurite
+    ) -> None:
+        store(server, OLD)
+        kill_at(server, pauses, "before-commit", lambda: store(server, NEW))
+        wait_until(lambda: not Cache(server.cache_directory).locks.names(), SECONDS, "a doubt")
+        with stopped(azurite):
+            answer = get(server, KEY)
+        assert (answer.content, answer.headers["X-Cache"]) == (OLD, "stale")
+
+    def test_a_fill_from_before_a_commit_that_was_cut_off_is_not_kept(self, server: Server, pauses: Pauses) -> None:
+        """It has read the old version, and ends when nobody writes any more."""
+        store(server, OLD)
+        cool(server)
+        with ThreadPoolExecutor() as clients:
+            with pauses.during("in-read"):
+                clients.submit(served, server)
+                wait_until(lambda: pauses.waiting("in-read"), SECONDS, "a fill")
+                kill_at(server, pauses, "after-commit", lambda: store(server, NEW))
+        wait_until(lambda: served(server) == NEW, SECONDS, "the backend's version")
+        assert get_from_all(server) == {NEW}
+
+    @pytest.mark.parametrize("change", ["overwrite", "delete"])
+    def test_who_asks_after_a_change_gets_nothing_from_before_it(
+        self, server: Server, pauses: Pauses, change: str
+    ) -> None:
+        """A fill that has read the old version is running; nobody but itself knows yet what it brings."""
+        store(server, OLD)
+        cool(server)
+        with ThreadPoolExecutor() as clients:
+            with pauses.during("in-read"):
+                before = clients.submit(served, server)
+                wait_until(lambda: pauses.waiting("in-read"), SECONDS, "a fill")
+                expected = NEW if change == "overwrite" else None
+                store(server, NEW) if expected else delete(server)
+                cool(server)
+                after = clients.submit(served, server)
+                wait_until(
+                    lambda: after.done() or len(pauses.waiting("in-read")) == 2, SECONDS, "a question of its own"
+                )
+            assert after.result() == expected
+            assert before.result() in (OLD, expected)
+        assert get_from_all(server) == {expected}
+
+
+def store(server: Server, content: bytes) -> None:
+    put(server, KEY, content).raise_for_status()
+
+
+def delete(server: Server) -> None:
+    requests.delete(f"{server.url}/{KEY}", headers=server.headers(), timeout=SECONDS).raise_for_status()
+
+
+def upload(server: Server, method: str, content: bytes) -> bytes:
+    """The bytes of a request that stores a content."""
+    if method == "PUT":
+        return request("PUT", f"/{KEY}", server.headers(), content)
+    folder, _, name = KEY.rpartition("/")
+    body = form(part("path", folder.encode()), part("file0", content, name))
+    return request("POST", "/upload", {**server.headers(), **FORM_TYPE}, body)
+
+
+def served(server: Server) -> bytes | None:
+    """What a client gets; None: there is nothing."""
+    answer = get(server, KEY)
+    assert answer.status_code in (200, 404)
+    return answer.content if answer.status_code == 200 else None
+
+
+def get_from_all(server: Server) -> set[bytes | None]:
+    """What many clients at once get, from all workers."""
+    with ThreadPoolExecutor(4 * WORKERS) as clients:
+        return set(clients.map(served, [server] * 12 * WORKERS))
+
+
+def writers(server: Server) -> list[int]:
+    """The process that holds the key's lock, if one does."""
+    cache = Cache(server.cache_directory)
+    return holders(cache.locks.directory / cache.slot(KEY).digest)
+
+
+def cool(server: Server) -> None:
+    """Remove the copy, but not the backend's object."""
+    cache = Cache(server.cache_directory)
+    with cache.writing(KEY, SECONDS):
+        cache.remove(KEY)
+
+
+def kill(server: Server, pid: int) -> None:
+    """SIGKILL a worker; back when another one has taken its place."""
+    assert pid in server.worker_pids()
+    os.kill(pid, signal.SIGKILL)
+    wait_until(
+        lambda: pid not in (pids := server.worker_pids()) and len(pids) == WORKERS, SECONDS, "a worker's successor"
+    )
+
+
+def kill_at(server: Server, pauses: Pauses, point: str, act: Callable[[], None]) -> None:
+    """Have a worker die at a certain point of an action, of which the client hears nothing."""
+    with pauses.during(point), ThreadPoolExecutor() as clients:
+        outcome = clients.submit(act)
+        [pid] = wait_until(lambda: pauses.waiting(point), SECONDS, point)
+        kill(server, pid)
+        assert isinstance(outcome.exception(SECONDS), requests.ConnectionError)
+
+
+@contextlib.contextmanager
+def stopped(azurite: Azurite) -> Iterator[None]:
+    """The backend takes connections during the block, but says nothing."""
+    azurite.process.send_signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        azurite.process.send_signal(signal.SIGCONT)

@@ -23,7 +23,7 @@ from kci_storage.evict import Housekeeper
 from kci_storage.metrics import Metrics
 from tests.disks import small_disk, use_up_inodes
 from tests.harness import Server, wait_until
-from tests.peers import peers
+from tests.peers import holders, peers
 
 TIMEOUT = 30  # seconds; what is waited for here comes much sooner
 HOUR = 3600  # seconds
@@ -487,13 +487,7 @@ def die_writing(directory: Path) -> None:
 
 
 def leaders(directory: Path) -> list[int]:
-    """The processes that hold the lead of a cache (``/proc/locks``)."""
-    try:
-        inode = (directory / evict.LEADER_LOCK).stat().st_ino
-    except FileNotFoundError:
-        return []
-    locks = re.findall(r"FLOCK\s+ADVISORY\s+WRITE (\d+) \w+:\w+:(\d+) ", Path("/proc/locks").read_text())
-    return [int(pid) for pid, locked in locks if int(locked) == inode]
+    return holders(directory / evict.LEADER_LOCK)
 
 
 def is_locked_twice(cache: Cache) -> bool:
