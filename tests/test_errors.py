@@ -406,7 +406,7 @@ def assert_all_else_is_refused(server: Server) -> None:
             assert_error(response, response.status_code, server)
             assert "127.0.0.1" not in response.text
         assert_error(readiness.result(), 503, server)
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 60  # with the SDK's own settings it would be 84 for each
     assert get(server, "v1/health").text == "ok"
     wait_until_tidy(server)
 
