@@ -34,6 +34,7 @@ class Services:
 
     config: Config
     driver: Driver
+    fills: Fills
     objects: Objects
     uploads: Uploads
     authenticator: Authenticator
@@ -44,6 +45,11 @@ class Services:
     def start(self) -> None:
         """Start what runs beside requests, in the worker process."""
         self.housekeeper.start()
+
+    def stop(self) -> None:
+        """End it, when the last request has been answered."""
+        self.housekeeper.stop()
+        self.fills.stop()
 
 
 def create_app(config: Config | None = None) -> Flask:
@@ -90,6 +96,7 @@ def build_services(config: Config) -> Services:
     return Services(
         config=config,
         driver=measured,
+        fills=fills,
         objects=Objects(
             measured,
             local,

@@ -346,6 +346,15 @@ def remove(path: Path) -> bool:
     return True
 
 
+def remove_from(directory_fd: int, name: bytes) -> None:
+    """Remove a file from an open folder, which is flushed.
+
+    :raises FileNotFoundError: it is not there.
+    """
+    os.unlink(name, dir_fd=directory_fd)
+    os.fsync(directory_fd)
+
+
 def rename(old: Path, new: Path) -> None:
     """Give a file another name in its folder, which is not flushed.
 

@@ -42,6 +42,7 @@ log = logging.getLogger(__name__)
 
 READ_SIZE = 256 * 1024  # bytes read from a part at a time
 WATCH_INTERVAL = 0.005  # seconds between two looks at a part that another process fills
+STOP_SECONDS = 5.0  # for which a process waits for its fills to end
 SLOT_INTERVAL = 1.0  # seconds between two looks whether anybody still waits for a fill that may not begin yet
 
 
@@ -316,7 +317,9 @@ class Fills:
         self.make_room = make_room
         self._slots = threading.BoundedSemaphore(at_once)
         self._queue_size = queue_size
+        self.stopping = False
         self._running: dict[str, Fill] = {}
+        self._threads: set[threading.Thread] = set()
         self._mutex = threading.Lock()
 
     def join(self, key: str) -> Fill:
@@ -328,7 +331,7 @@ class Fills:
             fill = self._running.get(key)
             if fill is None or fill.is_revoked():
                 fill = Fill(key, self.cache.slot(key))
-                threading.Thread(target=self._run, args=(fill,), name="fill", daemon=True).start()
+                self._start(fill)
                 self._running[key] = fill
             if fill.queued and self._waiting() >= self._queue_size:
                 raise _overloaded()
@@ -343,6 +346,18 @@ class Fills:
             if info is not None and claim.is_current():
                 return info, part.stat().st_size
         return None
+
+    def stop(self) -> None:
+        """Have the fills end before the process does; a few seconds are enough, unless the backend is silent."""
+        self.stopping = True
+        deadline = time.monotonic() + STOP_SECONDS
+        for thread in tuple(self._threads):
+            thread.join(max(deadline - time.monotonic(), 0))
+
+    def _start(self, fill: Fill) -> None:
+        thread = threading.Thread(target=self._run, args=(fill,), name="fill", daemon=True)
+        thread.start()
+        self._threads.add(thread)
 
     def _run(self, fill: Fill) -> None:
         error: BaseException | None = None
@@ -360,6 +375,7 @@ class Fills:
 
     def _forget(self, fill: Fill) -> None:
         with self._mutex:
+            self._threads.discard(threading.current_thread())
             if self._running.get(fill.key) is fill:
                 del self._running[fill.key]
 
@@ -386,7 +402,7 @@ class Fills:
 
     def _watch(self, fill: Fill, claim: Claim) -> bool:
         """Follow what another process fills; True as soon as that one is gone, and the lock is ours."""
-        while True:
+        while not self.stopping:
             self._look(fill, claim)
             if fill.complete or self._forget_if_unfollowed(fill):
                 return False
@@ -394,6 +410,7 @@ class Fills:
                 self._look(fill, claim)  # at what its filler did between the look and its end
                 return not fill.complete
             time.sleep(WATCH_INTERVAL)
+        return False
 
     @staticmethod
     def _look(fill: Fill, claim: Claim) -> None:
@@ -522,6 +539,8 @@ class Filler:
         self._publish(part, info)
 
     def _append(self, part: durable.NewFile, data: bytes, size: int) -> None:
+        if self._fills.stopping:
+            raise FillLost("the server is stopping")
         before = part.size
         try:
             part.write(data)

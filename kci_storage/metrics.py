@@ -22,7 +22,7 @@ import psutil
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
-from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 from prometheus_flask_exporter import PrometheusMetrics
 
 from kci_storage.drivers.base import Digests, Driver, Expectation, ObjectInfo, ObjectReader, ObjectWriter, Page
@@ -74,6 +74,11 @@ _operation_seconds = Histogram(
 def _request_counters(method: str, route: str, status: int) -> tuple[Counter, Histogram]:
     """Those of one kind of request; looking labels up costs more than counting."""
     return _requests.labels(method, route, status), _request_seconds.labels(method, route)
+
+
+def forget_worker(pid: int) -> None:
+    """A worker process is gone: what it was doing, it does no more. Its counts stay."""
+    mark_process_dead(pid)
 
 
 class Metrics:

@@ -88,11 +88,18 @@ def post_worker_init(worker: Any) -> None:
     worker.app.wsgi().extensions["kci_storage"].start()
 
 
+def worker_exit(server: Any, worker: Any) -> None:
+    """The worker has answered its last request."""
+    application = getattr(worker, "wsgi", None) and worker.app.wsgi()
+    if application is not None:
+        application.extensions["kci_storage"].stop()
+
+
 def child_exit(server: Any, worker: Any) -> None:
     """A worker is gone: its gauges with it."""
-    from prometheus_flask_exporter.multiprocess import GunicornInternalPrometheusMetrics
+    from kci_storage import metrics  # only now, since PROMETHEUS_MULTIPROC_DIR must be set before
 
-    GunicornInternalPrometheusMetrics.mark_process_dead_on_child_exit(worker.pid)
+    metrics.forget_worker(worker.pid)
 
 
 def on_exit(server: Any) -> None:

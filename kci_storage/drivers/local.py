@@ -134,8 +134,7 @@ class LocalDriver(Driver):
             if identity is None:
                 raise _not_found()
             with self._tree.folder(folder) as fd:
-                os.unlink(name.encode(), dir_fd=fd)
-                os.fsync(fd)
+                durable.remove_from(fd, name.encode())
             self._records.remove(key, identity)
             self._tree.prune(key)
 
