@@ -441,16 +441,11 @@ class Cache:
 
     # Recovery and invariants
 
-    def recover_locks(self) -> int:
-        """See to what writers have left that died, and clear their locks away; how many there were."""
-        return sum(self._recover_lock(self._slot_of_digest(name)) for name in self.locks.names())
-
-    def _recover_lock(self, slot: Slot) -> bool:
-        with self.locks.hold_if_free(slot.digest) as lease:
-            if lease is None or not lease.orphaned:
-                return False
-            self._heal(slot, lease)
-            return True
+    def recover_locks(self) -> None:
+        """See to what writers have left that died, and clear their locks away."""
+        for name in self.locks.names():
+            with self._writing_if_free(self._slot_of_digest(name)):
+                pass
 
     def contents(self) -> Iterator[tuple[os.DirEntry[str], os.stat_result]]:
         """The content files and their status, in no order, at a pace that leaves requests their time."""

@@ -107,6 +107,13 @@ def begin_upload(directory: Path) -> None:
     _held.extend([writing, cache.new_part(KEY), cache.new_spool(), cache.new_part("cold"), claim])
 
 
+def begin_deletion(directory: Path) -> None:
+    """Hold a key's lock."""
+    writing = cache_in(directory).writing(KEY, TIMEOUT)
+    writing.__enter__()
+    _held.append(writing)
+
+
 class TestEntries:
     def test_what_is_published_is_found(self, cache: Cache) -> None:
         assert load(cache) is None
@@ -228,6 +235,19 @@ class TestTwoProcesses:
         assert entry is not None
         assert entry.record.doubtful
         assert content_of(entry) == b"content"
+
+    def test_a_new_version_between_the_looks_at_record_and_content(
+        self, cache: Cache, peer: Peer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        store(cache, b"old")
+
+        def slow_open(slot: Slot, record: Record) -> Entry | None:
+            monkeypatch.undo()
+            peer.call(store_there, cache.directory, b"new")
+            return cache._open(slot, record)
+
+        monkeypatch.setattr(cache, "_open", slow_open)
+        assert load(cache) == b"new"
 
     def test_one_writer_at_a_time(self, cache: Cache, peer: Peer) -> None:
         peer.call(begin_upload, cache.directory)
@@ -375,16 +395,24 @@ class TestTheDead:
         assert record_of(cache).doubtful
         cache.sweep()
 
+    def test_a_sweep_doubts_what_a_dead_deletion_has_left(self, cache: Cache, peer: Peer) -> None:
+        """Nothing but its lock."""
+        store(cache, b"content")
+        peer.call(begin_deletion, cache.directory)
+        peer.kill()
+        cache.sweep()
+        assert record_of(cache).doubtful
+
     def test_a_lock_of_something_else_is_cleared_away(self, cache: Cache, peer: Peer) -> None:
         peer.call(take_room_lock, cache.directory)
         peer.kill()
-        assert cache.recover_locks() == 1
+        cache.recover_locks()
         assert cache.locks.names() == []
 
     def test_the_living_are_left_alone(self, cache: Cache, peer: Peer) -> None:
         store(cache, b"content")
         peer.call(begin_upload, cache.directory)
-        assert cache.recover_locks() == 0
+        cache.recover_locks()
         assert cache.sweep() == 0
         assert not record_of(cache).doubtful
         assert sorted(problem.partition(":")[0] for problem in cache.check()) == [
@@ -590,6 +618,15 @@ class TestFullDisk:
             assert load(cache, "broken") is None
             cache.confirm(doubtful)
             cache.remove_version(doubtful)
+
+    def test_without_room_for_the_usage_the_work_goes_on(self, tmp_path: Path) -> None:
+        with small_disk(tmp_path / "disk", 1024 * 1024, inodes=400) as disk:
+            cache = Cache(disk / "cache")
+            store(cache, b"content")
+            (cache.directory / "usage").unlink()
+            use_up_inodes(disk).pop().unlink()  # one is left, for the lock
+            remove(cache)
+            assert load(cache) is None
 
 
 class TestSweep:
