@@ -623,10 +623,13 @@ class TestFullDisk:
         with small_disk(tmp_path / "disk", 1024 * 1024, inodes=400) as disk:
             cache = Cache(disk / "cache")
             store(cache, b"content")
+            entry = cache.lookup(KEY)  # as long as it is open, its content keeps its inode
+            assert entry is not None
             (cache.directory / "usage").unlink()
             use_up_inodes(disk).pop().unlink()  # one is left, for the lock
             remove(cache)
             assert load(cache) is None
+            os.close(entry.fd)
 
 
 class TestSweep:
