@@ -7,21 +7,25 @@ import secrets
 import selectors
 import socket
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import requests
-from azure.storage.blob import ContainerClient
+from azure.storage.blob import ContainerClient, ContentSettings
 
 from tests.azurite import Azurite
 from tests.faultproxy import CONTENT, FaultProxy, fault_proxy
 from tests.harness import Server, running
-from tests.wire import new_folder, request
+from tests.wire import Wire, new_folder, request
+
+T = TypeVar("T")
 
 MIB = 1024 * 1024
 CROWD_SECONDS = 120  # after which clients give up
@@ -35,20 +39,22 @@ class Bench:
     proxy: FaultProxy
     container: ContainerClient
 
-    def store(self, content: bytes, key: str | None = None, digest: bool = True) -> str:
+    def store(self, content: bytes, key: str | None = None, digest: str = "sha256") -> str:
         """Store an object as another program would, and give its key.
 
-        :param digest: whether the backend gets to know its SHA-256.
+        :param digest: which one the backend gets to know: ``sha256``, ``md5``, or none.
         """
         key = key or f"{new_folder()}/file.bin"
-        metadata = {"sha256": hashlib.sha256(content).hexdigest()} if digest else None
-        self.container.upload_blob(key, content, overwrite=True, metadata=metadata, max_concurrency=2)
+        metadata = {"sha256": hashlib.sha256(content).hexdigest()} if digest == "sha256" else None
+        md5 = bytearray(hashlib.md5(content).digest()) if digest == "md5" else None
+        self.container.upload_blob(
+            key, content, overwrite=True, metadata=metadata, content_settings=ContentSettings(content_md5=md5)
+        )
         return key
 
-    def fetches(self, key: str) -> float:
-        """How often the backend has sent the object's content, by its bytes."""
-        size = self.container.get_blob_client(key).get_blob_properties().size
-        return self.proxy.body_bytes(CONTENT, key) / size
+    def fetched(self, key: str) -> int:
+        """How many bytes of the object the backend has sent."""
+        return self.proxy.body_bytes(CONTENT, key)
 
     def metric(self, name: str, **labels: str) -> float:
         """A metric's value, over all workers."""
@@ -212,3 +218,26 @@ def _short(value: Any) -> str:
 def some_bytes(size: int) -> bytes:
     """Bytes that nothing else has."""
     return secrets.token_bytes(size)
+
+
+def beginning(bench: Bench, key: str, at_least: int = 1) -> Wire:
+    """A client that has begun to read an object, and has got at least so many bytes of it, which are read."""
+    wire = Wire(bench.server)
+    wire.send(request("GET", f"/{key}"))
+    assert wire.head().status == 200
+    assert len(wire.read(at_least)) == at_least
+    return wire
+
+
+def in_background(function: Callable[..., T], *args: Any) -> Future[T]:
+    """Call a function in a thread; its result is to come."""
+    result: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(function(*args))
+        except BaseException as exc:
+            result.set_exception(exc)
+
+    threading.Thread(target=run, daemon=True).start()
+    return result

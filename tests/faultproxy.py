@@ -306,11 +306,9 @@ class FaultProxy:
         client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._open.add(client)
         try:
-            with socket.create_connection(self._backend, timeout=SECONDS) as backend:
-                backend.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                with client.makefile("rb") as requests, backend.makefile("rb") as answers:
-                    while self._pass_request(client, requests, backend, answers):
-                        pass
+            with client.makefile("rb") as requests:
+                while self._pass_request(client, requests):
+                    pass
         except Reset:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             client.close()
@@ -321,9 +319,7 @@ class FaultProxy:
             _shut(client)
             client.close()
 
-    def _pass_request(
-        self, client: socket.socket, requests: BufferedReader, backend: socket.socket, answers: BufferedReader
-    ) -> bool:
+    def _pass_request(self, client: socket.socket, requests: BufferedReader) -> bool:
         lines = _read_head(requests)
         if not lines:
             return False
@@ -331,9 +327,7 @@ class FaultProxy:
         with self._lock:
             self.requests.append(request)
             rule = next((rule for rule in self._rules if rule.befalls(request)), PASS)
-        if self.away:
-            raise Reset
-        answer = rule.fault.before(rule)
+        answer = None if self.away else rule.fault.before(rule)
         if self.away:
             raise Reset
         body = _body(requests, lines)
@@ -342,10 +336,12 @@ class FaultProxy:
                 pass
             client.sendall(answer)
             return True
-        backend.sendall(_encode(lines))
-        for piece in body:
-            backend.sendall(piece)
-        self._pass_answer(client, answers, request, rule)
+        # One connection for each request: Azurite closes idle ones, which would be one fault more than asked for.
+        with socket.create_connection(self._backend, timeout=SECONDS) as backend, backend.makefile("rb") as answers:
+            backend.sendall(_encode(lines))
+            for piece in body:
+                backend.sendall(piece)
+            self._pass_answer(client, answers, request, rule)
         return True
 
     def _pass_answer(self, client: socket.socket, answers: BufferedReader, request: Request, rule: Rule) -> None:
@@ -359,8 +355,8 @@ class FaultProxy:
         client.sendall(_encode(lines))
         for piece in pieces:
             self._throttle(len(piece))
-            client.sendall(piece)
             request.body_bytes += len(piece)
+            client.sendall(piece)
 
     def _throttle(self, size: int) -> None:
         if self.bandwidth is None:

@@ -5,19 +5,27 @@ The figures in docs/reliability.md are what ``pytest -s tests/test_cold_objects.
 
 from __future__ import annotations
 
-import threading
+import os
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from email.parser import BytesParser
+from pathlib import Path
 
+import psutil
 import pytest
 import requests
 
-from tests.cold import MIB, Bench, crowd, figure, median_first_byte, some_bytes
-from tests.faultproxy import CONTENT, PROPERTIES, Hold, Stall
+from tests.azurite import Azurite
+from tests.cold import MIB, Bench, beginning, cold_bench, crowd, figure, in_background, median_first_byte, some_bytes
+from tests.disks import small_disk
+from tests.faultproxy import CONTENT, PROPERTIES, Stall
 from tests.harness import wait_until
-from tests.wire import SECONDS, Wire, get, put, request, wait_until_tidy
+from tests.wire import SECONDS, Wire, get, put, request, temporary_files, wait_until_tidy
+
+QUICK = 5.0  # seconds; what waits for nothing takes far less, even on a busy machine
+
+
+# Streaming, and one fetch
 
 
 def test_fifty_clients_get_a_cold_object_from_one_fetch(bench: Bench) -> None:
@@ -26,13 +34,327 @@ def test_fifty_clients_get_a_cold_object_from_one_fetch(bench: Bench) -> None:
     bench.proxy.bandwidth = 32 * MIB
     visits = crowd(bench.server, key, 50, content)
     assert [visit for visit in visits if not visit.complete] == []
-    assert bench.proxy.body_bytes(CONTENT, key) == len(content)
+    assert bench.fetched(key) == len(content)
     assert {visit.headers["x-cache"] for visit in visits} == {"miss"}
     figure(
         "50 clients, one cold object of 32 MiB at 32 MiB/s, 3 workers",
-        fetches=bench.fetches(key),
+        fetches=bench.fetched(key) / len(content),
         median_first_byte=median_first_byte(visits),
         last_end=max(visit.seconds for visit in visits),
     )
+    wait_until_tidy(bench.server)
     assert get(bench.server, key).headers["X-Cache"] == "hit"
-    assert bench.proxy.body_bytes(CONTENT, key) == len(content)
+    assert bench.fetched(key) == len(content)
+
+
+def test_the_first_bytes_leave_before_the_others_have_come(bench: Bench) -> None:
+    content = some_bytes(4 * MIB)
+    key = bench.store(content)
+    rule = bench.proxy.inject(Stall(MIB), key=key)
+    with beginning(bench, key, MIB // 2) as wire:
+        rule.wait_until_reached()
+        rule.release()
+        assert wire.read(len(content) - MIB // 2) == content[MIB // 2 :]
+
+
+@pytest.mark.parametrize("size", [0, 1, 8 * MIB, 8 * MIB + 1], ids=["empty", "a byte", "a range", "a byte more"])
+def test_every_size(bench: Bench, size: int) -> None:
+    content = some_bytes(size)
+    key = bench.store(content)
+    assert [get(bench.server, key).content == content for _ in range(5)] == [True] * 5
+    wait_until_tidy(bench.server)
+    assert get(bench.server, key).headers["X-Cache"] == "hit"
+
+
+@pytest.mark.parametrize("digest", ["sha256", "md5", "none"])
+def test_objects_that_other_programs_have_stored(bench: Bench, digest: str) -> None:
+    content = some_bytes(3 * MIB)
+    key = bench.store(content, digest=digest)
+    assert get(bench.server, key).content == content
+    wait_until_tidy(bench.server)
+    answer = get(bench.server, key)
+    assert (answer.content, answer.headers["X-Cache"]) == (content, "hit")
+
+
+# Clients that are slow, or leave
+
+
+def test_a_slow_client_slows_nobody(bench: Bench) -> None:
+    content = some_bytes(32 * MIB)
+    key = bench.store(content)
+    with Wire(bench.server, receive_buffer=64 * 1024) as slow:
+        slow.send(request("GET", f"/{key}"))
+        assert slow.head().status == 200
+        visits = crowd(bench.server, key, 5, content)
+        assert all(visit.complete for visit in visits)
+        wait_until_tidy(bench.server)
+        assert get(bench.server, key).headers["X-Cache"] == "hit"
+        assert slow.read(len(content)) == content
+    assert bench.fetched(key) == len(content)
+
+
+def test_clients_that_leave_stop_nothing(bench: Bench) -> None:
+    content = some_bytes(16 * MIB)
+    key = bench.store(content)
+    rule = bench.proxy.inject(Stall(2 * MIB), key=key)
+    first = beginning(bench, key)
+    staying = in_background(crowd, bench.server, key, 4, content)
+    rule.wait_until_reached()
+    first.reset()
+    beginning(bench, key).reset()
+    rule.release()
+    assert all(visit.complete for visit in staying.result())
+    wait_until_tidy(bench.server)
+    assert get(bench.server, key).headers["X-Cache"] == "hit"
+    assert bench.fetched(key) == len(content)
+
+
+def test_a_copy_is_made_although_nobody_waits_for_it_any_more(bench: Bench) -> None:
+    content = some_bytes(16 * MIB)
+    key = bench.store(content)
+    rule = bench.proxy.inject(Stall(2 * MIB), key=key)
+    beginning(bench, key).reset()
+    rule.wait_until_reached()
+    rule.release()
+    wait_until_tidy(bench.server)
+    answer = get(bench.server, key)
+    assert (answer.content == content, answer.headers["X-Cache"]) == (True, "hit")
+    assert bench.fetched(key) == len(content)
+
+
+# Only what is needed
+
+
+def test_head_asks_for_properties_only(bench: Bench) -> None:
+    key = bench.store(some_bytes(MIB))
+    answer = requests.head(f"{bench.server.url}/{key}", timeout=SECONDS)
+    assert (answer.status_code, answer.headers["Content-Length"]) == (200, str(MIB))
+    assert (bench.proxy.count(PROPERTIES, key), bench.proxy.count(CONTENT, key)) == (1, 0)
+    figure("HEAD on a cold object", content_bytes=bench.fetched(key))
+
+
+def test_the_last_bytes_come_at_once_and_alone(bench: Bench) -> None:
+    content = some_bytes(32 * MIB)
+    key = bench.store(content)
+    bench.proxy.bandwidth = 8 * MIB
+    started = time.monotonic()
+    answer = get(bench.server, key, {"Range": "bytes=-100"})
+    seconds = time.monotonic() - started
+    assert (answer.status_code, answer.content) == (206, content[-100:])
+    assert bench.fetched(key) == 100
+    assert not temporary_files(bench.server), "a crawler of ends must not pull everything"
+    figure("last 100 bytes of a cold object of 32 MiB at 8 MiB/s", seconds=seconds, content_bytes=bench.fetched(key))
+
+
+def test_a_validator_that_still_holds_costs_no_content(bench: Bench) -> None:
+    content = some_bytes(MIB)
+    key = bench.store(content)
+    etag = requests.head(f"{bench.server.url}/{key}", timeout=SECONDS).headers["ETag"]
+    assert get(bench.server, key, {"If-None-Match": etag}).status_code == 304
+    assert get(bench.server, key, {"If-Match": '"another"'}).status_code == 412
+    assert get(bench.server, key, {"Range": f"bytes={MIB}-"}).status_code == 416
+    assert bench.fetched(key) == 0
+
+
+@pytest.mark.parametrize(
+    "headers", [{"If-None-Match": '"another"'}, {"Range": "bytes=0-"}, {"Range": "bytes=1000-"}], ids=str
+)
+def test_who_wants_most_of_it_brings_it_in_for_all(bench: Bench, headers: dict[str, str]) -> None:
+    content = some_bytes(3 * MIB)
+    key = bench.store(content)
+    start = int(headers.get("Range", "bytes=0-")[6:-1])
+    assert get(bench.server, key, headers).content == content[start:]
+    wait_until_tidy(bench.server)
+    assert get(bench.server, key).headers["X-Cache"] == "hit"
+    assert bench.fetched(key) == len(content)
+
+
+def test_who_wants_most_of_it_from_far_on_does_not_wait_for_the_fill(bench: Bench) -> None:
+    content = some_bytes(8 * MIB)
+    key = bench.store(content)
+    rule = bench.proxy.inject(Stall(0), key=key, times=1)
+    beginning_of_fill = in_background(get, bench.server, key)
+    rule.wait_until_reached()
+    assert get(bench.server, key, {"Range": f"bytes={3 * MIB}-"}).content == content[3 * MIB :]
+    rule.release()
+    assert beginning_of_fill.result().content == content
+
+
+def test_some_ranges_cost_their_bytes(bench: Bench) -> None:
+    content = some_bytes(8 * MIB)
+    key = bench.store(content)
+    answer = get(bench.server, key, {"Range": "bytes=10-19,5000000-5000009"})
+    head = f"Content-Type: {answer.headers['Content-Type']}\r\n\r\n".encode()
+    parts = [part.get_payload(decode=True) for part in BytesParser().parsebytes(head + answer.content).get_payload()]
+    assert parts == [content[10:20], content[5_000_000:5_000_010]]
+    assert bench.fetched(key) == 20
+
+
+def test_ranges_of_what_has_arrived_ask_for_nothing_in_any_worker(bench: Bench) -> None:
+    content = some_bytes(16 * MIB)
+    key = bench.store(content)
+    rule = bench.proxy.inject(Stall(4 * MIB), key=key, times=1)
+    with beginning(bench, key) as wire:
+        rule.wait_until_reached()
+        requests_before = bench.proxy.count(CONTENT, key)
+        for start in range(0, 3 * MIB, MIB // 4):  # each on a connection of its own: in any worker
+            answer = get(bench.server, key, {"Range": f"bytes={start}-{start + 999}"})
+            assert (answer.status_code, answer.content) == (206, content[start : start + 1000])
+        assert bench.proxy.count(CONTENT, key) == requests_before
+        assert get(bench.server, key, {"Range": "bytes=-1000"}).content == content[-1000:]
+        assert bench.proxy.count(CONTENT, key) == requests_before + 1
+        rule.release()
+        assert wire.read(len(content) - 1) == content[1:]
+
+
+def test_a_range_shortly_ahead_waits_for_the_fill(bench: Bench) -> None:
+    content = some_bytes(4 * MIB)
+    key = bench.store(content)
+    rule = bench.proxy.inject(Stall(MIB), key=key, times=1)
+    with beginning(bench, key):
+        rule.wait_until_reached()
+        waiting = in_background(get, bench.server, key, {"Range": f"bytes={MIB + 1000}-{MIB + 1999}"})
+        wait_until(lambda: bench.proxy.count(PROPERTIES, key) == 1, SECONDS, "the request")
+        assert not waiting.done()
+        rule.release()
+        assert waiting.result(SECONDS).content == content[MIB + 1000 : MIB + 2000]
+        wait_until_tidy(bench.server)
+    assert bench.fetched(key) == len(content)
+
+
+# No room
+
+
+def uncached(bench: Bench) -> float:
+    return bench.metric("kci_storage_uncached_downloads_total")
+
+
+def test_an_object_larger_than_the_disk_is_delivered_each_time(azurite: Azurite, tmp_path: Path) -> None:
+    content = some_bytes(32 * MIB)
+    with small_disk(tmp_path / "cache", 16 * MIB), cold_bench(azurite, tmp_path, {}) as bench:
+        key = bench.store(content)
+        for _ in range(3):
+            visits = crowd(bench.server, key, 4, content)
+            assert all(visit.complete for visit in visits)
+        assert uncached(bench) == 12
+        figure("32 MiB object, 16 MiB of disk, 3 times 4 clients", complete=12, uncached=uncached(bench))
+        small = bench.store(some_bytes(MIB))
+        get(bench.server, small)
+        wait_until_tidy(bench.server)
+        assert get(bench.server, small).headers["X-Cache"] == "hit", "what fits is cached"
+
+
+def test_an_object_larger_than_the_cache_may_be_is_delivered_each_time(new_bench: Callable[..., Bench]) -> None:
+    bench = new_bench(cache={"max_bytes": 4 * MIB})
+    content = some_bytes(5 * MIB)
+    key = bench.store(content)
+    for _ in range(3):
+        assert get(bench.server, key).content == content
+    assert uncached(bench) == 3
+    assert get(bench.server, key, {"If-None-Match": '"another"'}).content == content
+
+
+def test_a_disk_that_is_full_in_the_middle_of_a_fill_fails_nobody(new_bench: Callable[..., Bench]) -> None:
+    bench = new_bench()
+    content = some_bytes(16 * MIB)
+    key = bench.store(content)
+    for pid in bench.server.worker_pids():
+        psutil.Process(pid).rlimit(psutil.RLIMIT_FSIZE, (6 * MIB, 6 * MIB))  # the system says EFBIG, like ENOSPC
+    visits = crowd(bench.server, key, 12, content)
+    assert all(visit.complete for visit in visits)
+    assert uncached(bench) == 12
+    assert bench.metric("kci_storage_fills_total", result="no_space") >= 1
+    wait_until_tidy(bench.server)
+
+
+def test_a_fill_makes_room(new_bench: Callable[..., Bench]) -> None:
+    bench = new_bench(cache={"max_bytes": 10 * MIB, "interval": 3600})
+    for _ in range(3):
+        get(bench.server, bench.store(some_bytes(3 * MIB)))
+    wait_until_tidy(bench.server)
+    grow_old(bench.server.cache_directory)
+    content = some_bytes(5 * MIB)
+    key = bench.store(content)
+    assert get(bench.server, key).content == content
+    wait_until_tidy(bench.server)
+    assert get(bench.server, key).headers["X-Cache"] == "hit"
+    assert bench.metric("kci_storage_evicted_files_total") == 2
+    assert uncached(bench) == 0
+
+
+def grow_old(cache: Path) -> None:
+    """What was used a moment ago is not evicted."""
+    for content in cache.glob("??/*.data"):
+        os.utime(content, (1, 1))
+
+
+# Overload
+
+
+def test_beyond_the_bound_cold_objects_wait_and_hits_do_not(new_bench: Callable[..., Bench]) -> None:
+    bench = new_bench(cache={"max_fills": 1}, server={"workers": 1, "threads": 8, "lock_timeout": 2})
+    hit = bench.store(b"hit")
+    get(bench.server, hit)
+    wait_until_tidy(bench.server)
+    content = some_bytes(MIB)
+    running, waiting = bench.store(content), bench.store(content)
+    rule = bench.proxy.inject(Stall(1000), key=running)
+    with beginning(bench, running) as wire:
+        refused = in_background(get, bench.server, waiting)
+        while not refused.done():
+            started = time.monotonic()
+            assert get(bench.server, hit).headers["X-Cache"] == "hit"
+            assert time.monotonic() - started < QUICK
+        assert (refused.result().status_code, refused.result().headers["Retry-After"]) == (503, "5")
+        patient = in_background(get, bench.server, waiting)
+        rule.release()
+        assert patient.result().content == content
+        assert wire.read(MIB - 1) == content[1:]
+
+
+def test_those_who_wait_leave_threads_to_the_others(new_bench: Callable[..., Bench]) -> None:
+    bench = new_bench(cache={"max_fills": 1}, server={"workers": 1, "threads": 8, "lock_timeout": 60})
+    hit = bench.store(b"hit")
+    get(bench.server, hit)
+    content = some_bytes(MIB)
+    rule = bench.proxy.inject(Stall(1000), key=(running := bench.store(content)))
+    with beginning(bench, running):
+        keys = [bench.store(content) for _ in range(10)]
+        answers = [in_background(get, bench.server, key) for key in keys]
+        wait_until(lambda: sum(answer.done() for answer in answers) == 6, SECONDS, "those who are too many")
+        assert {answer.result().status_code for answer in answers if answer.done()} == {503}
+        started = time.monotonic()
+        assert get(bench.server, hit).status_code == 200
+        assert time.monotonic() - started < QUICK
+        rule.release()
+        assert sum(answer.result().status_code == 200 for answer in answers) == 4
+
+
+def test_many_followers_cost_no_memory(bench: Bench) -> None:
+    content = some_bytes(96 * MIB)
+    key = bench.store(content)
+    workers = [psutil.Process(pid) for pid in bench.server.worker_pids()]
+    before = [worker.memory_info().rss for worker in workers]
+    visits = in_background(crowd, bench.server, key, 24, content)
+    most = before
+    while not visits.done():
+        most = [max(pair) for pair in zip(most, (worker.memory_info().rss for worker in workers), strict=True)]
+        time.sleep(0.02)
+    assert all(visit.complete for visit in visits.result())
+    growth = max(after - at_first for after, at_first in zip(most, before, strict=True))
+    figure("24 followers of a fill of 96 MiB: a worker grows by", MiB=growth / MIB)
+    assert growth < 64 * MIB
+
+
+def test_what_has_happened_is_counted(bench: Bench) -> None:
+    content = some_bytes(MIB)
+    before = bench.metric("kci_storage_fills_total", result="ok")
+    key = bench.store(content)
+    rule = bench.proxy.inject(Stall(1000), key=key)
+    with beginning(bench, key):
+        assert bench.metric("kci_storage_fills_in_progress") == 1
+        rule.release()
+        wait_until_tidy(bench.server)
+    wait_until(lambda: bench.metric("kci_storage_fills_in_progress") == 0, SECONDS, "the end of the fill")
+    assert bench.metric("kci_storage_fills_total", result="ok") == before + 1
+    assert put(bench.server, key, b"x").status_code == 200

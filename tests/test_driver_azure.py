@@ -507,7 +507,7 @@ def test_a_download_over_a_connection_that_always_breaks_fails(driver, proxy):
     put(driver, "a", content_of(4 * BLOCK))
     with driver.read("a") as reader:
         pieces = iter(reader)
-        assert next(pieces) == content_of(BLOCK)
+        assert content_of(BLOCK).startswith(next(pieces))
         proxy.requests.clear()
         proxy.after = lambda request, answer: setattr(answer, "cut", 1000)
         with pytest.raises(BackendError):
@@ -527,7 +527,7 @@ def test_a_broken_download_never_goes_on_with_another_version(driver, proxy, oth
     proxy.after = replace_and_cut
     with driver.read("a") as reader:
         pieces = iter(reader)
-        assert next(pieces) == content_of(BLOCK)
+        assert content_of(BLOCK).startswith(next(pieces))
         with pytest.raises(ObjectChanged):
             list(pieces)
     assert replaced

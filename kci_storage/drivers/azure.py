@@ -26,6 +26,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 
 import requests
+import urllib3.exceptions
 from azure.core import MatchConditions
 from azure.core.exceptions import (
     AzureError,
@@ -70,13 +71,13 @@ RETRIES = 2  # of a request that found no connection, or a failing server
 RETRY_WAIT = 0.5  # seconds before each of them, give or take a half
 RETRY_AFTER = 5  # seconds, when a throttling backend does not say it itself
 SEND_SIZE = 256 * 1024  # bytes given to the socket at a time
-RECEIVE_SIZE = 128 * 1024  # bytes taken from the socket at a time; the first are to be on their way soon
+RECEIVE_SIZE = 256 * 1024  # bytes taken from the socket at a time, at most
 THREADS = 128  # of one process, for blocks and for reading ahead
 CONNECTIONS = 128  # kept for later use, of one process
 LIST_SIZE, NAMES_SIZE = 1000, 5000  # entries in one page of a listing; 0.2 ms and 0.04 ms of work each
 BLOCK_ID_SIZE = 48  # bytes; 64 characters of base64, what most other clients use
 
-_TIMEOUTS = (ServiceRequestTimeoutError, ServiceResponseTimeoutError)
+_TIMEOUTS = (ServiceRequestTimeoutError, ServiceResponseTimeoutError, urllib3.exceptions.ReadTimeoutError)
 _UPLOAD_ID = "uploadid"  # metadata: tells a writer whether what is there is its own
 _PROBE_KEY = ".kci/probe"  # not a valid key: never there
 _NOT_IN_URLS = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # nor in keys
@@ -309,7 +310,6 @@ def _transport(endpoint: str, connect_timeout: float, read_timeout: float) -> Re
         connection_timeout=connect_timeout,
         read_timeout=read_timeout,
         connection_verify=environment["verify"],
-        connection_data_block_size=RECEIVE_SIZE,
     )
 
 
@@ -419,6 +419,8 @@ class _Writer(ObjectWriter):
     def flush(self) -> None:
         if self._filled:
             self._stage()
+        while self._in_flight:  # what is on its way is in memory too
+            self._settle()
 
     def _take(self) -> bytes:
         data = b"".join(self._pieces)
@@ -577,7 +579,9 @@ def _body(answer: HttpResponse, start: int, stop: int) -> Iterator[bytes]:
         sent = f"{answer.headers['Content-Range']}, {answer.headers['Content-Length']} B"
         if not re.fullmatch(rf"bytes {start}-{stop - 1}/\d+, {stop - start} B", sent):
             raise BackendError("the backend sent something else than was asked for", detail=sent)
-        yield from answer.iter_raw()
+        raw = answer.internal_response.raw
+        while piece := raw.read1(RECEIVE_SIZE, decode_content=False):  # the SDK would wait until it has as much
+            yield piece
 
 
 def _info_of_range(key: str, answer: HttpResponse) -> ObjectInfo:
@@ -659,7 +663,7 @@ def _own_errors(unmet: StorageError | None = None) -> Iterator[None]:
     """
     try:
         yield
-    except (AzureError, requests.RequestException) as exc:
+    except (AzureError, requests.RequestException, urllib3.exceptions.HTTPError) as exc:
         error = _error(exc, unmet)
     except (AttributeError, LookupError, TypeError, ValueError) as exc:  # the SDK, of an answer by something else
         error = BackendError("the backend's answer makes no sense", detail=f"{type(exc).__name__}: {exc}")
