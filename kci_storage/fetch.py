@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
 import time
@@ -21,28 +20,17 @@ class CorruptObject(BackendError):
     """The backend's content is not what its own digest or length says."""
 
 
-def direct(
-    driver: Driver, info: ObjectInfo, start: int, stop: int, before: Iterable[bytes] | None = None
-) -> Iterator[bytes]:
-    """The bytes from ``start`` up to ``stop`` of one version, straight from the backend.
-
-    :param before: the bytes before ``start``, of which the client has all: what comes is verified then.
-    :raises StorageError: before the first piece: the backend does not give any.
-    """
-    reader = driver.read(info.key, start, stop, info.etag)
-    with contextlib.closing(resumed(driver, info, start, stop, reader)) as pieces:
-        yield from pieces if before is None else verified(info, pieces, before)
-
-
 def resumed(
-    driver: Driver, info: ObjectInfo, start: int, stop: int, reader: ObjectReader | None = None
+    driver: Driver, info: ObjectInfo, start: int, stop: int, reader: ObjectReader | None = None, begun: bool = False
 ) -> Iterator[bytes]:
     """The bytes from ``start`` up to ``stop`` of one version, taken up where a read broke off.
 
     :param reader: what reads them at first; None: one is opened. It is closed.
+    :param begun: whether a client has bytes of the object already. To one that has none an error is of more use than
+        patience.
     :raises ObjectChanged: the version is gone.
     :raises CorruptObject: there is more than that.
-    :raises BackendError: nothing has come for :data:`RESUME_FOR` seconds.
+    :raises BackendError: nothing has come for :data:`RESUME_FOR` seconds, or at all.
     """
     patience = Patience()
     while start < stop:
@@ -53,12 +41,15 @@ def resumed(
                     if start > stop:
                         raise CorruptObject("the backend sent too much", detail=f"{info.key!r}: {start} of {stop} B")
                     patience.renew()
+                    begun = True
                     yield data
             if start < stop:
                 raise BackendError("the backend sent too little", detail=f"{info.key!r}: {start} of {stop} B")
         except (ObjectChanged, CorruptObject):
             raise
         except BackendError as exc:
+            if not begun:
+                raise
             log.warning("event=read_interrupted position=%d error=%s", start, type(exc).__name__)
             patience.lose(exc)
         reader = None

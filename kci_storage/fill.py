@@ -529,9 +529,9 @@ class Filler:
 
     def _complete(self, part: durable.NewFile, info: ObjectInfo, reader: ObjectReader | None) -> None:
         """Bring the part to its full length, through interruptions, and publish it."""
-        here = self._fill.read(0, part.size)
+        pieces = resumed(self._driver, info, part.size, info.size, reader, begun=part.size > 0)
         try:
-            for data in verified(info, resumed(self._driver, info, part.size, info.size, reader), here):
+            for data in verified(info, pieces, before=self._fill.read(0, part.size)):
                 self._append(part, data, info.size)
         except CorruptObject:
             part.truncate()

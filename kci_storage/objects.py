@@ -21,7 +21,7 @@ from kci_storage.errors import (
     PreconditionFailed,
     StorageError,
 )
-from kci_storage.fetch import direct
+from kci_storage.fetch import resumed, verified
 from kci_storage.fill import AlreadyCached, Fill, Fills, Region
 from kci_storage.flights import Flights
 from kci_storage.freshness import Freshness, Verdict
@@ -117,8 +117,9 @@ class FilledContent(Content):
         except StorageError:
             # A full disk here, a filler lost in another process: what fails a fill need not fail a download.
             self._metrics.uncached()
-            before = self._fill.read(0, position) if stop - start == self.info.size else None
-            yield from direct(self._driver, self.info, position, stop, before)
+            pieces = resumed(self._driver, self.info, position, stop, begun=position > start)
+            whole = stop - start == self.info.size
+            yield from verified(self.info, pieces, self._fill.read(0, position)) if whole else pieces
 
     def close(self) -> None:
         if self._fill is not None:
@@ -148,7 +149,8 @@ class RemoteContent(Content):
         if content is not None:
             self._followed.append(content)
             return content.segments(start, stop)
-        return direct(self._driver, self.info, start, stop, () if stop - start == self.info.size else None)
+        pieces = resumed(self._driver, self.info, start, stop)
+        return verified(self.info, pieces) if stop - start == self.info.size else pieces
 
     def _to_follow(self, fills: Fills, start: int, stop: int) -> FilledContent | None:
         """The running fill if it soon gets there, or a new one for who wants most of the object; else None.

@@ -9,7 +9,7 @@ import socket
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -69,9 +69,13 @@ class Bench:
 
 @contextmanager
 def cold_bench(
-    azurite: Azurite, folder: Path, options: Mapping[str, Any], environ: Mapping[str, str] | None = None
+    azurite: Azurite, folder: Path, options: Mapping[str, Any], expected_errors: Iterable[str] = ()
 ) -> Iterator[Bench]:
-    """A bench, during the block; the server must be clean at its end."""
+    """A bench, during the block; the server must be clean at its end.
+
+    :param options: the server's configuration beside the backend.
+    :param expected_errors: patterns of what its log may say.
+    """
     name = azurite.new_container()
     with fault_proxy(azurite) as proxy, azurite.client(name) as container:
         azure = {"account": azurite.account, "key": azurite.key, "endpoint": proxy.endpoint, "container": name}
@@ -81,7 +85,9 @@ def cold_bench(
             **options,
             "server": {"workers": 3, **options.get("server", {})},
         }
-        with running(Server(folder, document, environ)) as server:
+        server = Server(folder, document)
+        server.expected_errors += expected_errors
+        with running(server):
             yield Bench(server, proxy, container)
 
 
@@ -96,21 +102,27 @@ def shared_bench(azurite: Azurite, tmp_path_factory: pytest.TempPathFactory) -> 
 def bench(shared_bench: Bench, request: pytest.FixtureRequest) -> Iterator[Bench]:
     """A server of three workers, shared by a module's tests: each uses keys of its own."""
     before = len(shared_bench.server.log())
-    expected = [pattern for mark in request.node.iter_markers("expected_errors") for pattern in mark.args]
-    shared_bench.server.expected_errors += expected
+    shared_bench.server.expected_errors += _expected_errors(request)
     yield shared_bench
     shared_bench.proxy.bandwidth = None
     shared_bench.proxy.come_back()
     shared_bench.server.assert_no_trouble(since=before)
 
 
+def _expected_errors(request: pytest.FixtureRequest) -> list[str]:
+    return [pattern for mark in request.node.iter_markers("expected_errors") for pattern in mark.args]
+
+
 @pytest.fixture
-def new_bench(azurite: Azurite, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Bench]]:
+def new_bench(
+    azurite: Azurite, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[Callable[..., Bench]]:
     """Starts a server for a test alone: ``new_bench(cache={"max_fills": 2})``."""
     with ExitStack() as stack:
 
         def start(**options: Any) -> Bench:
-            return stack.enter_context(cold_bench(azurite, tmp_path_factory.mktemp("bench"), options))
+            folder = tmp_path_factory.mktemp("bench")
+            return stack.enter_context(cold_bench(azurite, folder, options, _expected_errors(request)))
 
         yield start
 

@@ -94,7 +94,8 @@ class Say(Fault):
     code: str
 
     def before(self, rule: Rule) -> bytes | None:
-        body = f'<?xml version="1.0" encoding="utf-8"?><Error><Code>{self.code}</Code></Error>'.encode()
+        error = f"<Error><Code>{self.code}</Code><Message>As told.</Message></Error>"
+        body = f'<?xml version="1.0" encoding="utf-8"?>{error}'.encode()
         head = f"HTTP/1.1 {self.status} Fault\r\nx-ms-error-code: {self.code}\r\nContent-Type: application/xml\r\n"
         return head.encode() + b"Content-Length: %d\r\n\r\n" % len(body) + body
 

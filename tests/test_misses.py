@@ -1,0 +1,142 @@
+"""Keys that are not there, asked for again and again: the backend hardly notices, and an upload is seen at once."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import requests
+
+from kci_storage.misses import LIFETIME, REMEMBERED, Misses
+from tests.cold import Bench
+from tests.faultproxy import CONTENT, PROPERTIES
+from tests.peers import peers
+from tests.wire import SECONDS, get, new_folder, put
+
+
+class Clock:
+    """A clock that stands still until it is told."""
+
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def misses(tmp_path: Path, clock: Clock) -> Misses:
+    return Misses(tmp_path / "counters", clock)
+
+
+def test_nothing_is_remembered_at_first(misses: Misses) -> None:
+    assert not misses.remembers("a")
+
+
+def test_a_miss_is_remembered_for_a_while(misses: Misses, clock: Clock) -> None:
+    misses.remember("a", misses.changes("a"))
+    clock.now += LIFETIME - 0.01
+    assert misses.remembers("a") and not misses.remembers("b")
+    clock.now += 0.02
+    assert not misses.remembers("a")
+
+
+def test_a_change_ends_the_memory(misses: Misses) -> None:
+    misses.remember("a", misses.changes("a"))
+    misses.changed("a")
+    assert not misses.remembers("a")
+
+
+def test_a_change_while_the_backend_was_asked_ends_it_too(misses: Misses) -> None:
+    before = misses.changes("a")
+    misses.changed("a")
+    misses.remember("a", before)
+    assert not misses.remembers("a")
+
+
+def change(path: Path, key: str) -> None:
+    """An upload through another process."""
+    Misses(path).changed(key)
+
+
+def test_a_change_by_another_process_ends_it_too(tmp_path: Path, misses: Misses) -> None:
+    misses.remember("a", misses.changes("a"))
+    with peers(1) as [peer]:
+        peer.call(change, tmp_path / "counters", "a")
+    assert not misses.remembers("a")
+
+
+def test_a_change_of_another_key_hardly_ever_does(misses: Misses) -> None:
+    misses.remember("a", misses.changes("a"))
+    for number in range(8):
+        misses.changed(f"another {number}")
+    assert misses.remembers("a")
+
+
+def test_the_memory_is_bounded(misses: Misses) -> None:
+    for number in range(REMEMBERED + 10):
+        misses.remember(str(number), 0)
+    assert len(misses._misses) <= REMEMBERED
+    assert misses.remembers(str(REMEMBERED + 9))
+
+
+# Over HTTP
+
+
+@pytest.fixture
+def hammered(bench: Bench) -> Iterator[str]:
+    """A key that is not there, and for which a dozen clients ask without a pause."""
+    key = f"{new_folder()}/missing"
+    ended = threading.Event()
+
+    def hammer(method: str, headers: dict[str, str]) -> None:
+        with requests.Session() as session:
+            while not ended.is_set():
+                session.request(method, f"{bench.server.url}/{key}", headers=headers, timeout=SECONDS)
+
+    kinds = [("GET", {}), ("HEAD", {}), ("GET", {"Range": "bytes=0-9"}), ("GET", {"If-None-Match": '"x"'})]
+    clients = [threading.Thread(target=hammer, args=kind) for kind in kinds * 3]
+    for client in clients:
+        client.start()
+    yield key
+    ended.set()
+    for client in clients:
+        client.join()
+
+
+def questions(bench: Bench, key: str) -> int:
+    """How often the backend was asked for a key."""
+    return bench.proxy.count(CONTENT, key) + bench.proxy.count(PROPERTIES, key)
+
+
+def test_missing_keys_cost_the_backend_a_few_requests(bench: Bench, hammered: str) -> None:
+    seconds = 3 * LIFETIME
+    time.sleep(seconds)
+    workers = len(bench.server.worker_pids())
+    # Each worker asks once in a lifetime, or twice: those who want bytes do not wait for those who want properties.
+    assert 1 <= questions(bench, hammered) <= 2 * workers * (seconds / LIFETIME + 1)
+
+
+def test_an_upload_is_seen_by_all_workers_at_once(bench: Bench, hammered: str) -> None:
+    for content in (b"one", b"two"):
+        time.sleep(0.3)
+        assert put(bench.server, hammered, content).status_code == 201
+        assert [get(bench.server, hammered).content for _ in range(20)] == [content] * 20
+        url = f"{bench.server.url}/{hammered}"
+        assert requests.delete(url, headers=bench.server.headers(), timeout=SECONDS).status_code == 204
+        assert [get(bench.server, hammered).status_code for _ in range(20)] == [404] * 20
+
+
+def test_an_upload_by_another_program_is_seen_soon(bench: Bench) -> None:
+    key = f"{new_folder()}/later"
+    assert [get(bench.server, key).status_code for _ in range(12)] == [404] * 12
+    bench.store(b"content", key)
+    time.sleep(LIFETIME)
+    assert [get(bench.server, key).content for _ in range(12)] == [b"content"] * 12

@@ -1,0 +1,157 @@
+"""Copies that are checked against the backend: rarely, together, and without waiting for one that is away."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import pytest
+import requests
+
+from kci_storage.freshness import PATIENCE, QUIET
+from tests.cold import MIB, Bench, crowd, in_background, some_bytes
+from tests.faultproxy import CONTENT, PROPERTIES, Delay, Hold
+from tests.harness import wait_until
+from tests.wire import SECONDS, get, put, wait_until_tidy
+
+PERIOD = 1.0  # seconds
+AT_ONCE = PATIENCE / 2  # seconds; what does not wait for the backend takes far less
+
+
+@pytest.fixture
+def checking(new_bench: Callable[..., Bench]) -> Bench:
+    """A server of one worker that checks its copies after :data:`PERIOD`."""
+    return new_bench(cache={"revalidate_after": PERIOD}, server={"workers": 1})
+
+
+def stored_and_cached(bench: Bench, content: bytes) -> str:
+    """The key of an object of which there is a copy, of which it is time to check it."""
+    key = bench.store(content)
+    assert get(bench.server, key).content == content
+    wait_until_tidy(bench.server)
+    time.sleep(PERIOD)
+    return key
+
+
+def cache_status(bench: Bench, key: str) -> str:
+    return get(bench.server, key).headers["X-Cache"]
+
+
+def checks(bench: Bench, result: str) -> float:
+    return bench.metric("kci_storage_cache_revalidations_total", result=result)
+
+
+def test_by_default_a_hit_never_asks(bench: Bench) -> None:
+    key = bench.store(b"content")
+    get(bench.server, key)
+    wait_until_tidy(bench.server)
+    bench.store(b"another", key)
+    asked = len(bench.proxy.requests)
+    assert [get(bench.server, key).content for _ in range(10)] == [b"content"] * 10
+    assert len(bench.proxy.requests) == asked
+
+
+def test_one_question_for_all_in_each_period(checking: Bench) -> None:
+    content = some_bytes(1000)
+    key = stored_and_cached(checking, content)
+    checking.proxy.inject(Delay(0.3), kind=PROPERTIES, key=key)
+    for number in (1, 2):
+        visits = crowd(checking.server, key, 20, content)
+        assert {visit.headers["x-cache"] for visit in visits} == {"hit"}
+        assert all(visit.complete for visit in visits)
+        assert cache_status(checking, key) == "hit"
+        assert checking.proxy.count(PROPERTIES, key) == number
+        time.sleep(PERIOD)
+    assert checks(checking, "fresh") == 2
+    assert checking.proxy.count(CONTENT, key) == 1
+
+
+def test_a_copy_that_was_just_fetched_is_fresh_for_every_worker(new_bench: Callable[..., Bench]) -> None:
+    bench = new_bench(cache={"revalidate_after": 60}, server={"workers": 2})
+    key = bench.store(b"content")
+    get(bench.server, key)
+    wait_until_tidy(bench.server)
+    assert [cache_status(bench, key) for _ in range(20)] == ["hit"] * 20
+    assert bench.proxy.count(PROPERTIES, key) == 0
+
+
+def test_what_another_program_has_changed_is_fetched(checking: Bench) -> None:
+    key = stored_and_cached(checking, b"old")
+    checking.store(b"new", key)
+    answer = get(checking.server, key)
+    assert (answer.content, answer.headers["X-Cache"]) == (b"new", "miss")
+    wait_until_tidy(checking.server)
+    assert cache_status(checking, key) == "hit"
+    assert checks(checking, "changed") == 1
+
+
+def test_what_another_program_has_deleted_is_gone(checking: Bench) -> None:
+    key = stored_and_cached(checking, b"old")
+    checking.container.delete_blob(key)
+    assert get(checking.server, key).status_code == 404
+    assert not list(checking.server.cache_directory.glob("??/*.data"))
+    assert checks(checking, "deleted") == 1
+
+
+def test_an_upload_is_fresh(checking: Bench) -> None:
+    key = stored_and_cached(checking, b"old")
+    assert put(checking.server, key, b"new").status_code == 200
+    asked = checking.proxy.count(PROPERTIES, key)
+    assert cache_status(checking, key) == "hit"
+    assert checking.proxy.count(PROPERTIES, key) == asked
+
+
+def test_with_the_backend_away_copies_are_stale(checking: Bench) -> None:
+    content = some_bytes(1000)
+    key = stored_and_cached(checking, content)
+    checking.proxy.go_away()
+    answer = get(checking.server, key)
+    assert (answer.content, answer.headers["X-Cache"]) == (content, "stale")
+    asked = checking.proxy.count(PROPERTIES, key)
+    started = time.monotonic()
+    assert {cache_status(checking, key) for _ in range(20)} == {"stale"}
+    assert time.monotonic() - started < AT_ONCE
+    assert checking.proxy.count(PROPERTIES, key) == asked, "a backend that is away is left alone for a while"
+    partial = get(checking.server, key, {"Range": "bytes=-10"})
+    assert (partial.status_code, partial.content) == (206, content[-10:])
+    assert requests.head(f"{checking.server.url}/{key}", timeout=SECONDS).headers["X-Cache"] == "stale"
+    checking.proxy.come_back()
+    wait_until(lambda: cache_status(checking, key) == "hit", QUIET + SECONDS, "the backend to be noticed")
+    assert checks(checking, "failed") >= 1
+
+
+def test_a_silent_backend_holds_nobody_up_for_long(checking: Bench) -> None:
+    content = some_bytes(1000)
+    keys = [stored_and_cached(checking, content) for _ in range(2)]
+    rule = checking.proxy.inject(Hold(), kind=PROPERTIES)
+    started = time.monotonic()
+    visits = crowd(checking.server, keys[0], 10, content)
+    assert PATIENCE - 1 < time.monotonic() - started < PATIENCE + AT_ONCE
+    assert all(visit.complete and visit.headers["x-cache"] == "stale" for visit in visits)
+    for key in keys * 5:
+        started = time.monotonic()
+        assert cache_status(checking, key) == "stale"
+        assert time.monotonic() - started < AT_ONCE, "it is known to be silent"
+    rule.end()
+    wait_until(lambda: cache_status(checking, keys[0]) == "hit", QUIET + SECONDS, "the backend to be noticed")
+
+
+def test_a_slow_check_does_not_keep_other_copies_waiting(checking: Bench) -> None:
+    slow, quick = stored_and_cached(checking, b"slow"), stored_and_cached(checking, b"quick")
+    rule = checking.proxy.inject(Hold(), kind=PROPERTIES, key=slow, times=1)
+    waiting = in_background(cache_status, checking, slow)
+    rule.wait_until_reached()
+    started = time.monotonic()
+    assert cache_status(checking, quick) == "hit"
+    assert time.monotonic() - started < AT_ONCE
+    rule.release()
+    assert waiting.result() == "hit"
+
+
+def test_a_large_copy_that_changes_is_streamed_like_any_cold_object(checking: Bench) -> None:
+    old, new = some_bytes(MIB), some_bytes(4 * MIB)
+    key = stored_and_cached(checking, old)
+    checking.store(new, key)
+    visits = crowd(checking.server, key, 10, new)
+    assert all(visit.complete for visit in visits)
+    assert checking.proxy.body_bytes(CONTENT, key) == len(old) + len(new)
