@@ -7,12 +7,14 @@ the limits now and then, and walks the directory only when one is crossed. A fil
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import logging
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -31,7 +33,7 @@ YOUNGEST = 60  # seconds; what was written or used since is not evicted
 PAUSE_EVERY, PAUSE = 500, 0.002  # files, seconds: evicting gives way to requests
 ELECTION_INTERVAL = 5  # seconds between two tries to become the one who does it
 SWEEP_INTERVAL = 24 * 3600  # seconds; a sweep also finds what workers left that died while the server ran
-ROOM_TIMEOUT = 10  # seconds to wait for the eviction of another fill; then this one does without the cache
+ROOM_TIMEOUT = 3  # seconds that a fill waits for room, and so do its clients; then it does without the cache
 REMEMBERED = 10_000  # candidates of one walk that are kept for the next fills; about 0.4 KiB each
 INODES = 2  # of one copy: its record and its content
 ROOM_LOCK, LEADER_LOCK = "room.lock", "housekeeping.lock"
@@ -124,7 +126,8 @@ class Housekeeper:
     def make_room(self, size: int) -> bool:
         """Evict, if need be, so that an object of ``size`` bytes fits; whether it does.
 
-        Nothing is evicted for an object that would not fit into the emptied cache.
+        Nothing is evicted for an object that would not fit into the emptied cache. What takes too long to wait for,
+        such as the walk of a large cache, goes on for those who come later.
         """
         missing = self._missing_for(size)
         if not missing:
@@ -132,15 +135,20 @@ class Housekeeper:
         used = Usage(*self._cache.usage.read())
         if missing.size > used.size or missing.files > used.files:
             return False
-        try:
+        work = partial(self._make_room, size)
+        maker = threading.Thread(target=self._log_errors, args=(work,), name="room", daemon=True)
+        maker.start()
+        maker.join(ROOM_TIMEOUT)
+        return not self._missing_for(size)
+
+    def _make_room(self, size: int) -> None:
+        # A full cache needs room for each object that comes: not each can be worth a walk.
+        chunk = min(self._limits.cleanup_chunk_size, REMEMBERED)
+        # Not even room for a lock's file is no more than no room.
+        with contextlib.suppress(WriteConflict, InsufficientStorage):
             # Else every fill of every worker evicts for itself what one eviction frees for all of them.
             with self._cache.locks.hold(ROOM_LOCK, ROOM_TIMEOUT):
-                # A full cache needs room for each object that comes: not each can be worth a walk.
-                chunk = min(self._limits.cleanup_chunk_size, REMEMBERED)
                 self._evict_until_within(lambda: self._missing_for(size), self._oldest, chunk)
-        except (WriteConflict, InsufficientStorage):  # the latter: not even for a lock's file
-            return False
-        return not self._missing_for(size)
 
     # What the limits ask for
 
