@@ -265,13 +265,16 @@ class TestTheDisk:
             assert 60 <= status.f_favail < 60 + 8  # copies, and the folders that they were in stay
             assert cache.check() == []
 
-    def test_without_a_single_inode_nothing_fails_for_good(self, tmp_path: Path) -> None:
+    def test_without_a_single_inode_nothing_fails_for_good(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
         with small_disk(tmp_path / "disk", 8192 * KIB, inodes=400) as disk:
             cache = Cache(disk / "cache")
             store(cache, "a")
             ballast = use_up_inodes(disk)
             keeper = housekeeper(cache, max_files=1)
             assert not keeper.make_room(KIB)
+            assert caplog.text == ""
             for _ in range(2):  # for the locks
                 ballast.pop().unlink()
             assert keeper.make_room(KIB)
@@ -392,12 +395,16 @@ class TestMakingRoom:
         wait_until(lambda: keys(cache, *"abc") == "bc", TIMEOUT, "the walk's end")
         assert keeper.make_room(KIB)
 
-    def test_one_at_a_time_over_all_processes(self, cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_one_at_a_time_over_all_processes(
+        self, cache: Cache, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
         monkeypatch.setattr(evict, "ROOM_TIMEOUT", 0.05)
         store(cache, "a")
         with peers(1) as [peer]:
             peer.call(hold_room, cache.directory)
             assert not housekeeper(cache, max_files=1).make_room(KIB)
+            wait_until(lambda: "room" not in thread_names(), TIMEOUT, "the end of the attempt")
+            assert caplog.text == ""
             assert keys(cache, "a") == "a"
             peer.kill()
         assert housekeeper(cache, max_files=1).make_room(KIB)
