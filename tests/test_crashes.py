@@ -22,13 +22,13 @@ from kci_storage.app import Services, build_services
 from kci_storage.cache import CONTENT, Cache
 from kci_storage.config import load
 from kci_storage.errors import ObjectNotFound, StorageError
-from kci_storage.upload import ExpectedDigests
+from kci_storage.upload import ExpectedDigests, FormPlan
 from tests.azurite import Azurite
 from tests.backends import Pauses, install
 from tests.harness import Server, toml, wait_until
 from tests.peers import Peer, dies, holders, peers
 from tests.steps import CHANGING, GROWING, Steps, die_at, full_at
-from tests.wire import FORM_TYPE, SECONDS, Wire, form, get, part, put, request
+from tests.wire import BOUNDARY, FORM_TYPE, SECONDS, Wire, form, get, part, put, request
 
 KEY = "folder/file.txt"
 OLD, NEW = b"old content", b"the new content"
@@ -75,6 +75,10 @@ class World:
 
     def put(self, content: bytes) -> None:
         self.services.uploads.put(KEY, "text/plain", io.BytesIO(content), ExpectedDigests(), None)
+
+    def put_form(self, *parts: bytes) -> None:
+        plan = FormPlan(admit=lambda key: None, content_type=lambda key: "text/plain")
+        self.services.uploads.store_form(io.BytesIO(form(*parts)), BOUNDARY.encode(), plan)
 
     def delete(self) -> None:
         self.services.objects.delete(KEY)
@@ -152,6 +156,10 @@ def prepare_leftovers(world: World) -> None:
     (cache.locks.directory / cache.slot(KEY).digest).touch()
 
 
+FILES = part("file0", b"another", "another"), part("file1", NEW, KEY)
+PATH = part("path", b"/")
+
+
 def evict(world: World) -> None:
     content = world.content()
     status = content.stat()
@@ -180,6 +188,8 @@ SCENARIOS = {
     "overwrite": Scenario(prepare_copy, lambda world: world.put(NEW), OLD, NEW),
     "overwrite cold": Scenario(prepare_cold, lambda world: world.put(NEW), OLD, NEW),
     "overwrite doubtful": Scenario(prepare_doubt, lambda world: world.put(NEW), OLD, NEW),
+    "form": Scenario(prepare_copy, lambda world: world.put_form(PATH, *FILES), OLD, NEW),
+    "form that is spooled": Scenario(prepare_copy, lambda world: world.put_form(*FILES, PATH), OLD, NEW),
     "delete": Scenario(prepare_copy, World.delete, OLD, None),
     "fill": Scenario(prepare_cold, World.get, OLD),
     "revalidate": Scenario(prepare_doubt, World.get, OLD),
