@@ -17,10 +17,10 @@ import requests
 
 from tests.azurite import Azurite
 from tests.cold import MIB, Bench, beginning, cold_bench, crowd, figure, in_background, median_first_byte, some_bytes
-from tests.disks import small_disk
-from tests.faultproxy import CONTENT, PROPERTIES, Stall
+from tests.disks import fill_up, small_disk, use_up_inodes
+from tests.faultproxy import CONTENT, PROPERTIES, Flip, Stall
 from tests.harness import wait_until
-from tests.wire import SECONDS, Wire, get, put, request, temporary_files, wait_until_tidy
+from tests.wire import SECONDS, Wire, get, new_folder, put, request, temporary_files, wait_until_tidy
 
 QUICK = 5.0  # seconds; what waits for nothing takes far less, even on a busy machine
 
@@ -265,6 +265,35 @@ def test_a_disk_that_is_full_in_the_middle_of_a_fill_fails_nobody(new_bench: Cal
     assert uncached(bench) == 12
     assert bench.metric("kci_storage_fills_total", result="no_space") >= 1
     wait_until_tidy(bench.server)
+
+
+def test_a_disk_without_room_for_one_more_file_fails_nobody(azurite: Azurite, tmp_path: Path) -> None:
+    content = some_bytes(2 * MIB)
+    with small_disk(tmp_path / "cache", 8 * MIB, inodes=100), cold_bench(azurite, tmp_path, {}) as bench:
+        use_up_inodes(bench.server.cache_directory)
+        key = bench.store(content)
+        assert all(visit.complete for visit in crowd(bench.server, key, 4, content))
+        assert get(bench.server, key, {"Range": "bytes=5-"}).content == content[5:]
+        assert get(bench.server, f"{key}/missing").status_code == 404
+        assert uncached(bench) >= 4
+        bench.proxy.inject(Flip(MIB), key=key)
+        [visit] = crowd(bench.server, key, 1, content)
+        assert not visit.complete and visit.received < len(content), "it is verified all the same"
+
+
+def test_uploads_to_a_full_disk_are_stored_and_served(azurite: Azurite, tmp_path: Path) -> None:
+    content = some_bytes(6 * MIB)
+    with small_disk(tmp_path / "cache", 4 * MIB), cold_bench(azurite, tmp_path, {}) as bench:
+        ballast = fill_up(bench.server.cache_directory)
+        key = f"{new_folder()}/file.bin"
+        assert put(bench.server, key, content).status_code == 201
+        assert [get(bench.server, key).content == content for _ in range(4)] == [True] * 4
+        assert put(bench.server, key, b"smaller").status_code == 200
+        assert [get(bench.server, key).content for _ in range(4)] == [b"smaller"] * 4
+        ballast.unlink()
+        assert get(bench.server, key).content == b"smaller"
+        wait_until_tidy(bench.server)
+        assert get(bench.server, key).headers["X-Cache"] == "hit"
 
 
 def test_a_fill_makes_room(new_bench: Callable[..., Bench]) -> None:
