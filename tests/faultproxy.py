@@ -60,6 +60,7 @@ class Fault:
         return pieces
 
 
+@dataclass
 class Refuse(Fault):
     """The connection is reset before anything is answered."""
 
