@@ -170,8 +170,8 @@ class Client:
         self._read(key, "GET")
 
     def _get_range(self, key: str) -> None:
-        start = self._random.randrange(10**6)
-        self._read(key, "GET", {"Range": f"bytes={start}-{start + self._random.randrange(2 * LINE, 10**6)}"})
+        start = self._random.randrange(20 * LINE)
+        self._read(key, "GET", {"Range": f"bytes={start}-{start + self._random.randrange(2 * LINE, 500 * LINE)}"})
 
     def _head(self, key: str) -> None:
         self._read(key, "HEAD")
