@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-import re
 import signal
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
@@ -80,13 +79,13 @@ def _serve(connection: Connection) -> None:
 
 
 def holders(path: Path) -> list[int]:
-    """The processes that hold the lock of a file (``/proc/locks``)."""
-    try:
-        inode = path.stat().st_ino
-    except FileNotFoundError:
-        return []
-    locks = re.findall(r"FLOCK\s+ADVISORY\s+WRITE (\d+) \w+:\w+:(\d+) ", Path("/proc/locks").read_text())
-    return [int(pid) for pid, locked in locks if int(locked) == inode]
+    """The processes that hold the lock of the file at a path (``proc_pid_fdinfo(5)``)."""
+    found = []
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):  # it is closed by now, or another user's
+            if os.readlink(link) == str(path) and "FLOCK" in (link.parents[1] / "fdinfo" / link.name).read_text():
+                found.append(int(link.parts[2]))
+    return found
 
 
 def dies(function: Callable[[], object]) -> bool:
