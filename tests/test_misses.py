@@ -11,8 +11,8 @@ import pytest
 import requests
 
 from kci_storage.misses import LIFETIME, REMEMBERED, Misses
-from tests.cold import Bench
-from tests.faultproxy import CONTENT, PROPERTIES
+from tests.cold import Bench, in_background
+from tests.faultproxy import CONTENT, PROPERTIES, Hold
 from tests.peers import peers
 from tests.wire import SECONDS, get, new_folder, put
 
@@ -122,6 +122,17 @@ def test_missing_keys_cost_the_backend_a_few_requests(bench: Bench, hammered: st
     workers = len(bench.server.worker_pids())
     # Each worker asks once in a lifetime, or twice: those who want bytes do not wait for those who want properties.
     assert 1 <= questions(bench, hammered) <= 2 * workers * (seconds / LIFETIME + 1)
+
+
+def test_those_who_ask_at_the_same_time_share_a_question(bench: Bench) -> None:
+    key = f"{new_folder()}/missing"
+    rule = bench.proxy.inject(Hold(), kind=PROPERTIES, key=key)
+    heads = [in_background(requests.head, f"{bench.server.url}/{key}") for _ in range(30)]
+    rule.wait_until_reached()
+    time.sleep(0.5)  # for the others to ask
+    assert questions(bench, key) <= len(bench.server.worker_pids())
+    rule.release()
+    assert {head.result().status_code for head in heads} == {404}
 
 
 def test_an_upload_is_seen_by_all_workers_at_once(bench: Bench, hammered: str) -> None:
