@@ -251,9 +251,10 @@ class Upload:
         except BaseException:
             self._cache.doubt(self.key)
             raise
-        self._publish(info)
+        # Whatever comes of the copy, nobody may go on with what was true before the commit.
         self._cache.revoke_fill(self.key)
         self._misses.changed(self.key)
+        self._publish(info)
         self._metrics.uploaded()
         return info
 
@@ -283,9 +284,9 @@ class Upload:
 
     def close(self) -> None:
         """Let go of everything; what was not committed is gone. Idempotent."""
-        if self._part is not None:
-            self._part.discard()
-        self._held.close()
+        with self._held:  # the lock goes even if a file cannot be removed
+            if self._part is not None:
+                self._part.discard()
 
 
 @dataclass(frozen=True, slots=True)
@@ -455,8 +456,9 @@ class FormReceiver:
 
     def close(self) -> None:
         """Let go of everything; what was not committed is gone."""
-        for file in self._files:
-            file.close()
+        with contextlib.ExitStack() as held:  # one that cannot be removed keeps no other's lock
+            for file in self._files:
+                held.callback(file.close)
 
 
 def form_events(body: Body, boundary: bytes, max_bytes: int) -> Iterator[Event]:
