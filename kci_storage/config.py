@@ -181,6 +181,20 @@ class AzureConfig:
         expects="nothing or an http(s) URL without a query",
         accepts=_is_service_url,
     )
+    connect_timeout: float = _setting(
+        5.0,
+        "how long to wait for a connection, and for the backend to take a piece of an upload",
+        unit="seconds",
+        minimum=0.1,
+        maximum=600,
+    )
+    read_timeout: float = _setting(
+        20.0,
+        "after this long without a byte of its answer the backend is asked again, or given up",
+        unit="seconds",
+        minimum=0.1,
+        maximum=600,
+    )
 
 
 @dataclass(frozen=True, slots=True)

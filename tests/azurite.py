@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 from azure.storage.blob import ContainerClient
@@ -60,7 +61,7 @@ class Azurite:
         key = {"account_name": self.account, "account_key": self.key}
         return ContainerClient(self.endpoint, container, credential=key)
 
-    def settings(self, **changes: str) -> AzureConfig:
+    def settings(self, **changes: Any) -> AzureConfig:
         """The ``[azure]`` section for a new container, with some values changed."""
         values = {"account": self.account, "key": self.key, "endpoint": self.endpoint, **changes}
         return AzureConfig(**{"container": values.pop("container", None) or self.new_container(), **values})

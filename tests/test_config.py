@@ -70,7 +70,15 @@ def test_the_defaults_are_the_contracts():
         "max_fills": 64,
         "revalidate_after": 0,
     }
-    assert set(dataclasses.asdict(config.azure).values()) == {""}
+    assert dataclasses.asdict(config.azure) == {
+        "account": "",
+        "key": "",
+        "sastoken": "",
+        "container": "",
+        "endpoint": "",
+        "connect_timeout": 5,
+        "read_timeout": 20,
+    }
     assert config.local.storage_path == Path("./storage")
 
 
@@ -92,6 +100,8 @@ def test_every_key_can_be_set(write, tmp_path):
             sastoken = "?sv=2024&sig=abc"
             container = "artifacts"
             endpoint = "http://127.0.0.1:10000/kernelci"
+            connect_timeout = 2
+            read_timeout = 0.5
             [local]
             storage_path = "/srv/objects"
             [cache]
@@ -116,6 +126,7 @@ def test_every_key_can_be_set(write, tmp_path):
     assert config.server.bind == "[::1]:8080"
     assert (config.server.workers, config.server.lock_timeout) == (3, 0.5)
     assert config.azure.sastoken == "?sv=2024&sig=abc"
+    assert (config.azure.connect_timeout, config.azure.read_timeout) == (2, 0.5)
     assert config.local.storage_path == Path("/srv/objects")
     assert config.cache.directory == tmp_path / "sub/cache"
     assert config.cache.recover_disk_percent == 2.0 and isinstance(config.cache.recover_disk_percent, float)

@@ -633,7 +633,7 @@ def test_a_failing_backend_is_asked_again(driver, proxy):
 def test_a_silent_backend_is_a_time_out_and_not_asked_again(azurite, proxy):
     never = threading.Event()
     proxy.before = lambda request: never.wait(60) and None
-    with closing(AzureDriver(azurite.settings(endpoint=proxy.endpoint), read_timeout=0.3)) as driver:
+    with closing(AzureDriver(azurite.settings(endpoint=proxy.endpoint, read_timeout=0.3))) as driver:
         for attempt in (lambda: driver.stat("a"), lambda: driver.read("a"), lambda: put(driver, "a", b"content")):
             proxy.requests.clear()
             with pytest.raises(BackendTimeout):
@@ -652,16 +652,16 @@ def test_a_backend_that_takes_no_connection_is_a_time_out(azurite):
             waiting.setblocking(False)
             waiting.connect_ex(listener.getsockname())
         endpoint = f"http://127.0.0.1:{listener.getsockname()[1]}/testaccount"
-        settings = azurite.settings(endpoint=endpoint, container="any")
-        with closing(AzureDriver(settings, connect_timeout=0.3)) as driver, pytest.raises(BackendTimeout):
+        settings = azurite.settings(endpoint=endpoint, container="any", connect_timeout=0.3)
+        with closing(AzureDriver(settings)) as driver, pytest.raises(BackendTimeout):
             driver.stat("a")
 
 
 def test_a_slow_line_is_no_time_out(azurite, proxy):
     proxy.pause = lambda: threading.Event().wait(0.01)
-    settings = azurite.settings(endpoint=proxy.endpoint)
+    settings = azurite.settings(endpoint=proxy.endpoint, connect_timeout=0.3)
     content = content_of(8 * KIB * KIB)
-    with closing(AzureDriver(settings, connect_timeout=0.3)) as driver:
+    with closing(AzureDriver(settings)) as driver:
         put(driver, "a", content)
         assert driver.stat("a").size == len(content)
 

@@ -65,8 +65,6 @@ BLOCK_SIZE = 8 * 1024 * 1024  # bytes; at most 50,000 blocks make an object, so 
 BLOCKS_IN_FLIGHT = 4  # of one upload; it holds one block more in memory
 READ_SIZE = 8 * 1024 * 1024  # bytes of each request of a download
 READS_AHEAD = 2  # of one download; it may hold as many ranges in memory
-CONNECT_TIMEOUT = 5  # seconds; also for each piece that is sent
-READ_TIMEOUT = 20  # seconds without a byte of the answer
 RETRIES = 2  # of a request that found no connection, or a failing server
 RETRY_WAIT = 0.5  # seconds before each of them, give or take a half
 RETRY_AFTER = 5  # seconds, when a throttling backend does not say it itself
@@ -87,24 +85,15 @@ _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
 class AzureDriver(Driver):
     """Objects as block blobs in one container.
 
-    :param settings: account, container and credential.
+    :param settings: account, container, credential and time-outs.
     :param block_size: bytes of one block of an upload; also the largest upload that is made in one request.
-    :param connect_timeout: seconds.
-    :param read_timeout: seconds.
     """
 
     wants_md5 = True
 
-    def __init__(
-        self,
-        settings: AzureConfig,
-        block_size: int = BLOCK_SIZE,
-        connect_timeout: float = CONNECT_TIMEOUT,
-        read_timeout: float = READ_TIMEOUT,
-    ):
+    def __init__(self, settings: AzureConfig, block_size: int = BLOCK_SIZE):
         self.block_size = block_size
         self._settings = settings
-        self._timeouts = connect_timeout, read_timeout
         self._processes: dict[int, _Process] = {}
         _quieten("azure", logging.WARNING)
         _quieten("urllib3", logging.ERROR)  # below that it logs URLs, with the signature of a SAS token
@@ -118,7 +107,7 @@ class AzureDriver(Driver):
         """What this process has; made anew after a fork."""
         pid = os.getpid()
         found = self._processes.get(pid)
-        return found or self._processes.setdefault(pid, _Process(self._settings, *self._timeouts))
+        return found or self._processes.setdefault(pid, _Process(self._settings))
 
     def blob(self, key: str) -> BlobClient:
         """The SDK's client for one object."""
@@ -236,9 +225,9 @@ class AzureDriver(Driver):
 class _Process:
     """What must not be shared with a forked process: connections and threads."""
 
-    def __init__(self, settings: AzureConfig, connect_timeout: float, read_timeout: float):
+    def __init__(self, settings: AzureConfig):
         endpoint = settings.endpoint or f"https://{settings.account}.blob.core.windows.net"
-        transport = _transport(endpoint, connect_timeout, read_timeout)
+        transport = _transport(endpoint, settings.connect_timeout, settings.read_timeout)
         self.container = _client(settings, endpoint, transport)
         # A hook that is given with a request would be lost when that is tried again.
         self.reading = _client(settings, endpoint, transport, raw_response_hook=_leave)
