@@ -6,7 +6,7 @@ ARGS ?=
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check demo clean
+.PHONY: help run test check demo bench clean
 
 help: ## print this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-6s  %s\n", $$1, $$2 }' Makefile
@@ -24,6 +24,10 @@ check: $(VENV)/test.stamp ## look for mistakes without running anything
 demo: $(VENV)/test.stamp ## upload and download an arm64 kernel package, or DEMO_DIR=…, over Azurite, and compare
 	@tools/azurite.sh .tools $(VENV)
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/python tools/demo.py $(if $(DEMO_DIR),"$(DEMO_DIR)")
+
+bench: $(VENV)/test.stamp ## measure the server beside nginx, Varnish and bare gunicorn (BENCH_QUICK=1, ARGS="hits cold")
+	@tools/azurite.sh .tools $(VENV)
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/python -m benchmarks $(ARGS)
 
 clean: ## remove what make has made, but for config.toml and the stored files
 	rm -rf $(VENV) .tools build dist *.egg-info .pytest_cache .hypothesis .ruff_cache

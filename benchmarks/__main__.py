@@ -1,0 +1,84 @@
+"""Run the bench:
+
+    python -m benchmarks [hits] [uploads] [cold]
+
+Without a name, all groups run. Environment: ``BENCH_ONLY`` names groups too, with commas; ``BENCH_QUICK=1`` is a
+short run; ``BENCH_DIR`` is a folder on the disk to be used; ``BENCH_OUT`` is where bench.json and bench.svg go.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from benchmarks import chart, cold, hits, measuring, report, uploads
+from benchmarks.measuring import BenchError, Row
+from benchmarks.scale import SCALES, Scale
+from benchmarks.stage import Stage, stage
+
+GROUPS = {"hits": hits.workloads, "uploads": uploads.workloads, "cold": cold.workloads}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the groups, print the table, write the files; the exit code."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # all that was started is ended by it, too
+    try:
+        groups, scale = chosen(arguments), chosen_scale()
+        with stage(scale) as found:
+            rows = [row for group in groups for row in run(group, found)]
+        print(report.table(rows, scale, found.left_out))
+        write(rows, found)
+    except (BenchError, pytest.skip.Exception) as exc:  # the tests' Azurite is what skips
+        print(f"bench: {exc}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("bench: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def chosen(arguments: Sequence[str]) -> list[str]:
+    """The groups to run, in their own order.
+
+    :raises BenchError: there is no such group.
+    """
+    names = {*arguments, *filter(None, os.environ.get("BENCH_ONLY", "").split(","))}
+    if unknown := names - GROUPS.keys():
+        raise BenchError(f"there is no group {', '.join(sorted(unknown))}, only {', '.join(GROUPS)}")
+    return [group for group in GROUPS if not names or group in names]
+
+
+def chosen_scale() -> Scale:
+    """How large the run is to be."""
+    name = os.environ.get("BENCH_SCALE") or ("quick" if os.environ.get("BENCH_QUICK") else "full")
+    if name not in SCALES:
+        raise BenchError(f"BENCH_SCALE is one of {', '.join(SCALES)}, not {name}")
+    return SCALES[name]
+
+
+def run(group: str, found: Stage) -> list[Row]:
+    """All rows of a group."""
+    rows: list[Row] = []
+    for workload in GROUPS[group](found):
+        rows += measuring.run(workload, found.scale.rounds, found.progress)
+    return rows
+
+
+def write(rows: Sequence[Row], found: Stage) -> None:
+    """bench.json and bench.svg."""
+    folder = Path(os.environ.get("BENCH_OUT") or "build/bench")
+    folder.mkdir(parents=True, exist_ok=True)
+    figures = report.document(rows, found.scale, found.left_out)
+    (folder / "bench.json").write_text(json.dumps(figures, indent=1) + "\n")
+    (folder / "bench.svg").write_text(chart.svg(rows))
+    print(f"bench: the figures are in {folder}/bench.json and {folder}/bench.svg", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

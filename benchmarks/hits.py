@@ -1,0 +1,183 @@
+"""Downloads of what is there: from the cache, and from a folder."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from benchmarks import load
+from benchmarks.measuring import OURS, RATE, TIME, BenchError, Sample, Workload, cpu_seconds
+from benchmarks.scale import KIB, MIB, size_text
+from benchmarks.stage import Stage
+from tests.harness import Server
+
+CONNECTIONS = 32
+RANGES = 1000
+_numbers = itertools.count()
+SMALL, MEBIBYTE, LARGE = "hits/small", "hits/mebibyte", "hits/large.bin"
+
+
+class Target(Protocol):
+    """What can be loaded."""
+
+    port: int
+
+    @property
+    def pid(self) -> int:
+        """The first of its processes."""
+
+
+class Ours:
+    """One of our servers as a target."""
+
+    def __init__(self, server: Server):
+        self.port = server.port
+        self.pid = server.process.pid
+
+
+def workloads(stage: Stage) -> Iterator[Workload]:
+    """Of this group."""
+    keys = _store(stage)
+    local = _Load(stage, _targets(stage, stage.local_server))
+    cached = _Load(stage, _targets(stage, _filled(stage, keys)))
+    small, mebibytes = keys[SMALL], keys[MEBIBYTE]
+    yield cached.many(size_text(4 * KIB), small, 4 * KIB)
+    yield local.many(f"{size_text(4 * KIB)}, local driver", small, 4 * KIB)
+    yield cached.unchanged("304 Not Modified", small)
+    yield cached.many(size_text(MIB), mebibytes, MIB)
+    yield cached.ranges(f"ranges of {size_text(MIB)} of {size_text(stage.scale.large)}", LARGE)
+    yield cached.one(f"one download of {size_text(stage.scale.large)}", LARGE)
+
+
+def _targets(stage: Stage, server: Server) -> dict[str, Target]:
+    """A server of ours and the yardsticks, in the order of their turns."""
+    bare: dict[str, Target] = {"gunicorn": stage.gunicorn, "our worker": stage.worker}
+    nginx = {"nginx": stage.nginx} if stage.nginx else {}
+    return {OURS: Ours(server), **bare, **nginx}
+
+
+# The files
+
+
+def _store(stage: Stage) -> dict[str, list[str]]:
+    """Put files into the folder that all serve; the keys by kind."""
+    scale = stage.scale
+    keys = {
+        SMALL: [f"{SMALL}/{number:04}.bin" for number in range(scale.small_files)],
+        MEBIBYTE: [f"{MEBIBYTE}/{number:04}.bin" for number in range(scale.mebibyte_files)],
+        LARGE: [LARGE],
+    }
+    sizes = {SMALL: 4 * KIB, MEBIBYTE: MIB, LARGE: scale.large}
+    for kind, found in keys.items():
+        for key in found:
+            random_file(stage.files / key, sizes[kind])
+    return keys
+
+
+def random_file(path: Path, size: int) -> None:
+    """A file with bytes that are not like any other's."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    block = os.urandom(min(size, MIB))
+    with path.open("wb") as file:
+        for number in range(0, size, len(block)):
+            file.write(number.to_bytes(8, "big") + block[8:])
+
+
+def _filled(stage: Stage, keys: Mapping[str, Sequence[str]]) -> Server:
+    """The server on Azurite with the same files, whose copies are in its cache."""
+    server = stage.azure_server
+    stage.progress("storing the files")
+    for key in (key for found in keys.values() for key in found):
+        put(server, key, stage.files / key)
+    return server
+
+
+def put(server: Server, key: str, path: Path) -> None:
+    """Store a file through one of our servers."""
+    load.curl(f"{server.url}/{key}", "--upload-file", path, *authorization(server), status=201)
+
+
+def authorization(server: Server) -> list[str]:
+    """curl's options for a request that may write."""
+    return ["--header", f"Authorization: {server.headers()['Authorization']}"]
+
+
+# The loads
+
+
+class _Load:
+    """Puts a load on each of some targets."""
+
+    def __init__(self, stage: Stage, targets: Mapping[str, Target]):
+        self._stage = stage
+        self._scale = stage.scale
+        self._targets = targets
+
+    def _workload(self, title: str, turn: Callable[[str, Target], Sample], rate: bool = True) -> Workload:
+        turns = {name: _bound(turn, name, target) for name, target in self._targets.items()}
+        return Workload("hits", title, (RATE if rate else TIME,), turns)
+
+    def many(self, title: str, keys: Sequence[str], size: int) -> Workload:
+        """Whole objects of one size."""
+        for target in self._targets.values():
+            self._check(target, f"/{keys[-1]}", {}, 200, (self._stage.files / keys[-1]).read_bytes())
+        requests = self._requests(f"/{key}" for key in keys)
+        return self._workload(title, lambda _, target: self._wrk(target, requests, size))
+
+    def unchanged(self, title: str, keys: Sequence[str]) -> Workload:
+        """Conditional requests of clients that have everything."""
+        requests = {name: self._conditions(target, keys) for name, target in self._targets.items()}
+        return self._workload(title, lambda name, target: self._wrk(target, requests[name], 0))
+
+    def _conditions(self, target: Target, keys: Sequence[str]) -> Path:
+        tags = {key: load.ask(target.port, "GET", f"/{key}").headers["etag"] for key in keys}
+        self._check(target, f"/{keys[0]}", {"If-None-Match": tags[keys[0]]}, 304, b"")
+        return self._requests(f"/{key}\tIf-None-Match\t{tag}" for key, tag in tags.items())
+
+    def ranges(self, title: str, key: str) -> Workload:
+        """Parts of a large file, anywhere in it."""
+        chance = random.Random(1)
+        starts = [chance.randrange(self._scale.large - MIB) for _ in range(RANGES)]
+        with (self._stage.files / key).open("rb") as file:
+            file.seek(starts[0])
+            expected = file.read(MIB)
+        for target in self._targets.values():
+            self._check(target, f"/{key}", {"Range": f"bytes={starts[0]}-{starts[0] + MIB - 1}"}, 206, expected)
+        requests = self._requests(f"/{key}\tRange\tbytes={start}-{start + MIB - 1}" for start in starts)
+        return self._workload(title, lambda _, target: self._wrk(target, requests, MIB))
+
+    def one(self, title: str, key: str) -> Workload:
+        """A large file, by one client."""
+        return self._workload(title, lambda _, target: self._curl(target, key), rate=False)
+
+    def _curl(self, target: Target, key: str) -> Sample:
+        before = cpu_seconds(target.pid)
+        seconds = load.curl(f"http://127.0.0.1:{target.port}/{key}", downloaded=self._scale.large)
+        return Sample((seconds,), cpu_seconds=cpu_seconds(target.pid) - before)
+
+    def _wrk(self, target: Target, requests: Path, size: int) -> Sample:
+        before = cpu_seconds(target.pid)
+        arguments = (self._scale.seconds, self._stage.folder, "get.lua", requests)
+        rate = load.wrk(target.port, CONNECTIONS, *arguments, body=size)
+        return Sample((rate.per_second,), rate.requests, cpu_seconds(target.pid) - before)
+
+    def _requests(self, lines: Iterable[str]) -> Path:
+        """The file that get.lua reads."""
+        path = self._stage.folder / f"requests-{next(_numbers)}.txt"
+        path.write_text("\n".join(lines) + "\n")
+        return path
+
+    @staticmethod
+    def _check(target: Target, path: str, headers: Mapping[str, str], status: int, body: bytes) -> None:
+        """What wrk cannot see: whether the bytes are the right ones."""
+        answer = load.ask(target.port, "GET", path, headers)
+        if (answer.status, answer.body) != (status, body):
+            raise BenchError(f"port {target.port}: GET {path} gave {answer.status} and {len(answer.body)} bytes")
+
+
+def _bound(turn: Callable[[str, Target], Sample], name: str, target: Target) -> Callable[[], Sample]:
+    return lambda: turn(name, target)

@@ -1,0 +1,232 @@
+"""The clients: wrk for many requests, curl for large ones, and a crowd of readers. All check what they got."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import selectors
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measuring import BenchError
+
+SCRIPTS = Path(__file__).parent / "wrk"
+HEAD_ROOM = 2048  # bytes that a response may have beside its body
+TIMEOUT = 120  # seconds without a byte after which a client gives up
+
+
+# wrk
+
+
+@dataclass(frozen=True)
+class Rate:
+    """What wrk counted."""
+
+    requests: int
+    seconds: float
+    p50: float  # seconds
+    p99: float  # seconds
+
+    @property
+    def per_second(self) -> float:
+        """Requests."""
+        return self.requests / self.seconds
+
+
+def wrk(port: int, connections: int, seconds: int, folder: Path, script: str, *args: object, body: int) -> Rate:
+    """Load a server on this machine.
+
+    :param folder: where the script that wrk gets may lie.
+    :param script: the name of one of ours.
+    :param body: how many bytes the body of each response has; 0: it is small.
+    :raises BenchError: a response is an error, or has another size.
+    """
+    path = folder / script
+    path.write_text((SCRIPTS / "summary.lua").read_text() + (SCRIPTS / script).read_text())
+    options = ["--threads", 2, "--connections", connections, "--duration", seconds, "--timeout", 30, "--script", path]
+    output = _output(["wrk", *options, f"http://127.0.0.1:{port}", "--", *args])
+    found = [line.removeprefix("SUMMARY ") for line in output.splitlines() if line.startswith("SUMMARY ")]
+    if not found:
+        raise BenchError(f"wrk did not say what it counted: {output.strip()}")
+    return _checked_rate(json.loads(found[0]), connections, body)
+
+
+def _checked_rate(summary: Mapping[str, Any], connections: int, body: int) -> Rate:
+    errors = {name: summary[name] for name in ("connect", "read", "write", "status", "timeout") if summary[name]}
+    requests = summary["requests"]
+    # What was under way at the end is counted in bytes, but not in requests.
+    most = (requests + connections) * (body + HEAD_ROOM)
+    if errors or not requests or not requests * body <= summary["bytes"] <= most:
+        raise BenchError(f"wrk got something else than {body} bytes each time: {dict(summary)}")
+    return Rate(requests, summary["seconds"], summary["p50"], summary["p99"])
+
+
+def _output(command: Sequence[object]) -> str:
+    result = subprocess.run([str(word) for word in command], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if result.returncode:
+        raise BenchError(f"{command[0]} failed with {result.returncode}: {result.stderr.strip()}")
+    return result.stdout
+
+
+# curl
+
+
+def curl(url: str, *options: object, status: int = 200, downloaded: int | None = None) -> float:
+    """One request; how many seconds it took.
+
+    :param downloaded: how many bytes its body has to have.
+    :raises BenchError: another status, or size.
+    """
+    told = "%{http_code} %{size_download} %{time_total}"
+    output = _output(["curl", "-sS", "-o", "/dev/null", "-w", told, *options, url])
+    found_status, found_size, seconds = output.split()
+    if int(found_status) != status or downloaded not in (None, int(found_size)):
+        raise BenchError(f"{url}: {found_status} with {found_size} bytes, not {status} with {downloaded}")
+    return float(seconds)
+
+
+# One request, looked at
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A response."""
+
+    status: int
+    headers: Mapping[str, str]  # names in lower case
+    body: bytes
+
+
+def ask(port: int, method: str, path: str, headers: Mapping[str, str] | None = None) -> Answer:
+    """One request on a connection of its own."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT)
+    try:
+        connection.request(method, path, headers=dict(headers or {}))
+        response = connection.getresponse()
+        return Answer(response.status, {k.lower(): v for k, v in response.getheaders()}, response.read())
+    finally:
+        connection.close()
+
+
+# Crowds
+
+
+@dataclass
+class Download:
+    """What one reader got."""
+
+    started: float  # seconds, on the monotonic clock
+    status: int = 0
+    length: int = 0  # bytes, as the head says
+    received: int = 0  # bytes of the body
+    cache: str = ""  # what X-Cache says
+    first_byte: float = 0  # seconds from the request to the body's first byte
+    seconds: float = 0  # until its last
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is to come."""
+        return bool(self.status) and self.received >= self.length
+
+
+class Reader:
+    """A connection that asks for one path after the other, as long as there are any.
+
+    A body is thrown away in the kernel (``MSG_TRUNC``, tcp(7)): so one process can be a crowd of clients, without
+    being what limits them.
+    """
+
+    _buffer = bytearray(1 << 20)  # never written to, but its length counts
+
+    def __init__(self, port: int, paths: Iterator[str]):
+        self.sock = socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT)
+        self.downloads: list[Download] = []
+        self._paths = paths
+        self._head = b""
+
+    def ask(self) -> bool:
+        """Send the next request; False: there is none."""
+        path = next(self._paths, None)
+        if path is None:
+            return False
+        self._head = b""
+        self.downloads.append(Download(time.monotonic()))
+        self.sock.sendall(f"GET {path} HTTP/1.1\r\nHost: bench\r\n\r\n".encode())
+        return True
+
+    def take(self) -> bool:
+        """Take what has come; whether that was the end of the response.
+
+        :raises BenchError: the connection was closed before.
+        """
+        download = self.downloads[-1]
+        size = self._take_body(download) if download.status else self._take_head(download)
+        download.seconds = time.monotonic() - download.started
+        download.received += size
+        if download.received and not download.first_byte:
+            download.first_byte = download.seconds
+        return download.complete
+
+    def _take_body(self, download: Download) -> int:
+        size = self.sock.recv_into(self._buffer, 0, socket.MSG_TRUNC)
+        if not size:
+            raise BenchError(f"the connection was closed after {download.received} bytes of {download.length}")
+        return size
+
+    def _take_head(self, download: Download) -> int:
+        """How many bytes of the body came with it."""
+        data = self.sock.recv(4096)
+        if not data:
+            raise BenchError("the connection was closed without an answer")
+        self._head += data
+        head, end, rest = self._head.partition(b"\r\n\r\n")
+        if end:
+            status, _, lines = head.decode("latin-1").partition("\r\n")
+            pairs = (line.partition(":") for line in lines.split("\r\n"))
+            headers = {name.lower(): value.strip() for name, _, value in pairs}
+            download.status = int(status.split()[1])
+            download.length = int(headers["content-length"])
+            download.cache = headers.get("x-cache", "")
+        return len(rest)
+
+
+def crowd(port: int, paths: Sequence[str], connections: int, size: int) -> tuple[list[Download], float]:
+    """So many connections download paths, each the next one that is left, as fast as they come.
+
+    :param size: what each must have, in bytes.
+    :returns: what came, and how many seconds all of it took.
+    :raises BenchError: something else came.
+    """
+    waiting = iter(paths)
+    readers = [Reader(port, waiting) for _ in range(connections)]
+    started = time.monotonic()
+    try:
+        _read_all(readers)
+    finally:
+        for reader in readers:
+            reader.sock.close()
+    seconds = time.monotonic() - started
+    downloads = [download for reader in readers for download in reader.downloads]
+    wrong = [download for download in downloads if (download.status, download.received) != (200, size)]
+    if wrong or len(downloads) != len(paths):
+        raise BenchError(f"{len(downloads)} of {len(paths)} downloads, not all of {size} bytes: {wrong[:3]}")
+    return downloads, seconds
+
+
+def _read_all(readers: Sequence[Reader]) -> None:
+    with selectors.DefaultSelector() as selector:
+        for reader in readers:
+            if reader.ask():
+                selector.register(reader.sock, selectors.EVENT_READ, reader)
+        while selector.get_map():
+            found = selector.select(TIMEOUT)
+            if not found:
+                raise BenchError(f"nothing came for {TIMEOUT} seconds")
+            for key, _ in found:
+                if key.data.take() and not key.data.ask():
+                    selector.unregister(key.fileobj)

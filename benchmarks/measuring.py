@@ -1,0 +1,190 @@
+"""What is measured: systems run in turns, their times, their CPU seconds, and what to make of them."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import psutil
+
+OURS = "ours"  # the system that all others are compared with
+
+
+class BenchError(Exception):
+    """The run cannot go on, or what it measured would be wrong. The message is for the user, in one line."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One figure of a workload."""
+
+    unit: str
+    name: str = ""  # where a workload has several
+    more_is_better: bool = False
+
+
+RATE = Measure("requests/s", more_is_better=True)
+TIME = Measure("s")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What one turn gave."""
+
+    values: tuple[float, ...]  # one for each of the workload's measures
+    operations: float = 1  # how many requests it was
+    cpu_seconds: float | None = None  # of the system's processes, user and system; None: it has none of its own
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A load, and what puts it on each system."""
+
+    group: str
+    title: str
+    measures: tuple[Measure, ...]
+    turns: Mapping[str, Callable[[], Sample]]  # by system
+
+
+@dataclass
+class Row:
+    """All turns of one measure."""
+
+    group: str
+    workload: str
+    measure: Measure
+    values: dict[str, list[float]]  # by system, in the order of the turns
+    cpu_ms: dict[str, list[float]] = field(default_factory=dict)  # by system: milliseconds for one operation
+
+    @property
+    def title(self) -> str:
+        """What is measured under which load."""
+        return f"{self.workload}: {self.measure.name}" if self.measure.name else self.workload
+
+    @property
+    def medians(self) -> dict[str, float]:
+        """By system."""
+        return {system: statistics.median(values) for system, values in self.values.items()}
+
+    @property
+    def cpu_medians(self) -> dict[str, float]:
+        """By system: milliseconds for one operation."""
+        return {system: statistics.median(values) for system, values in self.cpu_ms.items()}
+
+    @property
+    def ratios(self) -> dict[str, float]:
+        """By yardstick: our speed as a share of its speed."""
+        medians = self.medians
+        ours = medians[OURS]
+        others = {system: value for system, value in medians.items() if system != OURS}
+        return {system: ratio(ours, value, self.measure.more_is_better) for system, value in others.items()}
+
+
+def ratio(ours: float, other: float, more_is_better: bool) -> float:
+    """Our speed as a share of another's: above 1, we are faster.
+
+    >>> ratio(50, 100, more_is_better=True), ratio(2.0, 1.0, more_is_better=False)
+    (0.5, 0.5)
+    """
+    part, whole = (ours, other) if more_is_better else (other, ours)
+    return part / whole if whole else float("inf")
+
+
+def run(workload: Workload, rounds: int, progress: Callable[[str], None]) -> list[Row]:
+    """Give each system its turn, then each its next: what else the machine does then falls on all of them alike."""
+    samples: dict[str, list[Sample]] = {system: [] for system in workload.turns}
+    for number in range(1, rounds + 1):
+        for system, turn in workload.turns.items():
+            sample = turn()
+            samples[system].append(sample)
+            progress(f"{workload.group}: {workload.title}, {number} of {rounds}: {system} {_told(workload, sample)}")
+    return list(_rows(workload, samples))
+
+
+def _told(workload: Workload, sample: Sample) -> str:
+    pairs = zip(workload.measures, sample.values, strict=True)
+    return ", ".join(" ".join((measure.name, number(value), measure.unit)).strip() for measure, value in pairs)
+
+
+def _rows(workload: Workload, samples: Mapping[str, list[Sample]]) -> Iterator[Row]:
+    cpu_ms = {
+        system: [1000 * sample.cpu_seconds / sample.operations for sample in found if sample.cpu_seconds is not None]
+        for system, found in samples.items()
+    }
+    cpu_ms = {system: found for system, found in cpu_ms.items() if found}
+    for index, measure in enumerate(workload.measures):
+        values = {system: [sample.values[index] for sample in found] for system, found in samples.items()}
+        yield Row(workload.group, workload.title, measure, values, cpu_ms if index == 0 else {})
+
+
+def number(value: float) -> str:
+    """A figure with three digits that count.
+
+    >>> number(7712.4), number(45.67), number(1.234), number(0.01234), number(0)
+    ('7,712', '45.7', '1.23', '0.0123', '0')
+    """
+    if not value:
+        return "0"
+    decimals = max(0, 2 - int(f"{value:e}".partition("e")[2]))
+    return f"{value:,.{decimals}f}"
+
+
+# Processes
+
+
+def family(pid: int) -> list[psutil.Process]:
+    """A process and all that it has started."""
+    root = psutil.Process(pid)
+    return [root, *root.children(recursive=True)]
+
+
+def cpu_seconds(pid: int) -> float:
+    """What a family of processes has used so far, user and system, in seconds; its dead members' too."""
+    return sum(_cpu_seconds(process) for process in family(pid))
+
+
+def _cpu_seconds(process: psutil.Process) -> float:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        times = process.cpu_times()
+        return times.user + times.system + times.children_user + times.children_system
+    return 0.0
+
+
+class PrivateMemory:
+    """Watches, during a block, how much memory of its own each of some processes has at most."""
+
+    INTERVAL = 0.02  # seconds between two looks
+
+    def __init__(self, pids: Iterable[int]):
+        self._processes = [psutil.Process(pid) for pid in pids]
+        self._before = self._look()
+        self._most = list(self._before)
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> PrivateMemory:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._ended.set()
+        self._thread.join()
+        self._keep_most()
+
+    @property
+    def growth(self) -> int:
+        """Bytes by which the process that grew most did."""
+        return max(most - before for most, before in zip(self._most, self._before, strict=True))
+
+    def _watch(self) -> None:
+        while not self._ended.wait(self.INTERVAL):
+            self._keep_most()
+
+    def _keep_most(self) -> None:
+        self._most = [max(pair) for pair in zip(self._most, self._look(), strict=True)]
+
+    def _look(self) -> list[int]:
+        return [process.memory_full_info().uss for process in self._processes]

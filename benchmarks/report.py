@@ -1,0 +1,128 @@
+"""What came out: as a table for people, and as JSON."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import Any
+
+import psutil
+
+from benchmarks.measuring import OURS, Row, number
+from benchmarks.scale import Scale
+from benchmarks.yardsticks import MissingProgram, find
+
+PROGRAMS = {  # how they tell their versions, and the Debian packages they are in
+    "nginx": ("-v", "nginx"),
+    "varnishd": ("-V", "varnish"),
+    "wrk": ("-v", "wrk"),
+    "curl": ("--version", "curl"),
+}
+PACKAGES = ("gunicorn", "flask", "werkzeug", "azure-storage-blob")
+
+
+def table(rows: Sequence[Row], scale: Scale, left_out: Iterable[str] = ()) -> str:
+    """All figures, one table for each group and one for the CPU time."""
+    runs = f"{scale.rounds} interleaved runs" if scale.rounds > 1 else "one run"
+    head = f"{scale.name} scale, medians of {runs}; in brackets: our speed as a share of theirs"
+    parts = [head, *(f"left out: {reason}" for reason in left_out)]
+    for group, found in itertools.groupby(rows, key=lambda row: row.group):
+        members = list(found)
+        parts += ["", *_lines(_group_cells(group, members)), "", *_lines(_cpu_cells(group, members))]
+    return "\n".join(parts)
+
+
+def _systems(rows: Iterable[Row]) -> list[str]:
+    return list(dict.fromkeys(system for row in rows for system in row.values))
+
+
+def _group_cells(group: str, rows: Sequence[Row]) -> Iterator[list[str]]:
+    systems = _systems(rows)
+    yield [group, "", *systems]
+    for row in rows:
+        yield [row.title, row.measure.unit, *(_cell(row, system) for system in systems)]
+
+
+def _cell(row: Row, system: str) -> str:
+    if system not in row.values:
+        return ""
+    figure = number(row.medians[system])
+    return figure if system == OURS else f"{figure} ({row.ratios[system]:.2f})"
+
+
+def _cpu_cells(group: str, rows: Sequence[Row]) -> Iterator[list[str]]:
+    """The CPU time of the servers is what stays comparable on a machine that is busy with other things."""
+    used = [row for row in rows if row.cpu_ms]
+    systems = [system for system in _systems(used) if any(system in row.cpu_ms for row in used)]
+    yield [f"{group}: CPU ms for one", "", *systems]
+    for row in used:
+        medians = row.cpu_medians
+        yield [row.workload, "ms", *(number(medians[s]) if s in medians else "" for s in systems)]
+
+
+def _lines(cells: Iterable[list[str]]) -> Iterator[str]:
+    """Columns of one width each; the first two are text, the others figures.
+
+    >>> list(_lines([["hits", "", "ours"], ["4 KiB", "requests/s", "12"]]))
+    ['hits               ours', '4 KiB  requests/s    12']
+    """
+    rows = list(cells)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        padded = [
+            cell.ljust(width) if index < 2 else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        yield "  ".join(padded).rstrip()
+
+
+def document(rows: Iterable[Row], scale: Scale, left_out: Sequence[str] = ()) -> dict[str, Any]:
+    """All figures and what they were measured on, for JSON."""
+    return {
+        "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "scale": asdict(scale),
+        "machine": _machine(),
+        "programs": dict(_versions()),
+        "left_out": list(left_out),
+        "rows": [_row(row) for row in rows],
+    }
+
+
+def _row(row: Row) -> dict[str, Any]:
+    return {
+        "group": row.group,
+        "workload": row.workload,
+        **asdict(row.measure),
+        "medians": row.medians,
+        "ratios": row.ratios,
+        "cpu_ms_per_operation": row.cpu_medians,
+        "runs": row.values,
+        "cpu_ms_per_operation_runs": row.cpu_ms,
+    }
+
+
+def _machine() -> dict[str, Any]:
+    return {
+        "cores": os.cpu_count(),
+        "memory": psutil.virtual_memory().total,
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "load": os.getloadavg()[0],
+    }
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    for program, (option, package) in PROGRAMS.items():
+        try:
+            told = subprocess.run([find(program, package), option], capture_output=True, text=True)
+        except MissingProgram:
+            continue
+        yield program, (told.stdout + told.stderr).partition("\n")[0].strip()
+    for package in PACKAGES:
+        yield package, version(package)

@@ -1,0 +1,49 @@
+"""How large a run is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+KIB, MIB, GIB = 1024, 1024**2, 1024**3
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The sizes of one run. Sizes of objects are in bytes, times in seconds."""
+
+    name: str
+    rounds: int  # how often each system's turn comes
+    seconds: int  # for which wrk loads a system in each turn
+    large: int  # the file that is downloaded and uploaded, and in which ranges lie
+    medium: int  # uploads to Azurite, and cold objects
+    followed: int  # the cold object that a crowd follows while memory is watched
+    small_files: int  # of 4 KiB; hits are spread over them
+    mebibyte_files: int
+    cold_files: int  # of 16 KiB, each fetched once
+
+    @property
+    def disk(self) -> int:
+        """Bytes of disk that a run needs at most: files, uploads, copies in caches, and what Azurite has."""
+        return 6 * self.large + 3 * self.followed + (2 * self.rounds + 4) * self.medium + 256 * MIB
+
+
+SCALES = {
+    scale.name: scale
+    for scale in (
+        Scale("full", 5, 5, GIB, 256 * MIB, GIB, 400, 32, 500),
+        Scale("quick", 3, 1, 256 * MIB, 64 * MIB, 256 * MIB, 400, 16, 200),
+        Scale("tiny", 1, 1, 4 * MIB, 2 * MIB, 2 * MIB, 8, 2, 16),
+    )
+}
+
+
+def size_text(size: int) -> str:
+    """A size as people say it.
+
+    >>> size_text(4096), size_text(256 * MIB), size_text(GIB)
+    ('4 KiB', '256 MiB', '1 GiB')
+    """
+    for unit, name in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
+        if size >= unit and size % unit == 0:
+            return f"{size // unit} {name}"
+    return f"{size} bytes"

@@ -1,0 +1,170 @@
+"""What runs during a bench: started when it is first needed, ended with the bench."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack
+from functools import cached_property
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from benchmarks import yardsticks
+from benchmarks.measuring import BenchError
+from benchmarks.scale import MIB, Scale
+from benchmarks.yardsticks import MissingProgram, Program, find
+from tests.azurite import Azurite, running_azurite
+from tests.harness import Server
+
+
+class Stage:
+    """A scratch folder with servers.
+
+    :param folder: empty; its disk is what is measured, too.
+    :param stack: ends what is started.
+    """
+
+    def __init__(self, scale: Scale, folder: Path, stack: ExitStack):
+        self.scale = scale
+        self.folder = folder
+        self.left_out: list[str] = []
+        self._stack = stack
+        self.files = self.new_folder("files")  # the local driver's, nginx's and gunicorn's
+
+    def new_folder(self, name: str) -> Path:
+        """A new folder in the scratch folder."""
+        path = self.folder / name
+        path.mkdir()
+        return path
+
+    def progress(self, text: str) -> None:
+        """Tell the user how far it is."""
+        print(f"bench: {text}", file=sys.stderr, flush=True)
+
+    def settle(self) -> None:
+        """Have the disk write what it still has to, so that no system pays for another's files."""
+        subprocess.run(["sync", "--file-system", self.folder], check=True)
+
+    # Ours
+
+    @cached_property
+    def local_server(self) -> Server:
+        """The server on the local driver, over :attr:`files`."""
+        return self._server("local", {"driver": "local", "local": {"storage_path": self.files}})
+
+    @cached_property
+    def azure_server(self) -> Server:
+        """The server on Azurite."""
+        azure = {"account": self.azurite.account, "key": self.azurite.key, "endpoint": self.azurite.endpoint}
+        return self._server("azure", {"driver": "azure", "azure": {**azure, "container": self.container}})
+
+    def _server(self, name: str, document: dict[str, object]) -> Server:
+        self.progress(f"starting the server on the driver {name}")
+        # Evicting when a disk is nearly full is not what is measured.
+        cache = {"low_disk_percent": 0, "recover_disk_percent": 0}
+        document |= {"server": {"workers": yardsticks.WORKERS, "threads": yardsticks.THREADS}, "cache": cache}
+        return self._stack.enter_context(_running(Server(self.new_folder(f"server-{name}"), document)))
+
+    # The backend
+
+    @cached_property
+    def azurite(self) -> Azurite:
+        """The backend of all that caches."""
+        self.progress("starting Azurite")
+        return self._stack.enter_context(running_azurite(self.new_folder("azurite")))
+
+    @cached_property
+    def container(self) -> str:
+        """A container whose blobs everybody may read: nginx and Varnish cannot sign requests."""
+        name = self.azurite.new_container()
+        with self.azurite.client(name) as container:
+            container.set_container_access_policy(signed_identifiers={}, public_access="blob")
+        return name
+
+    @property
+    def backend(self) -> tuple[str, str]:
+        """Azurite's host and port, and what comes before a key in a path there."""
+        url = urlsplit(self.azurite.endpoint)
+        return url.netloc, f"{url.path}/{self.container}"
+
+    # The yardsticks
+
+    @cached_property
+    def gunicorn(self) -> Program:
+        """gunicorn's own threaded worker with a bare function."""
+        return self._bare("gunicorn", "gthread")
+
+    @cached_property
+    def worker(self) -> Program:
+        """Our worker with the same function."""
+        return self._bare("our worker", "kci_storage.worker.Worker")
+
+    def _bare(self, name: str, worker_class: str) -> Program:
+        folder = self.new_folder(name.replace(" ", "-"))
+        return self._stack.enter_context(yardsticks.bare_gunicorn(name, worker_class, folder, self.files))
+
+    @cached_property
+    def nginx(self) -> Program | None:
+        """nginx over the same files; None: it is not installed."""
+        return self._optional(lambda: yardsticks.nginx_files(self.new_folder("nginx"), self.files))
+
+    @cached_property
+    def nginx_cache(self) -> Program | None:
+        """nginx as a cache over Azurite."""
+        return self._optional(lambda: yardsticks.nginx_cache(self.new_folder("nginx-cache"), *self.backend))
+
+    @cached_property
+    def varnish(self) -> Program | None:
+        """Varnish over Azurite."""
+        size = 3 * self.scale.medium + 64 * MIB
+        return self._optional(lambda: yardsticks.varnish(self.new_folder("varnish"), *self.backend, size))
+
+    def _optional(self, start: Callable[[], AbstractContextManager[Program]]) -> Program | None:
+        """A yardstick that may be missing, which is told once."""
+        try:
+            return self._stack.enter_context(start())
+        except MissingProgram as exc:
+            if str(exc) not in self.left_out:
+                self.left_out.append(str(exc))
+            return None
+
+
+@contextlib.contextmanager
+def _running(server: Server) -> Iterator[Server]:
+    """A server that must be clean at its end, unless the bench has failed or was interrupted."""
+    server.start()
+    try:
+        yield server
+    except BaseException:
+        server.kill()
+        raise
+    server.close()
+
+
+@contextlib.contextmanager
+def stage(scale: Scale) -> Iterator[Stage]:
+    """A stage in a new folder, which is gone at the end of the block.
+
+    :raises BenchError: a program that makes the load is missing, or there is not enough room on the disk.
+    """
+    for program in ("wrk", "curl"):
+        find(program, program)
+    parent = Path(os.environ.get("BENCH_DIR", "/var/tmp"))  # /tmp may be memory
+    if shutil.disk_usage(parent).free < scale.disk:
+        raise BenchError(f"{parent} has no {scale.disk // MIB} MiB to spare; BENCH_DIR names another folder")
+    with _scratch(parent) as folder, ExitStack() as stack:
+        yield Stage(scale, folder, stack)
+
+
+@contextlib.contextmanager
+def _scratch(parent: Path) -> Iterator[Path]:
+    folder = parent / f"kci-storage-bench-{os.getpid()}"
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
