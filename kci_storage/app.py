@@ -24,6 +24,7 @@ from kci_storage.hits import Hits
 from kci_storage.metrics import Metrics
 from kci_storage.misses import Misses
 from kci_storage.objects import Objects
+from kci_storage.sending import Responder
 from kci_storage.transport import Exchange, Transport
 from kci_storage.upload import Uploads
 
@@ -36,6 +37,7 @@ class Services:
     driver: Driver
     fills: Fills
     objects: Objects
+    responder: Responder
     uploads: Uploads
     authenticator: Authenticator
     permissions: Permissions
@@ -107,6 +109,7 @@ def build_services(config: Config) -> Services:
             wait_timeout=server.lock_timeout,
             revalidate_after=config.cache.revalidate_after,
         ),
+        responder=Responder(server.cache_control),
         uploads=Uploads(
             measured,
             cache,
@@ -140,6 +143,6 @@ def transport(app: Callable[..., Any], services: Services) -> Callable[..., Any]
         services.metrics.request_finished(exchange)
         logs.log_access(exchange)
 
-    wrapped: Callable[..., Any] = Transport(Hits(app, services.objects), finished)
+    wrapped: Callable[..., Any] = Transport(Hits(app, services.objects, services.responder), finished)
     proxies = services.config.server.trusted_proxies
     return ProxyFix(wrapped, x_for=proxies, x_proto=proxies, x_host=proxies) if proxies else wrapped

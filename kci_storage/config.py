@@ -85,6 +85,11 @@ def _is_location(path: str) -> bool:
     return not path or re.fullmatch(r"/(?:[A-Za-z0-9._~-]+/)+", path) is not None
 
 
+def _is_cache_control(value: str) -> bool:
+    directive = r"[A-Za-z-]+(?:=(?:[0-9A-Za-z-]+|\"[0-9A-Za-z, -]*\"))?"
+    return re.fullmatch(rf"{directive}(?:, *{directive})*", value) is not None
+
+
 def _is_base64(key: str) -> bool:
     try:
         base64.b64decode(key, validate=True)
@@ -141,6 +146,12 @@ class ServerConfig:
         'nginx\'s internal location over the cache directory, e.g. "/_cache/"; empty: files leave by the server',
         expects='nothing or a path that starts and ends with "/"',
         accepts=_is_location,
+    )
+    cache_control: str = _setting(
+        "public, no-cache",
+        'the Cache-Control of downloads: browsers and CDNs may keep a copy, and ask before they use it',
+        expects='directives such as "public, max-age=60"',
+        accepts=_is_cache_control,
     )
     send_timeout: float = _setting(
         60.0, "after this long without progress a stalled client is dropped", unit="seconds", minimum=1, maximum=_DAY

@@ -14,7 +14,7 @@ from kci_storage import keys
 from kci_storage.errors import BadKey
 from kci_storage.http_semantics import RequestHeaders
 from kci_storage.objects import Objects
-from kci_storage.sending import STATUS_LINES, respond
+from kci_storage.sending import STATUS_LINES, Responder
 from kci_storage.transport import EXCHANGE
 
 ROUTE = "download"  # as the view's, for the metrics
@@ -26,9 +26,10 @@ class Hits:
     :param app: gets all other requests.
     """
 
-    def __init__(self, app: Callable[..., Iterable[bytes]], objects: Objects):
+    def __init__(self, app: Callable[..., Iterable[bytes]], objects: Objects, responder: Responder):
         self._app = app
         self._objects = objects
+        self._responder = responder
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         if environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
@@ -39,7 +40,7 @@ class Hits:
             content = None
         if content is None:
             return self._app(environ, start_response)
-        response = respond(content, environ, RequestHeaders.from_environ(environ))
+        response = self._responder.respond(content, environ, RequestHeaders.from_environ(environ))
         exchange = environ[EXCHANGE]
         exchange.route, exchange.cache = ROUTE, content.status.value
         start_response(STATUS_LINES[response.status], response.headers)

@@ -81,6 +81,9 @@ _INLINE = frozenset(
     "image/avif image/bmp image/gif image/jpeg image/png image/webp".split()
 )
 
+_READABLE = frozenset((_PLAIN, "application/json"))
+_GZIP_TYPES = frozenset(("application/gzip", "application/x-gzip", OCTET_STREAM))
+
 _TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110 section 5.6.2
 _QUOTED = re.compile(r'"(?:[\t !#-\[\]-~]|\\[\t -~])*"')  # section 5.6.4, ASCII only
 _PARAMETER = rf"[ \t]*;(?:[ \t]*{_TOKEN}=(?:{_TOKEN}|{_QUOTED.pattern}))?"  # section 5.6.6
@@ -132,6 +135,22 @@ def for_download(stored: str | None, key: str) -> str:
         return normalise(stored) or guess(key)
     except BadRequest:
         return guess(key)
+
+
+def for_reading(stored: str | None, key: str) -> str | None:
+    """The content type of a compressed text once a browser has unpacked it (``Content-Encoding: gzip``).
+
+    :param stored: what the backend says of the file as it is.
+    :returns: None for what is no ``.gz`` file, or not of a text that a browser shows safely.
+
+    >>> for_reading("application/gzip", "a/boot.log.gz"), for_reading(None, "a/page.html.gz")
+    ('text/plain; charset=utf-8', None)
+    """
+    name, dot, extension = key.rpartition(".")
+    if not dot or extension.lower() != "gz" or for_download(stored, key) not in _GZIP_TYPES:
+        return None
+    content_type = guess(name.rpartition("/")[2])
+    return content_type if content_type in _READABLE else None
 
 
 def disposition(key: str, content_type: str, force_attachment: bool = False) -> str:

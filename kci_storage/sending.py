@@ -5,6 +5,7 @@ It knows no framework, since both a view and the short way of hits (:mod:`kci_st
 
 from __future__ import annotations
 
+import enum
 import functools
 import itertools
 import secrets
@@ -29,10 +30,9 @@ from kci_storage.transport import SentFile, SentSegments
 
 Headers = list[tuple[str, str]]
 
-CACHE_CONTROL = "public, no-cache"  # anybody may keep a copy, and asks with its ETag before using it
 EXPOSED_HEADERS = (
-    "Accept-Ranges, Content-Disposition, Content-Length, Content-Range, ETag, Last-Modified, Retry-After, "
-    "X-Cache, X-Request-ID"
+    "Accept-Ranges, Content-Disposition, Content-Encoding, Content-Length, Content-Range, ETag, Last-Modified, "
+    "Retry-After, X-Cache, X-Request-ID"
 )
 # Public answers may be read by scripts of any site; a token is never sent by a browser on its own.
 CORS_HEADERS = (
@@ -58,28 +58,45 @@ class Response(NamedTuple):
     body: Iterable[bytes]
 
 
-def respond(content: Content, environ: dict[str, Any], conditions: RequestHeaders) -> Response:
-    """The response to a ``GET`` or ``HEAD`` of an object (RFC 9110, sections 13 and 14).
+class Purpose(enum.Enum):
+    """What a file is asked for, which its query may say."""
 
-    It owns the content from now on: the body's end closes it.
+    DOWNLOAD = "download"  # as it is; a browser shows what is safe to show
+    ATTACHMENT = "attachment"  # to be saved: ?download=1
+    READING = "reading"  # a compressed text, to be shown: ?view=1
 
-    :raises ObjectChanged: the version is gone; nothing has been sent.
+
+class Responder:
+    """Makes the responses to downloads.
+
+    :param cache_control: what they all say to caches.
     """
-    info, method = content.info, environ["REQUEST_METHOD"]
-    decision = decide(method, conditions, info.etag, info.last_modified, info.size)
-    headers = [*_validators(info), ("X-Cache", content.status.value), *CORS_HEADERS]
-    if decision.status in (304, 412):
-        content.close()
-        if decision.status == 412:  # a 304 never has a body, and no length of one
-            headers.append(("Content-Length", "0"))
-        return Response(decision.status, headers, ())
-    if decision.status == 416:
-        content.close()
-        return _unsatisfiable(info, headers, environ)
-    headers += _descriptors(info, asks_for_attachment(environ["QUERY_STRING"]))
-    if len(decision.ranges) > 1:
-        return _several_ranges(content, decision.ranges, headers)
-    return _one_range(content, decision, headers, method, environ["wsgi.file_wrapper"])
+
+    def __init__(self, cache_control: str):
+        self._common = (("Cache-Control", cache_control), NOSNIFF, *CORS_HEADERS)
+
+    def respond(self, content: Content, environ: dict[str, Any], conditions: RequestHeaders) -> Response:
+        """The response to a ``GET`` or ``HEAD`` of an object (RFC 9110, sections 13 and 14).
+
+        It owns the content from now on: the body's end closes it.
+
+        :raises ObjectChanged: the version is gone; nothing has been sent.
+        """
+        info, method = content.info, environ["REQUEST_METHOD"]
+        decision = decide(method, conditions, info.etag, info.last_modified, info.size)
+        headers = [*_validators(info), ("X-Cache", content.status.value), *self._common]
+        if decision.status in (304, 412):
+            content.close()
+            if decision.status == 412:  # a 304 never has a body, and no length of one
+                headers.append(("Content-Length", "0"))
+            return Response(decision.status, headers, ())
+        if decision.status == 416:
+            content.close()
+            return _unsatisfiable(info, headers, environ)
+        headers += _descriptors(info, purpose(environ["QUERY_STRING"]))
+        if len(decision.ranges) > 1:
+            return _several_ranges(content, decision.ranges, headers)
+        return _one_range(content, decision, headers, method, environ["wsgi.file_wrapper"])
 
 
 @functools.lru_cache(REMEMBERED_VERSIONS)
@@ -89,28 +106,39 @@ def _validators(info: ObjectInfo) -> tuple[tuple[str, str], ...]:
         ("ETag", etag_header(info.etag)),
         ("Last-Modified", http_date(info.last_modified)),
         ("Accept-Ranges", "bytes"),
-        ("Cache-Control", CACHE_CONTROL),
-        NOSNIFF,
     )
 
 
 @functools.lru_cache(REMEMBERED_VERSIONS)
-def _descriptors(info: ObjectInfo, attachment: bool) -> tuple[tuple[str, str], ...]:
+def _descriptors(info: ObjectInfo, asked_for: Purpose) -> tuple[tuple[str, str], ...]:
     """What the answers with content say of it."""
+    unpacked_type = media.for_reading(info.content_type, info.key) if asked_for is Purpose.READING else None
+    if unpacked_type is not None:
+        return (
+            ("Content-Type", unpacked_type),
+            ("Content-Encoding", "gzip"),
+            ("Content-Disposition", media.disposition(info.key[: -len(".gz")], unpacked_type)),
+        )
     content_type = media.for_download(info.content_type, info.key)
     return (
         ("Content-Type", content_type),
-        ("Content-Disposition", media.disposition(info.key, content_type, attachment)),
+        ("Content-Disposition", media.disposition(info.key, content_type, asked_for is Purpose.ATTACHMENT)),
     )
 
 
-def asks_for_attachment(query: str) -> bool:
-    """Whether a query string says ``download=1``.
+def purpose(query: str) -> Purpose:
+    """What a query string asks for.
 
-    >>> asks_for_attachment("a=b&download=1"), asks_for_attachment("")
-    (True, False)
+    >>> purpose("a=b&download=1"), purpose("view=1"), purpose("")
+    (<Purpose.ATTACHMENT: 'attachment'>, <Purpose.READING: 'reading'>, <Purpose.DOWNLOAD: 'download'>)
     """
-    return bool(query) and parse_qs(query, max_num_fields=100).get("download", [""])[-1] == "1"
+    if query:
+        fields = parse_qs(query)
+        if fields.get("download", [""])[-1] == "1":
+            return Purpose.ATTACHMENT
+        if fields.get("view", [""])[-1] == "1":
+            return Purpose.READING
+    return Purpose.DOWNLOAD
 
 
 def _unsatisfiable(info: ObjectInfo, headers: Headers, environ: dict[str, Any]) -> Response:

@@ -57,6 +57,7 @@ def test_the_defaults_are_the_contracts():
         "lock_timeout": 30,
         "trusted_proxies": 0,
         "accel_redirect": "",
+        "cache_control": "public, no-cache",
         "send_timeout": 60,
     }
     assert dataclasses.asdict(config.cache) == {
@@ -94,6 +95,7 @@ def test_every_key_can_be_set(write, tmp_path):
             lock_timeout = 0.5
             trusted_proxies = 2
             accel_redirect = "/_cache/"
+            cache_control = "public, max-age=60"
             send_timeout = 5
             [azure]
             account = "kernelci"
@@ -356,6 +358,9 @@ def test_impossible_binds(write, bind):
         (f'{LOCAL}[server]\naccel_redirect = "_cache/"', "server.accel_redirect: expected nothing or a path that"),
         (f'{LOCAL}[server]\naccel_redirect = "/"', "server.accel_redirect: expected nothing or a path that"),
         (f'{LOCAL}[server]\naccel_redirect = "/a?b/"', "server.accel_redirect: expected nothing or a path that"),
+        # cache_control
+        (f'{LOCAL}[server]\ncache_control = ""', "server.cache_control: expected directives such as"),
+        (f'{LOCAL}[server]\ncache_control = "a\\nb: c"', "server.cache_control: expected directives such as"),
         # azure
         (AZURE.replace("account", "#"), "azure.account: expected with the azure driver, it is missing"),
         (AZURE.replace("container", "#"), "azure.container: expected with the azure driver, it is missing"),

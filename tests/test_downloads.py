@@ -7,6 +7,7 @@ the decisions arrive on the wire, the same for each kind of object.
 from __future__ import annotations
 
 import email.utils
+import gzip
 import hashlib
 import os
 import threading
@@ -393,6 +394,70 @@ def test_type_and_disposition(source: Source, name: str, stored_type: str | None
     saved = get(source.server, f"{key}?download=1")
     assert saved.headers["Content-Disposition"] == disposition.replace("inline", "attachment")
     assert saved.content == b"content"
+
+
+@pytest.mark.parametrize(
+    ("name", "stored_type", "shown_as"),
+    [
+        ("boot.log.gz", None, "text/plain; charset=utf-8"),
+        ("boot.LOG.GZ", None, "text/plain; charset=utf-8"),
+        ("a.txt.gz", "application/x-gzip", "text/plain; charset=utf-8"),
+        (".config.gz", None, "text/plain; charset=utf-8"),
+        ("results.json.gz", "application/gzip", "application/json"),
+        ("page.html.gz", None, None),
+        ("image.svg.gz", None, None),
+        ("modules.tar.gz", None, None),
+        ("gz", None, None),
+        ("Image.gz", None, None),
+        ("boot.log", None, None),
+        ("boot.log.xz", None, None),
+        ("a.txt.gz", "text/html", None),
+        ("a.txt.gz", "text/plain", None),
+    ],
+)
+def test_a_compressed_text_can_be_read_in_the_browser(
+    source: Source, name: str, stored_type: str | None, shown_as: str | None
+):
+    text = b"[    0.000000] Booting Linux\n" * 1000
+    stored = gzip.compress(text)
+    key = source.store(stored, name, stored_type)
+    shown = get(source.server, f"{key}?view=1")
+    plain = get(source.server, key)
+    assert plain.content == stored
+    assert "Content-Encoding" not in plain.headers
+    if shown_as is None:
+        assert shown.content == stored
+        assert shown.headers["Content-Type"] == plain.headers["Content-Type"]
+        assert shown.headers["Content-Disposition"] == plain.headers["Content-Disposition"]
+        assert "Content-Encoding" not in shown.headers
+    else:
+        assert shown.content == text
+        assert shown.headers["Content-Encoding"] == "gzip"
+        assert shown.headers["Content-Type"] == shown_as
+        assert shown.headers["Content-Disposition"] == f'inline; filename="{name[:-3]}"'
+        assert shown.headers["X-Content-Type-Options"] == "nosniff"
+        assert shown.headers["ETag"] == plain.headers["ETag"]
+        unchanged = get(source.server, f"{key}?view=1", {"If-None-Match": shown.headers["ETag"]})
+        assert unchanged.status_code == 304
+    assert get(source.server, f"{key}?view=1&download=1").content == stored
+    assert get(source.server, f"{key}?view=0").content == stored
+
+
+def test_a_query_of_any_size_is_no_error(source: Source):
+    key = source.store(b"content", "a.log")
+    answer = get(source.server, f"{key}?{'a&' * 2000}download=1")
+    assert answer.headers["Content-Disposition"].startswith("attachment")
+
+
+def test_caches_are_told_what_the_operator_wants(start_server: Callable[..., Server]):
+    server = start_server(server={"cache_control": "public, max-age=60"})
+    key = f"{new_folder()}/a"
+    put(server, key, b"content")
+    etag = get(server, key).headers["ETag"]
+    for headers, status in (({}, 200), ({"Range": "bytes=0-1"}, 206), ({"If-None-Match": etag}, 304)):
+        answer = get(server, key, headers)
+        assert (answer.status_code, answer.headers["Cache-Control"]) == (status, "public, max-age=60")
+    assert get(server, f"{key}x").headers["Cache-Control"] == "public, no-cache"
 
 
 def test_public_errors_may_be_read_by_scripts(server: Server):

@@ -11,7 +11,6 @@ from kci_storage.blueprints.browse import directory
 from kci_storage.blueprints.routing import download_key, exchange, services
 from kci_storage.errors import ObjectChanged
 from kci_storage.http_semantics import RequestHeaders
-from kci_storage.sending import respond
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIEnvironment
@@ -33,7 +32,7 @@ def download(path: str) -> Response:
         content = services().objects.open(key, whole=whole)
         exchange().cache = content.status.value
         try:
-            status, headers, body = respond(content, request.environ, conditions)
+            status, headers, body = services().responder.respond(content, request.environ, conditions)
         except ObjectChanged:
             content.close()
             if attempt == TRIES - 1:

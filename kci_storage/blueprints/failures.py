@@ -11,10 +11,11 @@ from kci_storage import logs, problems
 from kci_storage.blueprints.routing import exchange
 from kci_storage.errors import StorageError, Unauthorized, meaning
 from kci_storage.metrics import METHODS
-from kci_storage.sending import CACHE_CONTROL, CORS_HEADERS
+from kci_storage.sending import CORS_HEADERS
 
 log = logging.getLogger(__name__)
 
+CACHE_CONTROL = "public, no-cache"  # of all but objects: a missing file may be there at the next look
 REQUEST_HEADERS = "Range, If-Match, If-None-Match, If-Modified-Since, If-Unmodified-Since, If-Range, X-Request-ID"
 
 
