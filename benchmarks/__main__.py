@@ -27,7 +27,8 @@ GROUPS = {"hits": hits.workloads, "uploads": uploads.workloads, "cold": cold.wor
 
 def main(arguments: Sequence[str]) -> int:
     """Run the groups, print the table, write the files; the exit code."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # all that was started is ended by it, too
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
     try:
         groups, scale = chosen(arguments), chosen_scale()
         with stage(scale) as found:
@@ -41,6 +42,13 @@ def main(arguments: Sequence[str]) -> int:
         print("bench: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _interrupt(signum: int, frame: object) -> None:
+    """Have all that was started be ended, once: the impatient must not interrupt that."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def chosen(arguments: Sequence[str]) -> list[str]:

@@ -12,6 +12,7 @@ COLOURS = {  # which can be told apart by those who see few
     "gunicorn": "#0072b2",
     "our worker": "#56b4e9",
     "nginx": "#009e73",
+    "nginx, tuned": "#e69f00",
     "Varnish": "#d55e00",
     "Azure SDK": "#cc79a7",
     "Azurite": "#888888",

@@ -6,17 +6,17 @@ import hashlib
 import itertools
 import shutil
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 from benchmarks import load
-from benchmarks.hits import put, random_file
+from benchmarks.hits import put_all, random_file
 from benchmarks.measuring import OURS, RATE, BenchError, Measure, PrivateMemory, Sample, Workload, cpu_seconds
 from benchmarks.scale import KIB, MIB, size_text
 from benchmarks.stage import Stage
-from benchmarks.yardsticks import Program
+from benchmarks.yardsticks import LARGE_BUFFERS, Program
 from kci_storage.cache import CONTENT, FILL, PART, Cache, last_use
 from tests.harness import Server, wait_until
 
@@ -25,6 +25,7 @@ SMALL = 16 * KIB  # bytes
 FIRST_BYTE, TOTAL = Measure("s", "first byte"), Measure("s", "total")
 MEMORY = Measure("MiB", "a worker's memory grows by")
 FILL_SECONDS = 60
+MEDIUM, CROWDED, FOLLOWED = "cold/medium.bin", "cold/crowded.bin", "cold/followed.bin"
 _numbers = itertools.count()
 
 
@@ -43,43 +44,46 @@ class System(Protocol):
 
 def workloads(stage: Stage) -> Iterator[Workload]:
     """Of this group."""
-    systems = _systems(stage)
-    one, followed, small = _stored(stage)
-    bench = _Cold(stage, systems)
-    medium = size_text(stage.scale.medium)
-    yield Workload("cold", f"{medium}, one client", (TOTAL, FIRST_BYTE), bench.turns([one], 1, stage.scale.medium))
-    crowded = bench.turns([one] * CLIENTS, CLIENTS, stage.scale.medium)
-    yield Workload("cold", f"{medium}, {CLIENTS} clients", (TOTAL, FIRST_BYTE), crowded)
-    labs = bench.turns([one] * CROWD, CROWD, stage.scale.medium)
-    yield Workload("cold", f"{medium}, {CROWD} clients", (TOTAL, FIRST_BYTE), labs)
-    many = bench.turns(small, CONNECTIONS, SMALL, rate=True)
-    yield Workload("cold", f"{len(small)} files of {size_text(SMALL)}", (RATE,), many)
-    title = f"{size_text(stage.scale.followed)}, {FOLLOWERS} clients"
-    yield Workload("cold", title, (MEMORY,), {OURS: lambda: bench.memory(followed)})
+    scale, caches, azurite = stage.scale, _caches(stage), {"Azurite": Direct(*stage.backend)}
+    small = _store(stage)
+    load_of = _Load(stage)
+    load_of.check({**caches, **azurite})
+    one, both = [MEDIUM], (TOTAL, FIRST_BYTE)
+    turns = load_of.turns({**caches, **azurite}, one, 1, scale.medium)
+    yield Workload("cold", f"{size_text(scale.medium)}, one client", both, turns)
+    turns = load_of.turns(caches, one * CLIENTS, CLIENTS, scale.medium)
+    yield Workload("cold", f"{size_text(scale.medium)}, {CLIENTS} clients", both, turns)
+    turns = load_of.turns(caches, [CROWDED] * CROWD, CROWD, scale.crowded)
+    yield Workload("cold", f"{size_text(scale.crowded)}, {CROWD} clients", both, turns)
+    turns = load_of.turns({**caches, **azurite}, small, CONNECTIONS, SMALL, rate=True)
+    yield Workload("cold", f"{len(small)} files of {size_text(SMALL)}", (RATE,), turns)
+    turns = {OURS: lambda: load_of.memory(caches[OURS])}
+    yield Workload("cold", f"{size_text(scale.followed)}, {FOLLOWERS} clients", (MEMORY,), turns)
 
 
-def _systems(stage: Stage) -> dict[str, System]:
+def _caches(stage: Stage) -> dict[str, System]:
     """In the order of their turns."""
-    systems: dict[str, System] = {OURS: Ours(stage.azure_server)}
-    if stage.nginx_cache:
-        systems["nginx"] = NginxCache(stage.nginx_cache, stage.folder / "nginx-cache" / "cache")
-    if stage.varnish:
-        systems["Varnish"] = Varnish(stage.varnish)
-    return systems | {"Azurite": Direct(*stage.backend)}
+    caches: dict[str, System] = {OURS: Ours(stage.azure_server)}
+    for name, buffers in (("nginx", ""), ("nginx, tuned", LARGE_BUFFERS)):
+        folder = stage.new_folder(f"cache-{name}".replace(", ", "-"))
+        if program := stage.nginx_cache(folder, buffers):
+            caches[name] = NginxCache(program, folder / "cache")
+    if varnish := stage.varnish():
+        caches["Varnish"] = Varnish(varnish)
+    return caches
 
 
-def _stored(stage: Stage) -> tuple[str, str, list[str]]:
-    """Put objects into Azurite: one, a larger one, and small ones. Through our server, so that they have digests."""
-    sizes = {"cold/medium.bin": stage.scale.medium, "cold/followed.bin": stage.scale.followed}
-    small = [f"cold/small/{number:04}.bin" for number in range(stage.scale.cold_files)]
+def _store(stage: Stage) -> list[str]:
+    """Put objects into Azurite, through our server, so that they have digests; the keys of the small ones."""
+    scale = stage.scale
+    small = [f"cold/small/{number:04}.bin" for number in range(scale.cold_files)]
+    sizes = {MEDIUM: scale.medium, CROWDED: scale.crowded, FOLLOWED: scale.followed, **dict.fromkeys(small, SMALL)}
     stage.progress("storing the cold objects")
-    for key, size in {**sizes, **dict.fromkeys(small, SMALL)}.items():
-        path = stage.folder / "cold.bin"
-        random_file(path, size)
-        put(stage.azure_server, key, path)
-        path.unlink()
-    one, followed = sizes
-    return one, followed, small
+    source = stage.new_folder("source")
+    for key, size in sizes.items():
+        random_file(source / key, size)
+    put_all(stage.azure_server, sizes, source)
+    return small
 
 
 # The systems
@@ -173,44 +177,42 @@ class Direct:
 # The loads
 
 
-class _Cold:
-    def __init__(self, stage: Stage, systems: dict[str, System]):
+class _Load:
+    def __init__(self, stage: Stage):
         self._stage = stage
-        self._systems = systems
+
+    def check(self, systems: Mapping[str, System]) -> None:
+        """Whether each gives the right bytes, cold and then from its cache."""
+        expected = (self._stage.folder / "source" / MEDIUM).read_bytes()
+        for name, system in systems.items():
+            system.forget([MEDIUM])
+            if any(load.ask(system.port, "GET", system.path(MEDIUM)).body != expected for _ in range(2)):
+                raise BenchError(f"{name} gives other bytes than were stored")
 
     def turns(
-        self, keys: Sequence[str], connections: int, size: int, rate: bool = False
+        self, systems: Mapping[str, System], keys: Sequence[str], connections: int, size: int, rate: bool = False
     ) -> dict[str, Callable[[], Sample]]:
         """Each system's turn to give cold objects, all of one size, to so many connections.
 
         :param rate: measure requests a second, not the seconds of each.
         """
-        return {
-            name: lambda name=name, system=system: self._turn(name, system, keys, connections, size, rate)
-            for name, system in self._systems.items()
-        }
+        return {name: partial(self._turn, system, keys, connections, size, rate) for name, system in systems.items()}
 
-    def _turn(
-        self, name: str, system: System, keys: Sequence[str], connections: int, size: int, rate: bool
-    ) -> Sample:
+    def _turn(self, system: System, keys: Sequence[str], connections: int, size: int, rate: bool) -> Sample:
         system.forget(sorted(set(keys)))
         self._stage.settle()
         before = cpu_seconds(system.pid) if system.pid else 0
         downloads, seconds = load.crowd(system.port, [system.path(key) for key in keys], connections, size)
         used = cpu_seconds(system.pid) - before if system.pid else None
-        if name == OURS and downloads[0].cache != "miss":
+        if downloads[0].cache.lower() == "hit":
             raise BenchError(f"the object was not cold: {downloads[0]}")
         first_byte = statistics.median(download.first_byte for download in downloads)
         return Sample((len(keys) / seconds,) if rate else (seconds, first_byte), len(keys), used)
 
-    def memory(self, key: str) -> Sample:
+    def memory(self, ours: System) -> Sample:
         """How much more memory a worker has at most while a crowd follows a fill."""
-        server = self._stage.azure_server
-        ours = self._systems[OURS]
-        self._follow(ours, "cold/medium.bin", self._stage.scale.medium)  # threads and what they need are there then
-        with PrivateMemory(server.worker_pids()) as memory:
-            sample = self._follow(ours, key, self._stage.scale.followed)
+        scale = self._stage.scale
+        self._turn(ours, [CROWDED] * FOLLOWERS, FOLLOWERS, scale.crowded, rate=False)  # starts all threads
+        with PrivateMemory(self._stage.azure_server.worker_pids()) as memory:
+            sample = self._turn(ours, [FOLLOWED] * FOLLOWERS, FOLLOWERS, scale.followed, rate=False)
         return Sample((memory.growth / MIB,), FOLLOWERS, sample.cpu_seconds)
-
-    def _follow(self, ours: System, key: str, size: int) -> Sample:
-        return self._turn(OURS, ours, [key] * FOLLOWERS, FOLLOWERS, size, rate=False)

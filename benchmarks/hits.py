@@ -6,6 +6,7 @@ import itertools
 import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
@@ -16,6 +17,7 @@ from benchmarks.stage import Stage
 from tests.harness import Server
 
 CONNECTIONS = 32
+UPLOADERS = 4
 RANGES = 1000
 _numbers = itertools.count()
 SMALL, MEBIBYTE, LARGE = "hits/small", "hits/mebibyte", "hits/large.bin"
@@ -91,14 +93,18 @@ def _filled(stage: Stage, keys: Mapping[str, Sequence[str]]) -> Server:
     """The server on Azurite with the same files, whose copies are in its cache."""
     server = stage.azure_server
     stage.progress("storing the files")
-    for key in (key for found in keys.values() for key in found):
-        put(server, key, stage.files / key)
+    put_all(server, (key for found in keys.values() for key in found), stage.files)
     return server
 
 
-def put(server: Server, key: str, path: Path) -> None:
-    """Store a file through one of our servers."""
-    load.curl(f"{server.url}/{key}", "--upload-file", path, *authorization(server), status=201)
+def put_all(server: Server, keys: Iterable[str], folder: Path) -> None:
+    """Store the files of a folder through one of our servers."""
+
+    def put(key: str) -> None:
+        load.curl(f"{server.url}/{key}", "--upload-file", folder / key, *authorization(server), status=201)
+
+    with ThreadPoolExecutor(UPLOADERS) as uploaders:
+        list(uploaders.map(put, keys))
 
 
 def authorization(server: Server) -> list[str]:

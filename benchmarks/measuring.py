@@ -77,10 +77,21 @@ class Row:
     @property
     def ratios(self) -> dict[str, float]:
         """By yardstick: our speed as a share of its speed."""
-        medians = self.medians
-        ours = medians[OURS]
-        others = {system: value for system, value in medians.items() if system != OURS}
-        return {system: ratio(ours, value, self.measure.more_is_better) for system, value in others.items()}
+        return ratios(self.medians, self.measure.more_is_better)
+
+    @property
+    def cpu_ratios(self) -> dict[str, float]:
+        """By yardstick: the CPU time that it needs as a share of ours."""
+        return ratios(self.cpu_medians, more_is_better=False)
+
+
+def ratios(medians: Mapping[str, float], more_is_better: bool) -> dict[str, float]:
+    """How we compare with each of the others. What is too little to be measured is compared with nothing."""
+    ours = medians.get(OURS)
+    if not ours:
+        return {}
+    others = {system: value for system, value in medians.items() if value and system != OURS}
+    return {system: ratio(ours, value, more_is_better) for system, value in others.items()}
 
 
 def ratio(ours: float, other: float, more_is_better: bool) -> float:
@@ -90,7 +101,7 @@ def ratio(ours: float, other: float, more_is_better: bool) -> float:
     (0.5, 0.5)
     """
     part, whole = (ours, other) if more_is_better else (other, ours)
-    return part / whole if whole else float("inf")
+    return part / whole
 
 
 def run(workload: Workload, rounds: int, progress: Callable[[str], None]) -> list[Row]:

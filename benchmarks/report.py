@@ -7,14 +7,14 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
 import psutil
 
-from benchmarks.measuring import OURS, Row, number
+from benchmarks.measuring import Row, number
 from benchmarks.scale import Scale
 from benchmarks.yardsticks import MissingProgram, find
 
@@ -31,7 +31,8 @@ def table(rows: Sequence[Row], scale: Scale, left_out: Iterable[str] = ()) -> st
     """All figures, one table for each group and one for the CPU time."""
     runs = f"{scale.rounds} interleaved runs" if scale.rounds > 1 else "one run"
     head = f"{scale.name} scale, medians of {runs}; in brackets: our speed as a share of theirs"
-    parts = [head, *(f"left out: {reason}" for reason in left_out)]
+    told = "(of the CPU time: theirs as a share of ours; so above 1, we are better)"
+    parts = [head, told, *(f"left out: {reason}" for reason in left_out)]
     for group, found in itertools.groupby(rows, key=lambda row: row.group):
         members = list(found)
         parts += ["", *_lines(_group_cells(group, members)), "", *_lines(_cpu_cells(group, members))]
@@ -46,24 +47,22 @@ def _group_cells(group: str, rows: Sequence[Row]) -> Iterator[list[str]]:
     systems = _systems(rows)
     yield [group, "", *systems]
     for row in rows:
-        yield [row.title, row.measure.unit, *(_cell(row, system) for system in systems)]
+        yield [row.title, row.measure.unit, *_figures(systems, row.medians, row.ratios)]
 
 
-def _cell(row: Row, system: str) -> str:
-    if system not in row.values:
-        return ""
-    figure = number(row.medians[system])
-    return figure if system == OURS else f"{figure} ({row.ratios[system]:.2f})"
+def _figures(systems: Iterable[str], medians: Mapping[str, float], ratios: Mapping[str, float]) -> Iterator[str]:
+    for system in systems:
+        figure = number(medians[system]) if system in medians else ""
+        yield f"{figure} ({ratios[system]:.2f})" if system in ratios else figure
 
 
 def _cpu_cells(group: str, rows: Sequence[Row]) -> Iterator[list[str]]:
-    """The CPU time of the servers is what stays comparable on a machine that is busy with other things."""
+    """What stays comparable on a machine that is busy with other things, too: the CPU time of the servers."""
     used = [row for row in rows if row.cpu_ms]
     systems = [system for system in _systems(used) if any(system in row.cpu_ms for row in used)]
-    yield [f"{group}: CPU ms for one", "", *systems]
+    yield [f"{group}: CPU time of one", "", *systems]
     for row in used:
-        medians = row.cpu_medians
-        yield [row.workload, "ms", *(number(medians[s]) if s in medians else "" for s in systems)]
+        yield [row.workload, "ms", *_figures(systems, row.cpu_medians, row.cpu_ratios)]
 
 
 def _lines(cells: Iterable[list[str]]) -> Iterator[str]:
@@ -102,6 +101,7 @@ def _row(row: Row) -> dict[str, Any]:
         "medians": row.medians,
         "ratios": row.ratios,
         "cpu_ms_per_operation": row.cpu_medians,
+        "cpu_ratios": row.cpu_ratios,
         "runs": row.values,
         "cpu_ms_per_operation_runs": row.cpu_ms,
     }

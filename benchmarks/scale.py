@@ -16,6 +16,7 @@ class Scale:
     seconds: int  # for which wrk loads a system in each turn
     large: int  # the file that is downloaded and uploaded, and in which ranges lie
     medium: int  # uploads to Azurite, and cold objects
+    crowded: int  # the cold object that a crowd asks for at once
     followed: int  # the cold object that a crowd follows while memory is watched
     small_files: int  # of 4 KiB; hits are spread over them
     mebibyte_files: int
@@ -30,9 +31,9 @@ class Scale:
 SCALES = {
     scale.name: scale
     for scale in (
-        Scale("full", 5, 5, GIB, 256 * MIB, GIB, 400, 32, 500),
-        Scale("quick", 3, 1, 256 * MIB, 64 * MIB, 256 * MIB, 400, 16, 200),
-        Scale("tiny", 1, 1, 4 * MIB, 2 * MIB, 2 * MIB, 8, 2, 16),
+        Scale("full", 5, 5, GIB, 256 * MIB, 32 * MIB, GIB, 400, 32, 500),
+        Scale("quick", 3, 1, 256 * MIB, 64 * MIB, 16 * MIB, 256 * MIB, 200, 16, 200),
+        Scale("tiny", 1, 1, 4 * MIB, 2 * MIB, MIB, 2 * MIB, 8, 2, 16),
     )
 }
 

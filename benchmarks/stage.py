@@ -112,12 +112,10 @@ class Stage:
         """nginx over the same files; None: it is not installed."""
         return self._optional(lambda: yardsticks.nginx_files(self.new_folder("nginx"), self.files))
 
-    @cached_property
-    def nginx_cache(self) -> Program | None:
+    def nginx_cache(self, folder: Path, buffers: str) -> Program | None:
         """nginx as a cache over Azurite."""
-        return self._optional(lambda: yardsticks.nginx_cache(self.new_folder("nginx-cache"), *self.backend))
+        return self._optional(lambda: yardsticks.nginx_cache(folder, *self.backend, buffers))
 
-    @cached_property
     def varnish(self) -> Program | None:
         """Varnish over Azurite."""
         size = 3 * self.scale.medium + 64 * MIB
@@ -136,11 +134,12 @@ class Stage:
 @contextlib.contextmanager
 def _running(server: Server) -> Iterator[Server]:
     """A server that must be clean at its end, unless the bench has failed or was interrupted."""
-    server.start()
     try:
+        server.start()
         yield server
     except BaseException:
-        server.kill()
+        with contextlib.suppress(AssertionError):  # it is killed if it does not end by itself
+            server.stop(yardsticks.STOP_SECONDS)
         raise
     server.close()
 

@@ -181,7 +181,11 @@ _CACHE = """
         keepalive 16;
     }}
     proxy_cache_path {folder}/cache levels=2 keys_zone=cache:10m inactive=1h use_temp_path=off;
+    {buffers}
 """
+
+# Without this, nginx reads 4 KiB at a time from the backend.
+LARGE_BUFFERS = "proxy_buffer_size 64k; proxy_buffers 16 64k; proxy_busy_buffers_size 128k;"
 
 _CACHED = """
         location / {{
@@ -222,9 +226,13 @@ def nginx_files(folder: Path, files: Path) -> Iterator[Program]:
 
 
 @contextlib.contextmanager
-def nginx_cache(folder: Path, host: str, prefix: str) -> Iterator[Program]:
-    """nginx as a cache in front of a host; ``prefix`` comes before each path there."""
-    http = _CACHE.format(folder=folder, host=host)
+def nginx_cache(folder: Path, host: str, prefix: str, buffers: str = "") -> Iterator[Program]:
+    """nginx as a cache in front of a host.
+
+    :param prefix: comes before each path there.
+    :param buffers: settings beside nginx's defaults.
+    """
+    http = _CACHE.format(folder=folder, host=host, buffers=buffers)
     with _nginx("nginx", folder, http, _CACHED.format(prefix=prefix, host=host)) as program:
         yield program
 

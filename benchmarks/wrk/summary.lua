@@ -4,7 +4,7 @@ function done(summary, latency, requests)
    local errors = summary.errors
    io.write(string.format(
       '\nSUMMARY {"requests": %d, "seconds": %.6f, "bytes": %.0f, "connect": %d, "read": %d, "write": %d, ' ..
-         '"status": %d, "timeout": %d, "p50": %.6f, "p99": %.6f}\n',
+         '"status": %d, "timeout": %d}\n',
       summary.requests, summary.duration / 1e6, summary.bytes, errors.connect, errors.read, errors.write,
-      errors.status, errors.timeout, latency:percentile(50) / 1e6, latency:percentile(99) / 1e6))
+      errors.status, errors.timeout))
 end
