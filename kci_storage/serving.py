@@ -50,7 +50,7 @@ workers = _config.server.worker_count
 threads = _config.server.threads
 worker_class = "kci_storage.worker.Worker"
 worker_tmp_dir = str(SHARED_MEMORY) if os.access(SHARED_MEMORY, os.W_OK) else None
-worker_connections = 1000 + threads  # kept-alive ones cost no thread
+worker_connections = 1000 + threads  # idle ones, and slow readers of files, cost no thread
 keepalive = 75  # seconds
 timeout = 120  # seconds without a heartbeat after which a worker is killed; its main loop never works
 graceful_timeout = 300  # seconds for running transfers at a stop; the rest is cut, and clients resume
@@ -65,7 +65,10 @@ forwarded_allow_ips = ""
 
 
 def on_starting(server: Any) -> None:
-    """Old installations have secrets that can be guessed; they work, with one warning."""
+    """TLS is the business of a proxy in front. Old secrets that can be guessed work, with one warning."""
+    if server.cfg.is_ssl:
+        print("kci-storage: TLS is for a proxy in front", file=sys.stderr)
+        sys.exit(os.EX_CONFIG)
     if any(is_weak(secret) for secret in _config.secrets):
         server.log.warning(logs.logfmt(event="weak_secret", message=f"shorter than {MIN_SECRET_BYTES} bytes"))
 

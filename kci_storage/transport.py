@@ -22,6 +22,7 @@ from kci_storage.errors import ClientDisconnected, StorageError, meaning
 
 EXCHANGE = "kci_storage.exchange"  # the environ's key for it
 CONNECTION = "kci_storage.connection"  # the environ's key for what the worker lets us do to the connection
+FIRST_READ_SIZE = 1024  # bytes of a chunked body; gunicorn waits for all, and these say what may be refused
 SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:+/=-]{1,128}")
 
 Environ = dict[str, Any]
@@ -33,6 +34,9 @@ class Connection(Protocol):
 
     def continue_body(self) -> None:
         """Send 100 Continue if the client waits for it."""
+
+    def receive_into(self, buffer: memoryview) -> int:
+        """Put the next bytes of a body of known length at the beginning of ``buffer``; how many; 0: its end."""
 
     def close_afterwards(self) -> None:
         """Say ``Connection: close`` and mean it."""
@@ -116,29 +120,50 @@ class RequestBody(io.RawIOBase):
         """
         if self._at_end:
             return b""
-        if self._connection is not None and self.received == 0:
-            self._connection.continue_body()
-        data = self._read_input(size)
-        self.received += len(data)
-        if self.length is not None:
-            self._at_end = self.received >= self.length
-            if not data and not self._at_end:
-                raise ClientDisconnected(f"the body ended after {self.received} of {self.length} bytes")
-        elif not data:
-            self._at_end = True
+        self._continue()
+        assert self._input is not None
+        with _lost_client():
+            data: bytes = self._input.read() if size < 0 else self._input.read(size)
+        self._count(len(data))
         return data
 
-    def _read_input(self, size: int) -> bytes:
-        assert self._input is not None
-        try:
-            return self._input.read() if size < 0 else self._input.read(size)
-        except Exception as exc:  # a reset, a time-out, a broken chunk: gunicorn has a class for each
-            raise ClientDisconnected("the body could not be read to its end", detail=repr(exc)) from exc
-
     def readinto(self, buffer: Any) -> int:
-        data = self.read(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
+        """Put the next bytes, as many as there are, at the beginning of ``buffer``; how many; 0: the end.
+
+        :raises ClientDisconnected: as of :meth:`read`.
+        """
+        if self.chunked or self._connection is None:
+            data = self.read(len(buffer) if self.received else FIRST_READ_SIZE)
+            buffer[: len(data)] = data
+            return len(data)
+        if self._at_end:
+            return 0
+        self._continue()
+        with _lost_client():
+            size = self._connection.receive_into(memoryview(buffer))
+        self._count(size)
+        return size
+
+    def _continue(self) -> None:
+        if self._connection is not None and self.received == 0:
+            self._connection.continue_body()
+
+    def _count(self, size: int) -> None:
+        self.received += size
+        if self.length is not None:
+            self._at_end = self.received >= self.length
+            if not size and not self._at_end:
+                raise ClientDisconnected(f"the body ended after {self.received} of {self.length} bytes")
+        elif not size:
+            self._at_end = True
+
+
+@contextlib.contextmanager
+def _lost_client() -> Iterator[None]:
+    try:
+        yield
+    except Exception as exc:  # a reset, a time-out, a broken chunk: gunicorn has a class for each
+        raise ClientDisconnected("the body could not be read to its end", detail=repr(exc)) from exc
 
 
 class SentFile:
@@ -153,8 +178,13 @@ class SentFile:
         self._fd = fd
         self._start = self._position = start
         self._close = close
+        self._kept = False
         self.exchange: Exchange | None = None
         os.lseek(fd, start, os.SEEK_SET)
+
+    def keep(self) -> None:
+        """The next ``close`` is not the end: somebody else goes on sending, and closes it again."""
+        self._kept = True
 
     def fileno(self) -> int:
         """The descriptor, positioned at the first byte to send."""
@@ -172,7 +202,9 @@ class SentFile:
 
     def close(self) -> None:
         """Idempotent."""
-        if self._fd >= 0:
+        if self._kept:
+            self._kept = False
+        elif self._fd >= 0:
             self._fd = -1
             self._close()
             if self.exchange is not None:

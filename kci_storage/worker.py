@@ -6,25 +6,26 @@ It leans on gunicorn's internals, so gunicorn is pinned to a minor version in se
   refused before a byte of it was sent.
 - The application can close a connection (its ``Connection`` header is dropped by gunicorn), so that the rest of a
   body that was refused is not taken for the next request.
-- A peer that takes or sends nothing for ``send_timeout`` seconds is dropped. The time is that without progress: for
-  ``sendall``, whose time-out Python counts over all of its data, the socket's own class sees to that.
-- Connections are closed, with the patience that TCP asks for, by a thread of their own: gunicorn's main loop would
-  stand still for two seconds for each.
-- A connection is accepted only while a thread is free for it, and takes one only when something was sent.
+- A connection costs a thread only while something is done for it. Its request's head is collected by the main loop
+  (:class:`Connection`), the end of a file goes to a slow reader from the background
+  (:class:`~kci_storage.background.Sending`), connections are closed there too, and a thread that has to wait for a
+  slow client lends its place to another one (:class:`~kci_storage.pool.Pool`).
+- A client that stands still for ``send_timeout`` seconds is dropped. One that is slow is served, unless there is no
+  room left for others (:class:`~kci_storage.client_socket.Pace`).
+- A connection is accepted only while a thread is free for it: another worker may have a free one.
 - What is no HTTP is answered and logged like every other error. gunicorn would quote it, and so could show a token.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import queue
+import itertools
+import re
 import selectors
 import socket
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -32,58 +33,36 @@ from gunicorn.http import errors, message
 from gunicorn.workers.gthread import TConn, ThreadWorker
 
 from kci_storage import logs
-from kci_storage.transport import CONNECTION, SentSegments, new_request_id
+from kci_storage.background import Background, Lingering, Sending
+from kci_storage.client_socket import ClientSocket
+from kci_storage.pool import Pool
+from kci_storage.transport import CONNECTION, new_request_id
 
 # A key of 1,024 characters has up to 12 KiB when percent-encoded; gunicorn would cap its own setting at 8,190.
 LONGEST_REQUEST_LINE = 16 * 1024
 message.MAX_REQUEST_LINE = LONGEST_REQUEST_LINE
 
-_REFUSALS: dict[type[Exception], tuple[int, str, str]] = {
-    errors.LimitRequestLine: (414, "URI Too Long", "the path is too long"),
-    errors.LimitRequestHeaders: (431, "Request Header Fields Too Large", "the headers are too long"),
-    errors.ExpectationFailed: (417, "Expectation Failed", "the only expectation that can be met is 100-continue"),
-    errors.UnsupportedTransferCoding: (501, "Not Implemented", "the only transfer coding is chunked"),
-    errors.ParseException: (400, "Bad Request", "this is not HTTP/1.1"),
+_STATUSES: dict[type[Exception], int] = {
+    errors.LimitRequestLine: 414,
+    errors.LimitRequestHeaders: 431,
+    errors.ExpectationFailed: 417,
+    errors.UnsupportedTransferCoding: 501,
+    errors.ParseException: 400,
 }
+_REFUSALS = {
+    400: ("Bad Request", "this is not HTTP/1.1"),
+    408: ("Request Timeout", "the request's head took too long"),
+    414: ("URI Too Long", "the path is too long"),
+    417: ("Expectation Failed", "the only expectation that can be met is 100-continue"),
+    431: ("Request Header Fields Too Large", "the headers are too long"),
+    501: ("Not Implemented", "the only transfer coding is chunked"),
+}
+_END_OF_HEAD = re.compile(rb"\r\n\r\n|(?:^|[^\r])\n")  # its own, or a bare LF, at which no head goes on
 
-LINGER_SECONDS = 3.0  # for which a client may go on sending after its connection was closed
-LINGER_BYTES = 64 * 1024 * 1024  # that it may send in them
-DRAIN_SIZE = 256 * 1024  # bytes
-
-
-class ProgressSocket(socket.socket):
-    """A socket whose time-out is always for the next bytes, and which then counts as reset by its peer."""
-
-    def recv(self, size: int, flags: int = 0) -> bytes:
-        """As of any socket."""
-        with _stalled_is_reset():
-            return super().recv(size, flags)
-
-    def sendall(self, data: Any, flags: int = 0) -> None:  # type: ignore[override]
-        """As of any socket, but for the time-out."""
-        view = memoryview(data)
-        with _stalled_is_reset():
-            while view:
-                view = view[self.send(view, flags) :]
-
-    def sendfile(self, file: Any, offset: int = 0, count: int | None = None) -> int:
-        """As of any socket; it counts the time-out from the last progress by itself.
-
-        What is no plain file knows how to send itself.
-        """
-        if isinstance(file, SentSegments):
-            return file.send_to(self)
-        with _stalled_is_reset():
-            return super().sendfile(file, offset, count)
-
-
-@contextlib.contextmanager
-def _stalled_is_reset() -> Iterator[None]:
-    # gunicorn logs a TimeoutError with a traceback, as an error of ours.
-    try:
-        yield
-    except TimeoutError as exc:
-        raise ConnectionResetError(errno.ECONNRESET, "the client stalled") from exc
+HEAD_SECONDS = 10.0  # from a request's first byte until its head must be there
+HEAD_SIZE = 16 * 1024  # bytes that are read at a time, of a head and what comes with it
+LONGEST_HEAD = 64 * 1024  # bytes
+SLOW_PER_THREAD = 4  # how many threads may wait for slow clients, for each of those that work
 
 
 class WorkerConnection:
@@ -100,100 +79,114 @@ class WorkerConnection:
             self._expects_continue = False
             self._sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
 
+    def receive_into(self, buffer: memoryview) -> int:
+        """The next bytes of a body of known length; how many; 0 at its end, or when the client went away.
+
+        They come straight from the socket once what was read together with the head is used up: gunicorn's own
+        reader copies each byte four times, into memory that is new each time.
+        """
+        body = self._request.body
+        ahead = body.buf.tell() or body.reader.unreader.buf.getbuffer().nbytes
+        if ahead:
+            data = body.read(min(ahead, len(buffer)))
+            buffer[: len(data)] = data
+            return len(data)
+        size = self._sock.recv_into(buffer[: body.reader.length])
+        body.reader.length -= size
+        return size
+
     def close_afterwards(self) -> None:
         """Say ``Connection: close`` and mean it."""
         self._request.force_close()
 
 
-class Lingerer:
-    """Closes connections without a thread for each, and without the main loop (RFC 9112, 9.6).
+class Connection(TConn):
+    """A client's connection. Its request's head is collected before a thread sees it.
 
-    A connection that is closed while the client still sends would be reset, and the client might lose the answer that
-    tells it why. So only our side is closed at first, and what still comes is thrown away for a while.
+    :param background: closes it gracefully.
     """
 
-    def __init__(self) -> None:
-        self._new: queue.SimpleQueue[socket.socket] = queue.SimpleQueue()
-        self._selector = selectors.DefaultSelector()
-        self._wake_reader, self._wake_writer = socket.socketpair()
-        self._wake_reader.setblocking(False)
-        self._wake_writer.setblocking(False)
-        self._selector.register(self._wake_reader, selectors.EVENT_READ)
-        self._open: deque[Lingering] = deque()  # by deadline
-        threading.Thread(target=self._run, name="linger", daemon=True).start()
+    sock: ClientSocket
 
-    def close(self, sock: socket.socket) -> None:
-        """Take over a connection that has been answered."""
-        self._new.put(sock)
-        with contextlib.suppress(BlockingIOError):  # it has been woken often enough
-            self._wake_writer.send(b"x")
+    def __init__(self, cfg: Any, sock: ClientSocket, address: Any, server: Any, background: Background):
+        super().__init__(cfg, sock, address, server)
+        self._background = background
+        self.data_ready = True  # gunicorn need not wait for it
+        self.head = b""  # and what has come after it
+        self._searched = 0  # how much of it, for its end
+        self.keep = False  # whether there may be another request
 
-    def _run(self) -> None:
-        while True:
-            for key, _ in self._selector.select(timeout=1):
-                if key.data is None:
-                    self._take_new()
-                else:
-                    self._drain(key.data)
-            now = time.monotonic()
-            while self._open and (self._open[0].closed or self._open[0].deadline <= now):
-                self._end(self._open.popleft())
+    def init(self) -> None:
+        """Give the parser what has come."""
+        super().init()
+        self.parser.unreader.unread(self.head)
+        self.head, self._searched = b"", 0
 
-    def _take_new(self) -> None:
-        self._wake_reader.recv(4096)
-        with contextlib.suppress(queue.Empty):
-            while True:
-                self._begin(self._new.get_nowait())
+    def take_unread(self) -> None:
+        """Take back what came after the request that has been answered."""
+        if self.parser is not None:
+            self.head = self.parser.unreader.take_buffered()
 
-    def _begin(self, sock: socket.socket) -> None:
-        lingering = Lingering(sock, time.monotonic() + LINGER_SECONDS)
-        try:
-            sock.setblocking(False)
-            sock.shutdown(socket.SHUT_WR)
-            self._selector.register(sock, selectors.EVENT_READ, lingering)
-            self._open.append(lingering)
-        except OSError:  # the client has closed it already
-            sock.close()
+    @property
+    def has_begun(self) -> bool:
+        """Whether a request has begun. An empty line before it is none (RFC 9112, 2.2)."""
+        return self.head not in (b"", b"\r", b"\r\n")
 
-    def _drain(self, lingering: Lingering) -> None:
-        try:
-            data = lingering.sock.recv(DRAIN_SIZE)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        lingering.drained += len(data)
-        if not data or lingering.drained > LINGER_BYTES:
-            self._end(lingering)
-
-    def _end(self, lingering: Lingering) -> None:
-        if not lingering.closed:
-            lingering.closed = True
-            self._selector.unregister(lingering.sock)
-            lingering.sock.close()
-
-
-class Lingering:
-    """A connection that is half closed."""
-
-    def __init__(self, sock: socket.socket, deadline: float):
-        self.sock = sock
-        self.deadline = deadline  # on the monotonic clock, in seconds
-        self.drained = 0  # bytes
-        self.closed = False
-
-
-class Connection(TConn):
-    """A client's connection, which closes gracefully without its caller waiting for that."""
-
-    lingerer: Lingerer
+    @property
+    def has_head(self) -> bool:
+        """Whether the parser needs no more to know what the request is, or that it is none."""
+        if self.head.endswith(b"\r\n\r\n"):
+            return True
+        start, self._searched = max(0, self._searched - 3), len(self.head)
+        return _END_OF_HEAD.search(self.head, start) is not None
 
     def close(self, graceful: bool = False) -> None:
-        """Close; gracefully: so that the client gets all that was sent to it."""
+        """Close; gracefully: so that the client gets all that was sent to it, without the caller waiting for that."""
         if graceful:
-            self.lingerer.close(self.sock)
-        else:
-            super().close()
+            with contextlib.suppress(OSError):  # the client has closed it already
+                self._background.add(Lingering(self.sock))
+                return
+        super().close()
+
+
+class Waiting:
+    """Connections that wait for the client's next request, each for so long.
+
+    :param seconds: how long.
+    """
+
+    def __init__(self, seconds: float):
+        self._seconds = seconds
+        self._connections: dict[Connection, None] = {}  # by deadline
+
+    def __len__(self) -> int:
+        return len(self._connections)
+
+    def __contains__(self, conn: Connection) -> bool:
+        return conn in self._connections
+
+    def add(self, conn: Connection) -> None:
+        """It waits from now on."""
+        conn.timeout = time.monotonic() + self._seconds
+        self._connections[conn] = None
+
+    def remove(self, conn: Connection) -> None:
+        """It does not wait any more."""
+        self._connections.pop(conn, None)
+
+    def oldest(self) -> Connection:
+        """The one that has waited the longest."""
+        return next(iter(self._connections))
+
+    def expired(self, now: float) -> list[Connection]:
+        """Those whose time is over."""
+        return list(itertools.takewhile(lambda conn: conn.timeout <= now, self._connections))
+
+    def shorten(self, seconds: float) -> None:
+        """From now on nobody waits for longer than this."""
+        self._seconds = min(self._seconds, seconds)
+        for conn in self._connections:
+            conn.timeout = min(conn.timeout, time.monotonic() + self._seconds)
 
 
 class Worker(ThreadWorker):
@@ -204,21 +197,131 @@ class Worker(ThreadWorker):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._at_work = threading.local()
+        self._idle = Waiting(self.cfg.keepalive)  # nothing of a request has come
+        self._heads = Waiting(min(HEAD_SECONDS, self.send_timeout))  # a part of its head has come
+        self._sending: set[Connection] = set()  # the rest of a response goes out in the background
+        self._shed_at = 0.0
+
+    # The main loop: connections that need no thread
 
     @property
     def worker_connections(self) -> int:
         """So many connections that a thread is free for one more: another worker may have a free one."""
-        idle = len(self.keepalived_conns) + len(self.pending_conns)
-        return min(idle + self.cfg.threads, self.cfg.worker_connections)
+        without_thread = len(self._idle) + len(self._heads) + len(self._sending) + self.tpool.lent
+        at_work = self.nr_conns - without_thread
+        return self.nr_conns + 1 if at_work < self.cfg.threads and self._has_room() else 0
 
     @worker_connections.setter
     def worker_connections(self, value: int) -> None:
         pass  # gunicorn's own number, which counts connections that wait for a thread
 
+    def _has_room(self) -> bool:
+        """Whether there may be one more connection, if need be in the place of one that waits."""
+        return bool(self.nr_conns < self.cfg.worker_connections or self._idle or self._heads)
+
     def init_process(self) -> None:
         """Start what must not be shared with a forked process, then serve."""
-        self._lingerer = Lingerer()
+        self._background = Background()
         super().init_process()
+
+    def get_thread_pool(self) -> Pool:
+        """The threads."""
+        most = self.cfg.threads * (1 + SLOW_PER_THREAD)
+        return Pool(self.cfg.threads, most, changed=lambda: self.method_queue.defer(_nothing))
+
+    def accept(self, listener: Any) -> None:
+        """Accept a connection, which costs a thread only once a request's head has come."""
+        try:
+            sock, address = listener.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return
+        self.nr_conns += 1
+        if self.nr_conns > self.cfg.worker_connections and (waiting := self._idle or self._heads):
+            self._drop(waiting.oldest())
+        sock = ClientSocket(sock, self.send_timeout, self.tpool)
+        self._await_request(Connection(self.cfg, sock, address, listener.getsockname(), self._background))
+
+    def _await_request(self, conn: Connection) -> None:
+        """Have the next request collected, of which there may be something."""
+        if conn.has_begun and conn.has_head:
+            self.enqueue_req(conn)
+            return
+        (self._heads if conn.has_begun else self._idle).add(conn)
+        self.poller.register(conn.sock, selectors.EVENT_READ, partial(self._collect, conn))
+
+    def _collect(self, conn: Connection, _: Any) -> None:
+        """Something has come on a connection that waits."""
+        if conn not in self._idle and conn not in self._heads:
+            return  # it was dropped while the event was on its way
+        try:
+            data = conn.sock.recv_now(HEAD_SIZE)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._drop(conn)
+            return
+        conn.head = conn.head + data if conn.head else data
+        if conn.has_head:
+            self._stop_waiting(conn)
+            self.enqueue_req(conn)
+        elif len(conn.head) > LONGEST_HEAD:
+            self._refuse(conn, 431)
+        elif conn in self._idle and conn.has_begun:
+            self._idle.remove(conn)
+            self._heads.add(conn)
+
+    def _stop_waiting(self, conn: Connection) -> None:
+        self.poller.unregister(conn.sock)
+        self._idle.remove(conn)
+        self._heads.remove(conn)
+
+    def _drop(self, conn: Connection) -> None:
+        """Close a connection that waits."""
+        self._stop_waiting(conn)
+        self.nr_conns -= 1
+        conn.close()
+
+    def _refuse(self, conn: Connection, status: int) -> None:
+        """Answer a request whose head is not all there, and close."""
+        self._stop_waiting(conn)
+        answer = refusal(status, conn.client)
+        with contextlib.suppress(OSError):  # also if there is no room: the main loop waits for nobody
+            socket.socket.send(conn.sock, answer)
+        self.nr_conns -= 1
+        conn.close(graceful=True)
+
+    def wait_for_and_dispatch_events(self, timeout: float) -> None:
+        """As gunicorn's. A worker that stops does not keep its clients longer than it has to."""
+        if not self.alive and self._idle:
+            timeout = max(0.0, min(timeout, self._idle.oldest().timeout - time.monotonic()))
+        super().wait_for_and_dispatch_events(timeout)
+
+    def murder_keepalived(self, force: bool = False) -> None:
+        """Close those that have been waited for in vain."""
+        now = float("inf") if force else time.monotonic()
+        for conn in self._idle.expired(now):
+            self._drop(conn)
+        for conn in self._heads.expired(now):
+            self._refuse(conn, 408)
+
+    def murder_pending(self) -> None:
+        """Drop those who are too slow, if there is no room for others."""
+        now = time.monotonic()
+        full = self.tpool.is_exhausted or not self._has_room()
+        if full and now >= self._shed_at:
+            self._shed_at = now + 1
+            for sock in (*self.tpool.waited_for(), *(conn.sock for conn in self._sending)):
+                if sock.is_behind():
+                    with contextlib.suppress(OSError):
+                        sock.shutdown(socket.SHUT_RDWR)  # whoever waits for it notices
+
+    def _cap_keepalive(self, deadline: float) -> None:
+        """The worker stops."""
+        self._idle.shorten(deadline - time.monotonic())
+
+    # Requests, on threads
 
     def load_wsgi(self) -> None:
         """Load the application, and have each request's environ lead to its connection."""
@@ -231,40 +334,69 @@ class Worker(ThreadWorker):
 
         self.wsgi = with_connection
 
-    def accept(self, listener: Any) -> None:
-        """Accept a connection, which costs a thread only once something was sent on it."""
+    def enqueue_req(self, conn: Connection) -> None:
+        """Have a thread answer the request."""
+        self.tpool.submit(partial(self._answer, conn))
+
+    def _answer(self, conn: Connection) -> None:
+        conn.keep = False
         try:
-            sock, address = listener.accept()
-        except (BlockingIOError, ConnectionAbortedError):
-            return
-        self.nr_conns += 1
-        conn = Connection(self.cfg, ProgressSocket(fileno=sock.detach()), address, listener.getsockname())
-        conn.lingerer = self._lingerer
-        conn.set_timeout()
-        self.pending_conns.append(conn)
-        self.poller.register(conn.sock, selectors.EVENT_READ, partial(self.on_pending_socket_readable, conn))
+            conn.keep = self.handle(conn)
+        except BaseException:  # the thread goes on, and the connection must not be forgotten
+            self.log.exception("Error handling request")
+        self.method_queue.defer(self._answered, conn)
+
+    def _answered(self, conn: Connection) -> None:
+        """On the main loop: a request's thread is done with it."""
+        if conn.sock.rest is not None:
+            self._sending.add(conn)
+            done = partial(self.method_queue.defer, self._sent, conn)
+            self._background.add(Sending(conn.sock, self.send_timeout, done))
+        elif conn.keep:
+            conn.take_unread()
+            self._await_request(conn)
+        else:
+            self.nr_conns -= 1
+            conn.close(graceful=True)
+
+    def _sent(self, conn: Connection, complete: bool) -> None:
+        """On the main loop: the rest of a response has gone out, or never will."""
+        self._sending.discard(conn)
+        conn.keep = conn.keep and complete
+        self._answered(conn)
 
     def handle_request(self, req: Any, conn: Any) -> Any:
         """Answer a request, on a thread of the pool."""
         expects_continue, req._expected_100_continue = req._expected_100_continue, False
         self._at_work.connection = WorkerConnection(req, conn.sock, expects_continue)
-        conn.sock.settimeout(self.send_timeout)
         return super().handle_request(req, conn)
 
     def handle_error(self, req: Any, client: Any, addr: Any, exc: BaseException) -> None:
         """Answer what never became a request; the connection is closed then."""
-        refusal = next((found for kind, found in _REFUSALS.items() if isinstance(exc, kind)), None)
-        if refusal is None:
+        status = next((found for kind, found in _STATUSES.items() if isinstance(exc, kind)), None)
+        if status is None:
             super().handle_error(req, client, addr, exc)
             return
-        status, title, text = refusal
-        request_id, body = new_request_id(), f"{text}\n"
-        head = (
-            f"HTTP/1.1 {status} {title}\r\nConnection: close\r\nContent-Type: text/plain; charset=utf-8\r\n"
-            f"Content-Length: {len(body)}\r\nX-Content-Type-Options: nosniff\r\nX-Request-ID: {request_id}\r\n\r\n"
-        )
         with contextlib.suppress(OSError):
-            client.settimeout(self.send_timeout)
-            client.sendall((head + body).encode())
-        # The class says enough; the message quotes the client, maybe a header with a token in it.
-        logs.log_refusal(addr[0] if addr else "", status, len(body), request_id, f"{text}: {type(exc).__name__}")
+            # The class says enough; the message quotes the client, maybe a header with a token in it.
+            client.sendall(refusal(status, addr, type(exc).__name__))
+
+
+def refusal(status: int, address: Any, reason: str = "IncompleteHead") -> bytes:
+    """The answer to what never became a request; it is logged.
+
+    :param address: the client's, as of ``accept``.
+    :param reason: for the log: the class of what is wrong.
+    """
+    title, text = _REFUSALS[status]
+    request_id, body = new_request_id(), f"{text}\n"
+    head = (
+        f"HTTP/1.1 {status} {title}\r\nConnection: close\r\nContent-Type: text/plain; charset=utf-8\r\n"
+        f"Content-Length: {len(body)}\r\nX-Content-Type-Options: nosniff\r\nX-Request-ID: {request_id}\r\n\r\n"
+    )
+    logs.log_refusal(address[0] if address else "", status, len(body), request_id, f"{text}: {reason}")
+    return (head + body).encode()
+
+
+def _nothing() -> None:
+    """Only to wake the main loop."""

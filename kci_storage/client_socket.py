@@ -1,0 +1,272 @@
+"""A client's socket: it tries first, then waits, and knows how slow its client is.
+
+gunicorn reads and writes blocking sockets with a time-out. Here that time-out is always for the next *progress*: with
+``sendall`` Python would count it over all of the data, and a socket becomes writable only when a third of its buffer
+is free, which a reader of 20 KiB/s takes a minute for.
+"""
+
+from __future__ import annotations
+
+import array
+import errno
+import fcntl
+import os
+import select
+import socket
+import termios
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from kci_storage.transport import SentFile, SentSegments
+
+if TYPE_CHECKING:
+    from kci_storage.pool import Pool
+
+SLOW_SECONDS = 0.05  # who lets a thread wait longer than this is slow
+GRACE_SECONDS = 30.0  # for which anybody may be slower than this:
+LEAST_RATE = 4096  # bytes a second; below it, a client goes when there is no room for others
+LOOKS = 4  # at what a client has taken, in the time for which it may stand still
+
+
+class Pace:
+    """Whether a client keeps up, counting only time in which it is the one that is waited for.
+
+    A bucket of seconds: what is waited goes out, and each ``LEAST_RATE`` bytes that the client takes or gives bring a
+    second in.
+
+    :param grace: the bucket's size, in seconds.
+
+    >>> pace = Pace(10)
+    >>> pace.begin(now=0)
+    >>> pace.look(9, transferred=0), pace.is_behind(9, 0), pace.is_behind(11, 0)
+    (9, False, True)
+    >>> pace.look(11, transferred=100_000), pace.is_behind(20, 100_000)  # it has earned the grace again
+    (0, False)
+    """
+
+    def __init__(self, grace: float):
+        self._grace = grace
+        self._credit = grace
+        self._transferred = 0
+        self._seen = self._moved = 0.0
+
+    def begin(self, now: float) -> None:
+        """From now on the client is waited for. What it took until now counts in its favour."""
+        self._seen = self._moved = now
+
+    def look(self, now: float, transferred: int) -> float:
+        """How long it has not moved, in seconds.
+
+        :param now: on the monotonic clock, in seconds.
+        :param transferred: bytes that have gone over the connection in all.
+        """
+        if transferred > self._transferred:
+            self._moved = now
+        self._credit = self._balance(now, transferred)
+        self._seen, self._transferred = now, transferred
+        return now - self._moved
+
+    def is_behind(self, now: float, transferred: int) -> bool:
+        """Whether it has been too slow, now that it is waited for."""
+        return self._balance(now, transferred) < 0
+
+    def _balance(self, now: float, transferred: int) -> float:
+        earned = (transferred - self._transferred) / LEAST_RATE
+        return min(self._grace, self._credit + earned - (now - self._seen))
+
+
+@dataclass(slots=True)
+class Rest:
+    """What is left to send of a file whose reader is slow.
+
+    Who sends it closes the file at the end.
+    """
+
+    file: SentFile
+    position: int  # in the file, in bytes
+    stop: int
+
+
+class ClientSocket(socket.socket):
+    """A socket that never blocks in the kernel; its methods wait for the client as a blocking one's do.
+
+    A client that stands still counts as one that reset the connection: gunicorn would log a ``TimeoutError`` with a
+    traceback, as an error of ours.
+
+    :param patience: seconds that a client may stand still.
+    :param pool: whose threads wait for it.
+    """
+
+    def __init__(self, sock: socket.socket, patience: float, pool: Pool):
+        super().__init__(fileno=sock.detach())
+        super().setblocking(False)
+        self._patience = self._time_out = patience
+        self._pool = pool
+        self._gone = 0  # bytes handed to the kernel or got from it
+        self._queued = array.array("i", [0])
+        self.pace = Pace(min(GRACE_SECONDS, patience))
+        self.rest: Rest | None = None  # of the response, which its reader was too slow for
+
+    # What gunicorn does to a socket
+
+    def setblocking(self, flag: bool) -> None:
+        """Without effect: it waits by itself."""
+
+    def settimeout(self, value: float | None) -> None:
+        """How long the client may stand still; None: the usual patience."""
+        self._time_out = self._patience if value is None else value
+
+    def gettimeout(self) -> float:
+        """How long the client may stand still, in seconds."""
+        return self._time_out
+
+    def recv(self, size: int, flags: int = 0) -> bytes:
+        """As of a blocking socket."""
+        while True:
+            try:
+                return self.recv_now(size, flags)
+            except BlockingIOError:
+                self._wait(select.POLLIN)
+            except TimeoutError as exc:  # the kernel's: TCP_USER_TIMEOUT
+                raise _stalled() from exc
+
+    def recv_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:
+        """As of a blocking socket."""
+        while True:
+            try:
+                size = super().recv_into(buffer, nbytes, flags)
+            except BlockingIOError:
+                self._wait(select.POLLIN)
+            except TimeoutError as exc:
+                raise _stalled() from exc
+            else:
+                self._gone += size
+                return size
+
+    def recv_now(self, size: int, flags: int = 0) -> bytes:
+        """What is there.
+
+        :raises BlockingIOError: nothing.
+        """
+        data = super().recv(size, flags)
+        self._gone += len(data)
+        return data
+
+    def send(self, data: Any, flags: int = 0) -> int:
+        """As of a blocking socket."""
+        while True:
+            try:
+                sent = super().send(data, flags)
+            except BlockingIOError:
+                self._wait(select.POLLOUT)
+            except TimeoutError as exc:
+                raise _stalled() from exc
+            else:
+                self._gone += sent
+                return sent
+
+    def sendall(self, data: Any, flags: int = 0) -> None:  # type: ignore[override]
+        """As of a blocking socket."""
+        sent = self.send(data, flags)
+        if sent < len(data):
+            view = memoryview(data)[sent:]
+            while view:
+                view = view[self.send(view, flags) :]
+
+    def sendfile(self, file: Any, offset: int = 0, count: int | None = None) -> int:
+        """As of any socket, but the end of a plain file may be left to :attr:`rest`, for a slow reader.
+
+        What is no plain file knows how to send itself.
+        """
+        if isinstance(file, SentSegments):
+            return file.send_to(self)
+        assert count is not None
+        position, stop = offset, offset + count
+        try:
+            while position < stop:
+                sent = self._send_some(file.fileno(), position, stop - position)
+                if sent == 0:
+                    break  # the file is shorter; its owner sees to that
+                if sent is not None:
+                    position += sent
+                elif isinstance(file, SentFile) and not self._is_ready(select.POLLOUT, SLOW_SECONDS):
+                    self.rest = Rest(file, position, stop)
+                    file.keep()
+                    break
+                else:
+                    self._wait(select.POLLOUT)
+        finally:
+            file.seek(position)
+        return position - offset
+
+    def send_rest(self, most: int) -> bool:
+        """Send what the client takes of :attr:`rest` without waiting, but at most so many bytes; whether it was all.
+
+        :raises OSError: the connection is broken, or the file has become shorter.
+        """
+        rest = self.rest
+        assert rest is not None
+        sent = self._send_some(rest.file.fileno(), rest.position, min(most, rest.stop - rest.position))
+        if sent == 0:
+            raise OSError(errno.EIO, "the file became shorter while it was sent")
+        rest.position += sent or 0
+        rest.file.seek(rest.position)
+        return rest.position == rest.stop
+
+    def _send_some(self, fd: int, position: int, count: int) -> int | None:
+        """How much of a file went into the kernel; None: it takes nothing now."""
+        try:
+            sent = os.sendfile(self.fileno(), fd, position, count)
+        except BlockingIOError:
+            return None
+        except TimeoutError as exc:
+            raise _stalled() from exc
+        self._gone += sent
+        return sent
+
+    # The client's pace
+
+    def _transferred(self) -> int:
+        """Bytes that have come from the client, or have arrived there."""
+        fcntl.ioctl(self.fileno(), termios.TIOCOUTQ, self._queued)
+        return self._gone - self._queued[0]
+
+    def begin_waiting(self) -> None:
+        """The client is waited for, from now on."""
+        self.pace.begin(time.monotonic())
+        self.look()
+
+    def look(self) -> float:
+        """For how many seconds the client, which is waited for, has not moved."""
+        return self.pace.look(time.monotonic(), self._transferred())
+
+    def is_behind(self) -> bool:
+        """Whether the client, which is waited for, has been slower than the least rate for longer than the grace."""
+        try:
+            return self.pace.is_behind(time.monotonic(), self._transferred())
+        except OSError:  # closed meanwhile
+            return False
+
+    def _wait(self, event: int) -> None:
+        """Wait until the client has given something, or made room.
+
+        :raises ConnectionResetError: it stands still.
+        """
+        if self._is_ready(event, min(SLOW_SECONDS, self._time_out)):
+            return
+        self.begin_waiting()
+        with self._pool.lend(self):
+            while not self._is_ready(event, self._time_out / LOOKS):
+                if self.look() >= self._time_out:
+                    raise _stalled()
+            self.look()
+
+    def _is_ready(self, event: int, seconds: float) -> bool:
+        poll = select.poll()
+        poll.register(self.fileno(), event)
+        return bool(poll.poll(seconds * 1000))
+
+
+def _stalled() -> ConnectionResetError:
+    return ConnectionResetError(errno.ECONNRESET, "the client stalled")

@@ -1,0 +1,94 @@
+"""The threads that answer requests."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+
+class Pool:
+    """Threads that work, so many at a time, and beside them those that wait for slow clients.
+
+    A thread that waits for its client does nothing else, and needs no processor: it lends its place to another one,
+    and takes it back when the client has moved. So clients that are slow by intent or by their link hold up nobody
+    else, until there are ``most`` threads.
+
+    :param size: how many work at a time.
+    :param most: how many there are at most.
+    :param changed: called by any thread when a place has become free, or is no longer.
+    """
+
+    def __init__(self, size: int, most: int, changed: Callable[[], None]):
+        self.size = size
+        self.most = most
+        self.lent = 0  # threads that wait for a client
+        self._changed = changed
+        self._queue: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._threads = 0
+        self._spare = 0  # idle threads; below zero: calls that wait for one
+        self._waiting: set[Any] = set()  # for whom the lent threads wait
+
+    def submit(self, function: Callable[[], None]) -> None:
+        """Have a function called by a thread, as soon as one is free."""
+        self._queue.put(function)
+        with self._lock:
+            self._spare -= 1
+            self._fill()
+
+    @contextlib.contextmanager
+    def lend(self, client: Any) -> Iterator[None]:
+        """The calling thread does nothing but wait for a client during the block."""
+        self._lend(client)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.lent -= 1
+                self._waiting.discard(client)
+
+    def _lend(self, client: Any) -> None:
+        with self._lock:
+            self.lent += 1
+            self._waiting.add(client)
+            self._fill()
+        self._changed()
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether there can be no more threads, and none is idle."""
+        return self._spare <= 0 and self._threads >= self.most
+
+    def waited_for(self) -> list[Any]:
+        """The clients for whom threads wait."""
+        with self._lock:
+            return list(self._waiting)
+
+    def shutdown(self, wait: bool = True) -> None:
+        """What gunicorn calls at the end: its own requests have been answered, or given up."""
+
+    def _fill(self) -> None:
+        """Start a thread if one is wanted and there is a place for it."""
+        if self._spare < 0 and self._threads - self.lent < self.size and self._threads < self.most:
+            try:
+                threading.Thread(target=self._run, name="request", daemon=True).start()
+            except RuntimeError:  # the system has none to give; those that are there go on
+                log.warning("event=no_thread threads=%d", self._threads)
+                return
+            self._threads += 1
+            self._spare += 1
+
+    def _run(self) -> None:
+        while True:
+            self._queue.get()()
+            with self._lock:
+                if self._threads - self.lent > self.size:  # it came for one that waited, and that is back
+                    self._threads -= 1
+                    return
+                self._spare += 1
