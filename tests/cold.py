@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import secrets
 import selectors
+import signal
 import socket
 import statistics
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 import pytest
 import requests
 from azure.storage.blob import ContainerClient, ContentSettings
 
 from tests.azurite import Azurite
 from tests.faultproxy import CONTENT, FaultProxy, fault_proxy
-from tests.harness import Server, running
-from tests.wire import Wire, new_folder, request
+from tests.harness import Server, running, wait_until
+from tests.peers import holders
+from tests.wire import SECONDS, Wire, new_folder, request
 
 T = TypeVar("T")
 
@@ -56,6 +60,24 @@ class Bench:
         """How many bytes of the object the backend has sent."""
         return self.proxy.body_bytes(CONTENT, key)
 
+    def arrived(self, key: str) -> int:
+        """How many bytes of an object that is on its way in are on the server's disk; 0 also when it is not."""
+        digest = hashlib.sha512(key.encode()).hexdigest()
+        with suppress(FileNotFoundError):  # it has just ended
+            return sum(path.stat().st_size for path in self.server.cache_directory.glob(f"??/{digest}.*.part"))
+        return 0
+
+    def wait_for(self, key: str, size: int) -> None:
+        """Wait until so many bytes of an object that is on its way in are there."""
+        wait_until(lambda: self.arrived(key) >= size, SECONDS, f"{size} bytes of the object")
+
+    def filler(self, key: str) -> int:
+        """The worker that fetches an object."""
+        digest = hashlib.sha512(key.encode()).hexdigest()
+        [claim] = self.server.cache_directory.glob(f"??/{digest}.fill")
+        [pid] = holders(claim)
+        return pid
+
     def metric(self, name: str, **labels: str) -> float:
         """A metric's value, over all workers."""
         pairs = ",".join(f'{label}="{value}"' for label, value in labels.items())
@@ -81,8 +103,8 @@ def cold_bench(
         azure = {"account": azurite.account, "key": azurite.key, "endpoint": proxy.endpoint, "container": name}
         document = {
             "driver": "azure",
-            "azure": azure,
             **options,
+            "azure": {**azure, **options.get("azure", {})},
             "server": {"workers": 3, **options.get("server", {})},
         }
         server = Server(folder, document)
@@ -177,9 +199,17 @@ class Visit:
 
 
 def crowd(
-    server: Server, key: str, count: int, expected: bytes, headers: Mapping[str, str] | None = None
+    server: Server,
+    key: str,
+    count: int,
+    expected: bytes,
+    headers: Mapping[str, str] | None = None,
+    begun: threading.Event | None = None,
 ) -> list[Visit]:
-    """So many clients ask for an object at the same moment, each on a connection of its own, and read to the end."""
+    """So many clients ask for an object at the same moment, each on a connection of its own, and read to the end.
+
+    :param begun: set when every one of them has got something of a body.
+    """
     visits = {_connect(server): Visit(expected) for _ in range(count)}
     buffer = bytearray(256 * 1024)
     view = memoryview(buffer)
@@ -198,8 +228,20 @@ def crowd(
                 if not size or visit.take(view[:size], visit.seconds):
                     selector.unregister(sock)
                     sock.close()
+                if begun is not None and not begun.is_set() and all(visit.received for visit in visits.values()):
+                    begun.set()
         assert not selector.get_map(), "clients are still waiting"
     return list(visits.values())
+
+
+def begun_crowd(
+    server: Server, key: str, count: int, expected: bytes, headers: Mapping[str, str] | None = None
+) -> Future[list[Visit]]:
+    """A crowd of which every client has got something of the body, and goes on."""
+    begun = threading.Event()
+    visits = in_background(crowd, server, key, count, expected, headers, begun)
+    assert begun.wait(CROWD_SECONDS), "not everybody has got something"
+    return visits
 
 
 def _connect(server: Server) -> socket.socket:
@@ -239,6 +281,37 @@ def beginning(bench: Bench, key: str, at_least: int = 1) -> Wire:
     assert wire.head().status == 200
     assert len(wire.read(at_least)) == at_least
     return wire
+
+
+# Workers: which of them takes a connection is up to the kernel, and may always be the same
+
+
+@contextmanager
+def frozen(*pids: int) -> Iterator[None]:
+    """These processes stand still during the block: who connects now is served by another worker."""
+    try:
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        wait_until(lambda: all(_stands_still(pid) for pid in pids), SECONDS, "the workers to stand still")
+        yield
+    finally:
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+
+
+def _stands_still(pid: int) -> bool:
+    return psutil.Process(pid).status() == psutil.STATUS_STOPPED
+
+
+def from_each_worker(server: Server, ask: Callable[[], T]) -> list[T]:
+    """What is got from each worker in turn, while the others stand still."""
+    pids = server.worker_pids()
+    got = []
+    for asked in pids:
+        with frozen(*(pid for pid in pids if pid != asked)):
+            got.append(ask())
+    return got
 
 
 def in_background(function: Callable[..., T], *args: Any) -> Future[T]:

@@ -36,6 +36,7 @@ class Request:
     key: str
     start: int  # bytes; of a range
     stop: int | None  # bytes; None: the end
+    if_match: str | None = None  # the version that alone is wanted
     started: float = field(default_factory=time.monotonic)
     body_bytes: int = 0  # of the answer, so far
 
@@ -46,6 +47,10 @@ class Reset(Exception):
 
 class Fault:
     """What happens to a request. This one lets it pass."""
+
+    def concerns(self, request: Request) -> bool:
+        """Whether it can happen to this request at all."""
+        return True
 
     def before(self, rule: Rule) -> bytes | None:
         """Called before the request is passed on; an answer that is given keeps it from that."""
@@ -117,12 +122,15 @@ class Cut(Fault):
 
 @dataclass
 class Stall(Fault):
-    """After so many bytes of the body nothing comes until the rule is released."""
+    """After so many bytes of the object, in whichever body they come, nothing comes until the rule is released."""
 
     after: int = 0
 
+    def concerns(self, request: Request) -> bool:
+        return request.start <= self.after and (request.stop is None or self.after < request.stop)
+
     def body(self, request: Request, pieces: Iterator[bytes], rule: Rule) -> Iterator[bytes]:
-        position = 0
+        position = request.start
         for piece in pieces:
             before = self.after - position
             position += len(piece)
@@ -168,6 +176,20 @@ class Lie(Fault):
 
 
 @dataclass
+class LieOfAll(Fault):
+    """The object is said to be so many bytes longer, or shorter, than it is; the body is right."""
+
+    by: int
+
+    def head(self, lines: list[bytes]) -> list[bytes]:
+        return [self._lied(line) for line in lines]
+
+    def _lied(self, line: bytes) -> bytes:
+        head, _, size = line.rpartition(b"/")
+        return b"%b/%d" % (head, int(size) + self.by) if line.lower().startswith(b"content-range:") else line
+
+
+@dataclass
 class Shrink(Fault):
     """Bytes are missing at the end of the body, and Content-Length agrees with that."""
 
@@ -206,6 +228,8 @@ class Rule:
     def befalls(self, request: Request) -> bool:
         """Whether it is this request's turn. The caller holds the proxy's lock."""
         if self._kind not in (None, request.kind) or self._key not in (None, request.key) or self._times <= 0:
+            return False
+        if not self.fault.concerns(request):
             return False
         if self._skip > 0:
             self._skip -= 1
@@ -430,7 +454,7 @@ def _request(lines: list[bytes]) -> Request:
     kind = kinds.get(method, OTHER) if key and "comp=" not in url.query.replace("comp=block", "") else OTHER
     asked = re.fullmatch(r"bytes=(\d+)-(\d*)", _header(lines, "x-ms-range") or _header(lines, "range") or "")
     start, stop = (int(asked[1]), int(asked[2]) + 1 if asked[2] else None) if asked else (0, None)
-    return Request(kind, key, start, stop)
+    return Request(kind, key, start, stop, _header(lines, "if-match"))
 
 
 def _shut(sock: socket.socket) -> None:

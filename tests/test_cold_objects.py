@@ -16,7 +16,19 @@ import pytest
 import requests
 
 from tests.azurite import Azurite
-from tests.cold import MIB, Bench, beginning, cold_bench, crowd, figure, in_background, median_first_byte, some_bytes
+from tests.cold import (
+    MIB,
+    Bench,
+    beginning,
+    begun_crowd,
+    cold_bench,
+    crowd,
+    figure,
+    from_each_worker,
+    in_background,
+    median_first_byte,
+    some_bytes,
+)
 from tests.disks import fill_up, small_disk, use_up_inodes
 from tests.faultproxy import CONTENT, PROPERTIES, Flip, Stall
 from tests.harness import wait_until
@@ -32,7 +44,10 @@ def test_fifty_clients_get_a_cold_object_from_one_fetch(bench: Bench) -> None:
     content = some_bytes(32 * MIB)
     key = bench.store(content)
     bench.proxy.bandwidth = 32 * MIB
-    visits = crowd(bench.server, key, 50, content)
+    rule = bench.proxy.inject(Stall(4 * MIB), key=key)
+    coming = begun_crowd(bench.server, key, 50, content)
+    rule.release()
+    visits = coming.result()
     assert [visit for visit in visits if not visit.complete] == []
     assert bench.fetched(key) == len(content)
     assert {visit.headers["x-cache"] for visit in visits} == {"miss"}
@@ -44,6 +59,33 @@ def test_fifty_clients_get_a_cold_object_from_one_fetch(bench: Bench) -> None:
     )
     wait_until_tidy(bench.server)
     assert get(bench.server, key).headers["X-Cache"] == "hit"
+    assert bench.fetched(key) == len(content)
+
+
+def test_followers_in_every_worker_share_the_fetch(bench: Bench) -> None:
+    content = some_bytes(20 * MIB)
+    key = bench.store(content)
+    rule = bench.proxy.inject(Stall(2 * MIB), key=key)
+    crowds = from_each_worker(bench.server, lambda: begun_crowd(bench.server, key, 4, content))
+    rule.release()
+    visits = [visit for coming in crowds for visit in coming.result()]
+    assert (len(visits), sum(visit.complete for visit in visits)) == (12, 12)
+    assert bench.fetched(key) == len(content)
+
+
+def test_a_fill_has_several_reads_of_one_version_in_flight(bench: Bench) -> None:
+    content = some_bytes(32 * MIB)
+    key = bench.store(content)
+    rule = bench.proxy.inject(Stall(MIB), key=key)
+    with beginning(bench, key) as wire:
+        rule.wait_until_reached()
+        wait_until(lambda: bench.proxy.count(CONTENT, key) > 1, SECONDS, "another read")
+        rule.release()
+        assert wire.read(len(content) - 1) == content[1:]
+    etag = requests.head(f"{bench.server.url}/{key}", timeout=SECONDS).headers["ETag"]
+    first, *others = [each for each in bench.proxy.requests if each.kind == CONTENT and each.key == key]
+    assert (first.start, first.if_match) == (0, None)
+    assert {each.if_match for each in others} == {etag}
     assert bench.fetched(key) == len(content)
 
 
@@ -153,8 +195,20 @@ def test_the_last_bytes_come_at_once_and_alone(bench: Bench) -> None:
     seconds = time.monotonic() - started
     assert (answer.status_code, answer.content) == (206, content[-100:])
     assert bench.fetched(key) == 100
-    assert not temporary_files(bench.server), "a crawler of ends must not pull everything"
     figure("last 100 bytes of a cold object of 32 MiB at 8 MiB/s", seconds=seconds, content_bytes=bench.fetched(key))
+
+
+def test_a_crawler_of_ends_starts_no_fill(bench: Bench) -> None:
+    content = some_bytes(4 * MIB)
+    keys = [bench.store(content) for _ in range(20)]
+    wait_until_tidy(bench.server)
+    fills = bench.metric("kci_storage_fills_total", result="ok")
+    for key in keys:
+        assert get(bench.server, key, {"Range": "bytes=-1024"}).content == content[-1024:]
+    wait_until_tidy(bench.server)
+    fetched = sum(bench.fetched(key) for key in keys)
+    assert (fetched, bench.metric("kci_storage_fills_total", result="ok")) == (20 * 1024, fills)
+    figure("the last KiB of each of 20 cold objects of 4 MiB", content_bytes=fetched, fills=0)
 
 
 def test_a_validator_that_still_holds_costs_no_content(bench: Bench) -> None:
@@ -206,16 +260,22 @@ def test_ranges_of_what_has_arrived_ask_for_nothing_in_any_worker(bench: Bench) 
     key = bench.store(content)
     rule = bench.proxy.inject(Stall(4 * MIB), key=key, times=1)
     with beginning(bench, key) as wire:
-        rule.wait_until_reached()
-        requests_before = bench.proxy.count(CONTENT, key)
-        for start in range(0, 3 * MIB, MIB // 4):  # each on a connection of its own: in any worker
-            answer = get(bench.server, key, {"Range": f"bytes={start}-{start + 999}"})
-            assert (answer.status_code, answer.content) == (206, content[start : start + 1000])
-        assert bench.proxy.count(CONTENT, key) == requests_before
+        bench.wait_for(key, 4 * MIB)
+        for start in range(0, 3 * MIB, MIB // 2):
+            part = {"Range": f"bytes={start}-{start + 999}"}
+            for answer in from_each_worker(bench.server, lambda part=part: get(bench.server, key, part)):
+                assert (answer.status_code, answer.content) == (206, content[start : start + 1000])
+        assert direct_reads(bench, key) == 0
         assert get(bench.server, key, {"Range": "bytes=-1000"}).content == content[-1000:]
-        assert bench.proxy.count(CONTENT, key) == requests_before + 1
+        assert direct_reads(bench, key) == 1
         rule.release()
         assert wire.read(len(content) - 1) == content[1:]
+
+
+def direct_reads(bench: Bench, key: str) -> int:
+    """How many times the backend was asked for just 1,000 bytes, which no fill does."""
+    asked = [each for each in bench.proxy.requests if each.kind == CONTENT and each.key == key]
+    return sum(each.stop is not None and each.stop - each.start == 1000 for each in asked)
 
 
 def test_a_range_shortly_ahead_waits_for_the_fill(bench: Bench) -> None:
@@ -223,7 +283,7 @@ def test_a_range_shortly_ahead_waits_for_the_fill(bench: Bench) -> None:
     key = bench.store(content)
     rule = bench.proxy.inject(Stall(MIB), key=key, times=1)
     with beginning(bench, key):
-        rule.wait_until_reached()
+        bench.wait_for(key, MIB)
         waiting = in_background(get, bench.server, key, {"Range": f"bytes={MIB + 1000}-{MIB + 1999}"})
         time.sleep(0.5)  # if it were not to wait, it would be done by then
         assert not waiting.done()
@@ -333,7 +393,7 @@ def grow_old(cache: Path) -> None:
 
 
 def test_beyond_the_bound_cold_objects_wait_and_hits_do_not(new_bench: Callable[..., Bench]) -> None:
-    bench = new_bench(cache={"max_fills": 1}, server={"workers": 1, "threads": 8, "lock_timeout": 2})
+    bench = new_bench(cache={"max_fills": 1}, server={"workers": 1, "threads": 8, "lock_timeout": 4})
     hit = bench.store(b"hit")
     get(bench.server, hit)
     wait_until_tidy(bench.server)
@@ -371,6 +431,30 @@ def test_those_who_wait_leave_threads_to_the_others(new_bench: Callable[..., Ben
         assert sum(answer.result().status_code == 200 for answer in answers) == 4
 
 
+def test_the_bound_holds_for_all_workers_together(new_bench: Callable[..., Bench]) -> None:
+    bench = new_bench(cache={"max_fills": 3}, server={"lock_timeout": 60})
+    content = some_bytes(MIB)
+    answers = []
+
+    def ask_for_two() -> None:
+        before = len(claims(bench))
+        answers.extend(in_background(get, bench.server, bench.store(content)) for _ in range(2))
+        wait_until(lambda: len(claims(bench)) == before + 2, SECONDS, "both to be asked for")
+
+    rule = bench.proxy.inject(Stall(1000))
+    from_each_worker(bench.server, ask_for_two)
+    wait_until(lambda: bench.proxy.count(CONTENT) == 3, SECONDS, "those that may begin")
+    assert bench.metric("kci_storage_fills_in_progress") == 3
+    rule.release()
+    assert [answer.result().content == content for answer in answers] == [True] * 6
+    assert bench.proxy.count(CONTENT) == 6
+
+
+def claims(bench: Bench) -> list[Path]:
+    """One for each object that is fetched, or waits to be."""
+    return list(bench.server.cache_directory.glob("??/*.fill"))
+
+
 def test_many_followers_cost_no_memory(bench: Bench) -> None:
     content = some_bytes(96 * MIB)
     key = bench.store(content)
@@ -389,6 +473,7 @@ def test_many_followers_cost_no_memory(bench: Bench) -> None:
 
 def test_what_has_happened_is_counted(bench: Bench) -> None:
     content = some_bytes(MIB)
+    wait_until_tidy(bench.server)  # of what the tests before have begun
     before = bench.metric("kci_storage_fills_total", result="ok")
     key = bench.store(content)
     rule = bench.proxy.inject(Stall(1000), key=key)

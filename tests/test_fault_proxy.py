@@ -24,6 +24,7 @@ from tests.faultproxy import (
     Flip,
     Hold,
     Lie,
+    LieOfAll,
     Refuse,
     Say,
     Shrink,
@@ -41,8 +42,10 @@ class Backend(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         start = int(self.headers.get("Range", "bytes=0-")[6:-1])
         body = CONTENT_BYTES[start:]
-        self.send_response(200)
+        self.send_response(206 if start else 200)
         self.send_header("Content-Length", str(len(body)))
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(CONTENT_BYTES) - 1}/{len(CONTENT_BYTES)}")
         self.end_headers()
         if self.command == "GET":
             self.wfile.write(body)
@@ -99,12 +102,13 @@ def received(answer: http.client.HTTPResponse) -> bytes:
 
 def test_without_faults_everything_passes_and_is_counted(proxy: FaultProxy) -> None:
     assert ask(proxy).read() == CONTENT_BYTES
-    assert ask(proxy, key="k%C3%A4se", Range="bytes=100-").read() == CONTENT_BYTES[100:]
+    assert ask(proxy, key="k%C3%A4se", Range="bytes=100-", **{"If-Match": '"x"'}).read() == CONTENT_BYTES[100:]
     assert ask(proxy, "HEAD").read() == b""
     assert ask(proxy, "PUT").status == 201
     assert ask(proxy, key="?restype=container&comp=list").status == 200
     assert [each.kind for each in proxy.requests] == [CONTENT, CONTENT, PROPERTIES, PUT, OTHER]
     assert [(each.key, each.start) for each in proxy.requests][:3] == [("a/b", 0), ("käse", 100), ("a/b", 0)]
+    assert [each.if_match for each in proxy.requests] == [None, '"x"', None, None, None]
     assert proxy.count(CONTENT) == 2
     assert proxy.body_bytes(CONTENT, "käse") == len(CONTENT_BYTES) - 100
     assert proxy.body_bytes(PROPERTIES) == 0
@@ -141,6 +145,13 @@ def test_bodies_are_damaged(proxy: FaultProxy, fault: Fault, got: bytes) -> None
 def test_lengths_are_told(proxy: FaultProxy, fault: Fault, length: int) -> None:
     proxy.inject(fault)
     assert int(ask(proxy).headers["Content-Length"]) == len(CONTENT_BYTES) + length
+
+
+def test_the_length_of_the_object_is_told(proxy: FaultProxy) -> None:
+    proxy.inject(LieOfAll(10))
+    answer = ask(proxy, Range="bytes=100-")
+    assert answer.headers["Content-Range"] == f"bytes 100-{len(CONTENT_BYTES) - 1}/{len(CONTENT_BYTES) + 10}"
+    assert answer.read() == CONTENT_BYTES[100:]
 
 
 def test_a_flipped_byte_is_the_objects_not_the_bodys(proxy: FaultProxy) -> None:
@@ -186,6 +197,16 @@ def test_what_stalls_goes_on_when_it_is_released(proxy: FaultProxy) -> None:
     assert proxy.body_bytes(CONTENT) <= 50_001
     rule.release()
     assert answer.read() == CONTENT_BYTES[50_001:]
+
+
+def test_what_stalls_is_a_place_in_the_object(proxy: FaultProxy) -> None:
+    rule = proxy.inject(Stall(500), times=1)
+    assert ask(proxy, Range="bytes=501-").read() == CONTENT_BYTES[501:]
+    answer = ask(proxy, Range="bytes=400-")
+    rule.wait_until_reached()
+    assert answer.read(100) == CONTENT_BYTES[400:500]
+    rule.release()
+    assert answer.read() == CONTENT_BYTES[500:]
 
 
 def test_what_is_held_has_not_reached_the_backend(proxy: FaultProxy) -> None:
