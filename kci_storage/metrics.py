@@ -333,7 +333,7 @@ class MeasuredWriter(ObjectWriter):
     def __init__(self, writer: ObjectWriter):
         self._writer = writer
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes | memoryview) -> None:
         self._writer.write(data)
 
     def commit(

@@ -8,18 +8,17 @@ cut off anywhere is in neither.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
-from werkzeug.exceptions import RequestEntityTooLarge
-from werkzeug.sansio.multipart import Data, Epilogue, Event, Field, File, MultipartDecoder, NeedData, State
+from werkzeug.sansio.multipart import Data, Event, Field, File
 
 from kci_storage import durable, keys
 from kci_storage.cache import Cache
+from kci_storage.digests import RunningDigests
 from kci_storage.drivers.base import Digests, Driver, Expectation, ObjectInfo
 from kci_storage.errors import (
     BadForm,
@@ -30,35 +29,19 @@ from kci_storage.errors import (
     ObjectNotFound,
     PreconditionFailed,
     StorageError,
-    UploadTooLarge,
 )
+from kci_storage.forms import READ_SIZE, Body, form_events, too_large
 from kci_storage.misses import Misses
 
 if TYPE_CHECKING:
     from kci_storage.metrics import Metrics
 
-READ_SIZE = 256 * 1024  # bytes; gunicorn reads bodies several times slower in smaller steps
-FIRST_READ_SIZE = 1024  # bytes of a form; a read waits for all of its bytes, and these say what may be refused
-FORM_MEMORY = 1024 * 1024  # bytes of a form that may be undecided at once: a part's head, and one read
 LONGEST_PATH_FIELD = 8 * 1024  # bytes; a key has at most 1,024 characters
-FORM_OVERHEAD = 1024 * 1024  # bytes that a form may have beyond the limit, which then holds for each file
-MOST_PARTS = 10_000
 MOST_FILES = 1_000  # each keeps a few files open until the form's end
 FORM_HELD = 16 * 1024 * 1024  # bytes of a form's files that may wait in memory for its end
-LONGEST_PADDING = 64  # blanks after a boundary, which RFC 2046, 5.1.1 allows and nobody sends
 FILE_FIELD = re.compile(r"file[0-9]+")
 # A backslash that escapes nothing: a Windows path, of which the decoder would silently drop the separators.
 LONE_BACKSLASH = re.compile(r'\\(?!["\\])')
-
-
-class Body(Protocol):
-    """A request body that never ends silently short."""
-
-    def read(self, size: int) -> bytes:
-        """The next bytes, at most ``size``; empty at the end.
-
-        :raises ClientDisconnected: it ended too early.
-        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,8 +113,9 @@ class Uploads:
         """
         with contextlib.closing(self.begin(key, content_type, md5=digests.md5 is not None)) as upload:
             expected = self._expectation(key, may_replace) if may_replace else None
-            while data := body.read(READ_SIZE):
-                upload.write(data)
+            buffer = memoryview(bytearray(READ_SIZE))
+            while size := body.readinto(buffer):
+                upload.write(buffer[:size])
             upload.verify(digests)
             if expected is None:
                 return upload.commit_new_or_replaced()
@@ -170,9 +154,9 @@ class Upload:
         self._content_type = content_type
         self._max_bytes = uploads.max_bytes
         self._size = 0
-        self._sha256 = hashlib.sha256()
-        self._md5 = hashlib.md5(usedforsecurity=False) if md5 else None
+        self._digests = RunningDigests("sha256", "md5") if md5 else RunningDigests("sha256")
         with contextlib.ExitStack() as stack:
+            stack.callback(self._digests.close)
             stack.enter_context(uploads.metrics.waiting_for(uploads.cache.writing(key, uploads.lock_timeout)))
             self._writer = stack.enter_context(uploads.driver.writer(key, content_type))
             self._part = self._new_part() if uploads.cached else None
@@ -184,8 +168,8 @@ class Upload:
         except InsufficientStorage:
             return None
 
-    def write(self, data: bytes) -> None:
-        """Take the next piece.
+    def write(self, data: bytes | memoryview) -> None:
+        """Take the next piece, which is the caller's again afterwards.
 
         :raises UploadTooLarge: it is one too many.
         :raises StorageError: the backend failed.
@@ -193,13 +177,11 @@ class Upload:
         self._size += len(data)
         if self._size > self._max_bytes:
             raise too_large(self._max_bytes)
-        self._sha256.update(data)
-        if self._md5 is not None:
-            self._md5.update(data)
+        self._digests.update(data)
         self._writer.write(data)
         self._write_part(data)
 
-    def _write_part(self, data: bytes) -> None:
+    def _write_part(self, data: bytes | memoryview) -> None:
         if self._part is None:
             return
         try:
@@ -222,18 +204,19 @@ class Upload:
 
     @property
     def sha256(self) -> str:
-        """Hex, of what was written so far."""
-        return self._sha256.hexdigest()
+        """Hex, of all that was written."""
+        return self._digests.hex("sha256")
 
     def verify(self, expected: ExpectedDigests) -> None:
         """Compare what was written with what the client said.
 
         :raises DigestMismatch: they differ.
         """
-        if expected.sha256 is not None and expected.sha256 != self._sha256.digest():
+        sha256, md5 = self._digests.digest("sha256"), self._digests.digest("md5")
+        if expected.sha256 not in (None, sha256):
             raise DigestMismatch(f"the body's SHA-256 is {self.sha256}, not what Repr-Digest says")
-        if expected.md5 is not None and self._md5 is not None and expected.md5 != self._md5.digest():
-            raise DigestMismatch(f"the body's MD5 is {self._md5.hexdigest()}, not what Content-MD5 says")
+        if md5 is not None and expected.md5 not in (None, md5):
+            raise DigestMismatch(f"the body's MD5 is {md5.hex()}, not what Content-MD5 says")
 
     def commit(self, expected: str | Expectation = Expectation.ANYTHING) -> ObjectInfo:
         """Make it the object, for every worker, from the moment that this returns.
@@ -242,7 +225,7 @@ class Upload:
         :raises PreconditionFailed: something else is; commit may be called again.
         :raises StorageError: it failed, or nobody knows; the copy of the previous version is doubted then.
         """
-        digests = Digests(self._size, self.sha256, self._md5.digest() if self._md5 else None)
+        digests = Digests(self._size, self.sha256, self._digests.digest("md5"))
         self._cache.announce_commit(self.key)
         try:
             info = self._writer.commit(digests, expected, self._replay if self._part else None)
@@ -326,7 +309,7 @@ class FormReceiver:
         self._path_text: bytearray | None = None  # while the field comes in
         self._keys: set[str] = set()
         self._files: list[Upload | Spooled] = []  # as the form has them
-        self._write: Callable[[bytes], None] | None = None
+        self._write: Callable[[bytes | memoryview], None] | None = None
 
     def take(self, event: Event) -> None:
         """Take what the decoder saw.
@@ -364,7 +347,7 @@ class FormReceiver:
         self._path_text = bytearray()
         self._write = self._add_to_path
 
-    def _add_to_path(self, data: bytes) -> None:
+    def _add_to_path(self, data: bytes | memoryview) -> None:
         assert self._path_text is not None
         self._path_text += data
         if len(self._path_text) > LONGEST_PATH_FIELD:
@@ -391,12 +374,12 @@ class FormReceiver:
             self._files.append(upload)
             self._write = upload.write
 
-    def _spool(self, filename: str) -> Callable[[bytes], None]:
+    def _spool(self, filename: str) -> Callable[[bytes | memoryview], None]:
         keys.for_upload("", filename)  # as much as can be said without the path
         spool = self._uploads.cache.new_spool()
         self._files.append(Spooled(filename, spool))
 
-        def write(data: bytes) -> None:
+        def write(data: bytes | memoryview) -> None:
             if spool.size + len(data) > self._uploads.max_bytes:
                 raise too_large(self._uploads.max_bytes)
             spool.write(data)
@@ -459,59 +442,3 @@ class FormReceiver:
         with contextlib.ExitStack() as held:  # one that cannot be removed keeps no other's lock
             for file in self._files:
                 held.callback(file.close)
-
-
-def form_events(body: Body, boundary: bytes, max_bytes: int) -> Iterator[Event]:
-    """What a multipart body consists of, piece by piece, read to its very end.
-
-    :param max_bytes: how large it may be, but for :data:`FORM_OVERHEAD`.
-    :raises BadForm: it is malformed, or ended before its closing boundary.
-    :raises UploadTooLarge: it is too large.
-    """
-    decoder = MultipartDecoder(boundary, max_form_memory_size=FORM_MEMORY, max_parts=MOST_PARTS)
-    try:
-        for data in _limited(body, max_bytes):
-            if decoder.state is State.EPILOGUE:  # what comes after the closing boundary means nothing
-                continue
-            decoder.receive_data(data)
-            if not _ends_in_boundary(decoder.buffer, boundary):
-                yield from _decoded(decoder)
-        decoder.receive_data(None)
-        yield from _decoded(decoder)
-    except RequestEntityTooLarge:
-        raise BadForm("the form has too many parts, or a part whose headers are too long") from None
-    except UnicodeDecodeError:
-        raise BadForm("the headers of a part, or a file name in them, are not UTF-8") from None
-    except ValueError as exc:
-        raise BadForm("the form is malformed, or ended before its closing boundary", detail=str(exc)) from exc
-
-
-def _limited(body: Body, max_bytes: int) -> Iterator[bytes]:
-    received = 0
-    while data := body.read(READ_SIZE if received else FIRST_READ_SIZE):
-        received += len(data)
-        if received > max_bytes + FORM_OVERHEAD:
-            raise too_large(max_bytes)
-        yield data
-
-
-def _ends_in_boundary(buffer: bytearray, boundary: bytes) -> bool:
-    """Whether what is here ends between a boundary and the end of its line: then the decoder has to wait for more.
-
-    Werkzeug (3.1) takes the line break before such a boundary for content: the file got one byte more.
-
-    >>> _ends_in_boundary(bytearray(b"content\\r\\n--b-"), b"b"), _ends_in_boundary(bytearray(b"content-"), b"b")
-    (True, False)
-    """
-    tail = bytes(buffer[-len(boundary) - LONGEST_PADDING :])
-    return tail.endswith((b"-", b" ", b"\t")) and tail.rstrip(b" \t").removesuffix(b"-").endswith(b"--" + boundary)
-
-
-def _decoded(decoder: MultipartDecoder) -> Iterator[Event]:
-    while not isinstance(event := decoder.next_event(), NeedData | Epilogue):
-        yield event
-
-
-def too_large(max_bytes: int) -> UploadTooLarge:
-    """The error for a body over the limit."""
-    return UploadTooLarge(f"a file may have at most {max_bytes} bytes")

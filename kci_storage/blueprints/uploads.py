@@ -13,9 +13,10 @@ from kci_storage import keys, logs, media
 from kci_storage.blueprints.failures import without_body
 from kci_storage.blueprints.routing import authenticated, exchange, services
 from kci_storage.errors import BadForm, BadRequest
+from kci_storage.forms import FORM_OVERHEAD, too_large
 from kci_storage.http_semantics import etag_header, parse_content_md5, parse_repr_digest, write_allowed
 from kci_storage.transport import RequestBody
-from kci_storage.upload import FORM_OVERHEAD, ExpectedDigests, FormPlan, Stored, too_large
+from kci_storage.upload import ExpectedDigests, FormPlan, Stored
 
 blueprint = Blueprint("uploads", __name__)
 log = logging.getLogger(__name__)

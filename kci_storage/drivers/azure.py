@@ -390,9 +390,9 @@ class _Writer(ObjectWriter):
         self._in_flight: deque[Future[None]] = deque()
         self._lost = False
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes | memoryview) -> None:
         self._size += len(data)
-        rest = memoryview(data)
+        rest = memoryview(bytes(data))
         while self._filled + len(rest) > self._driver.block_size:
             room = self._driver.block_size - self._filled
             self._pieces.append(rest[:room])

@@ -122,8 +122,10 @@ class ObjectWriter(ABC):
         """
 
     @abstractmethod
-    def write(self, data: bytes) -> None:
-        """Append ``data``, of any size. It may return before the backend has it, and blocks when too much waits.
+    def write(self, data: bytes | memoryview) -> None:
+        """Append ``data``, of any size; it is the caller's again afterwards, to be overwritten.
+
+        It may return before the backend has it, and blocks when too much waits.
 
         :raises BackendError: the backend failed, maybe on an earlier piece. The writer is then of no more use.
         :raises InsufficientStorage: this server's disk is full, and the driver stores there.

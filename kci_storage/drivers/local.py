@@ -313,9 +313,10 @@ class _Writer(ObjectWriter):
     def flush(self) -> None:
         """Nothing is held in memory."""
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes | memoryview) -> None:
         with _own_errors(_write_error):
             self._file.write(data)
+            self._file.begin_writeback()
 
     def commit(
         self,
