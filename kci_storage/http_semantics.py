@@ -440,6 +440,17 @@ def parse_repr_digest(value: str) -> bytes | None:
     return None if digest is None else _digest("Repr-Digest", digest, 32)
 
 
+def repr_digest_header(sha256: str) -> str:
+    """The value of ``Repr-Digest`` (RFC 9530).
+
+    :param sha256: hex.
+
+    >>> repr_digest_header("00" * 32)
+    'sha-256=:AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=:'
+    """
+    return f"sha-256=:{base64.b64encode(bytes.fromhex(sha256)).decode()}:"
+
+
 def _digest(header: str, text: str, length: int) -> bytes:
     padding = "=" * (-len(text) % 4)  # RFC 8941 section 4.2.7 asks to do without it
     try:

@@ -24,6 +24,7 @@ from kci_storage.http_semantics import (
     decide,
     etag_header,
     http_date,
+    repr_digest_header,
 )
 from kci_storage.objects import Content, FileContent
 from kci_storage.transport import SentFile, SentSegments
@@ -32,7 +33,7 @@ Headers = list[tuple[str, str]]
 
 EXPOSED_HEADERS = (
     "Accept-Ranges, Content-Disposition, Content-Encoding, Content-Length, Content-Range, ETag, Last-Modified, "
-    "Retry-After, X-Cache, X-Request-ID"
+    "Repr-Digest, Retry-After, X-Cache, X-Request-ID"
 )
 # Public answers may be read by scripts of any site; a token is never sent by a browser on its own.
 CORS_HEADERS = (
@@ -118,12 +119,19 @@ def _descriptors(info: ObjectInfo, asked_for: Purpose) -> tuple[tuple[str, str],
             ("Content-Type", unpacked_type),
             ("Content-Encoding", "gzip"),
             ("Content-Disposition", media.disposition(info.key[: -len(".gz")], unpacked_type)),
+            *_digest(info),
         )
     content_type = media.for_download(info.content_type, info.key)
     return (
         ("Content-Type", content_type),
         ("Content-Disposition", media.disposition(info.key, content_type, asked_for is Purpose.ATTACHMENT)),
+        *_digest(info),
     )
+
+
+def _digest(info: ObjectInfo) -> tuple[tuple[str, str], ...]:
+    """The digest of the whole file, whatever part of it is sent, and as it is stored (RFC 9530, section 3)."""
+    return (("Repr-Digest", repr_digest_header(info.sha256)),) if info.sha256 is not None else ()
 
 
 def purpose(query: str) -> Purpose:
