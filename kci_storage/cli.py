@@ -2,6 +2,7 @@
 
 Exit codes: 0, done; 2, wrong usage; 78 (``EX_CONFIG`` of sysexits.h), the configuration cannot be used. A service
 manager can be told that trying again does not mend the last of them (systemd: ``RestartPreventExitStatus=78``).
+The client's commands (:mod:`kci_storage.client.commands`) have 1, something failed, and 130, interrupted, too.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from kci_storage import __version__, auth
+from kci_storage.client import commands as client
 from kci_storage.config import CONFIG_VARIABLE, Config, ConfigError, load
 
 GUNICORN = ("gunicorn", "-c", "python:kci_storage.serving", "kci_storage.app:create_app()")
@@ -28,18 +30,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     :param argv: the arguments without the program's name; None: the process's own.
     """
     given = list(sys.argv[1:] if argv is None else argv)
-    split = given.index("--") if "--" in given else len(given)
+    split = given.index("--") if "--" in given and "serve" in given[: given.index("--")] else len(given)
     parser = _parser()
     arguments = parser.parse_args(given[:split])
     arguments.passed_on = given[split + 1 :]
+    arguments.parser = parser
     if arguments.passed_on and arguments.run is not serve:
         parser.error("only serve passes arguments on to gunicorn")
     try:
-        arguments.run(arguments)
+        return arguments.run(arguments) or 0
     except ConfigError as exc:
         print(f"kci-storage: {exc}", file=sys.stderr)
         return os.EX_CONFIG
-    return 0
 
 
 def serve(arguments: argparse.Namespace) -> NoReturn:
@@ -107,6 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     issuing.add_argument("email", type=_email, help="the claim that names its owner")
     issuing.add_argument("--expires", type=_days, metavar="DAYS", help="how long it is valid; else for ever")
     _command(commands, "check-config", check_config, "say whether the configuration is valid")
+    client.add_to(commands)
     return parser
 
 

@@ -33,6 +33,8 @@ SERVICES = {
 }
 VIEWS = {name for name in MODULES if name.startswith("blueprints.")}
 DRIVERS = {name for name in MODULES if name.startswith("drivers.")}
+CLIENT = {name for name in MODULES if name.startswith("client.")}
+WRITERS = {"durable", "client.part"}  # the client's files are on another machine, and need no durability
 
 # What only certain modules may import, of other people's.
 OWNERS = {
@@ -43,6 +45,8 @@ OWNERS = {
     "jwt": {"auth"},
     "portalocker": {"durable"},
     "gunicorn": {"worker"},
+    "tqdm": {"client.progress"},
+    "shtab": {"client.completion"},
 }
 
 WRITING_CALLS = {
@@ -116,6 +120,16 @@ def test_views_reach_the_backend_through_services(name):
     assert not own_imports(name) & {"cache", "fill", "durable", "locks"}
 
 
+@pytest.mark.parametrize("name", sorted(CLIENT))
+def test_the_client_knows_nothing_of_the_server_but_what_a_key_may_be(name):
+    assert own_imports(name) <= CLIENT | {"keys", "errors"}
+
+
+@pytest.mark.parametrize("name", sorted(set(MODULES) - CLIENT))
+def test_the_server_knows_nothing_of_the_client(name):
+    assert own_imports(name) & CLIENT <= ({"client.commands"} if name == "cli" else set())
+
+
 def writes(tree: ast.AST) -> Iterator[str]:
     """The calls in a module that could write to the file system."""
     for node in ast.walk(tree):
@@ -143,8 +157,8 @@ def writing_mode(call: ast.Call) -> bool:
     return any(isinstance(mode, str) and set(mode) & set("wax+") and len(mode) <= 3 for mode in modes)
 
 
-@pytest.mark.parametrize("name", sorted(set(MODULES) - {"durable"}))
-def test_files_are_written_by_durable_alone(name):
+@pytest.mark.parametrize("name", sorted(set(MODULES) - WRITERS))
+def test_files_are_written_in_one_place(name):
     assert list(writes(parsed(name))) == []
 
 

@@ -1,0 +1,1 @@
+"""The client: the commands ``upload``, ``download``, ``ls``, ``rm`` and ``stat``. It knows nothing of the server."""

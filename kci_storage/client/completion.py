@@ -1,0 +1,34 @@
+"""Completion for shells, made from the commands' own description."""
+
+from __future__ import annotations
+
+import argparse
+
+from kci_storage.client.errors import UsageError
+
+SHELLS = ("bash", "zsh")
+
+
+def script(parser: argparse.ArgumentParser, shell: str) -> str:
+    """What the shell is to read.
+
+    :param parser: of the whole program.
+    :raises UsageError: the library that makes it is not installed.
+    """
+    try:
+        import shtab
+    except ImportError as exc:
+        raise UsageError("completion needs the extra: pip install 'kci-storage[client]'") from exc
+    return str(shtab.complete(parser, shell=shell))
+
+
+def with_files(action: argparse.Action) -> argparse.Action:
+    """Have an argument completed with the names of files."""
+    action.complete = {"bash": "_shtab_compgen_files", "zsh": "_files"}  # type: ignore[attr-defined]  # shtab.FILE
+    return action
+
+
+def with_folders(action: argparse.Action) -> argparse.Action:
+    """Have an argument completed with the names of folders."""
+    action.complete = {"bash": "_shtab_compgen_dirs", "zsh": "_files -/"}  # type: ignore[attr-defined]
+    return action

@@ -1,0 +1,122 @@
+"""What a person sees meanwhile: a bar on a terminal, else a line now and then."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from typing import TextIO
+
+from kci_storage.client.storage import printable
+
+try:
+    from tqdm import tqdm
+except ImportError:  # the extra "client" is not installed: lines will do
+    tqdm = None
+
+INTERVAL = 30.0  # seconds between two lines
+_UNITS = ("KiB", "MiB", "GiB", "TiB")
+
+
+class Progress:
+    """Counts bytes and shows nothing but what it is told to print. All methods may be called by many threads.
+
+    :param quiet: notes are not shown either.
+    """
+
+    def __init__(self, quiet: bool = False):
+        self._quiet = quiet
+        self._lock = threading.Lock()
+        self._total = 0  # bytes
+        self._done = 0
+
+    def expect(self, size: int) -> None:
+        """So many bytes more are to come than was known."""
+        with self._lock:
+            self._total += size
+            self._show()
+
+    def add(self, size: int) -> None:
+        """So many bytes have come; fewer than none: what has come does not count."""
+        with self._lock:
+            self._done += size
+            self._show()
+
+    def note(self, text: str) -> None:
+        """Tell something that is no failure."""
+        if not self._quiet:
+            self.failure(text)
+
+    def failure(self, text: str) -> None:
+        """Tell of a failure, on one line."""
+        self._print(f"kci-storage: {printable(text)}", sys.stderr)
+
+    def line(self, text: str) -> None:
+        """Print a line of output."""
+        self._print(text, sys.stdout)
+
+    def close(self) -> None:
+        """Nothing more comes."""
+
+    def _show(self) -> None:
+        """Called with the lock, when a number has changed."""
+
+    def _print(self, text: str, to: TextIO) -> None:
+        with self._lock:
+            print(text, file=to, flush=True)
+
+
+class Lines(Progress):
+    """A line now and then, so that the log of a CI job shows that it is alive."""
+
+    def __init__(self, interval: float = INTERVAL):
+        super().__init__()
+        self._interval = interval
+        self._next = time.monotonic() + interval
+
+    def _show(self) -> None:
+        if time.monotonic() >= self._next:
+            self._next = time.monotonic() + self._interval
+            print(f"kci-storage: {readable(self._done)} of {readable(self._total)}", file=sys.stderr, flush=True)
+
+
+class Bar(Progress):
+    """One bar for all transfers, on standard error."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._bar = tqdm(total=0, unit="B", unit_scale=True, unit_divisor=1024, file=sys.stderr, dynamic_ncols=True)
+
+    def _show(self) -> None:
+        self._bar.total = self._total
+        self._bar.update(self._done - self._bar.n)
+
+    def _print(self, text: str, to: TextIO) -> None:
+        with self._lock:
+            tqdm.write(text, file=to)
+
+    def close(self) -> None:
+        with self._lock:
+            self._bar.refresh()
+            self._bar.close()
+
+
+def progress(quiet: bool) -> Progress:
+    """What suits standard error."""
+    if quiet:
+        return Progress(quiet=True)
+    return Bar() if tqdm is not None and sys.stderr.isatty() else Lines()
+
+
+def readable(size: int) -> str:
+    """A number of bytes, as people read it.
+
+    >>> readable(999), readable(1536), readable(5 * 2**30)
+    ('999 B', '1.5 KiB', '5.0 GiB')
+    """
+    if size < 1024:
+        return f"{size} B"
+    amount, unit = size / 1024, 0
+    while amount >= 1024 and unit < len(_UNITS) - 1:
+        amount, unit = amount / 1024, unit + 1
+    return f"{amount:.1f} {_UNITS[unit]}"

@@ -1,0 +1,92 @@
+"""One file goes: digested first, so that the server stores exactly it or nothing; sent again safely."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from typing import BinaryIO
+
+from kci_storage.client.errors import ClientError
+from kci_storage.client.paths import LocalFile
+from kci_storage.client.progress import Progress
+from kci_storage.client.retries import Attempts
+from kci_storage.client.storage import PIECE, Properties, Storage
+
+
+def upload(storage: Storage, file: LocalFile, attempts: Attempts, progress: Progress, absent: bool) -> Properties:
+    """Have the file stored.
+
+    It is read twice: a digest that is sent before the content lets the server refuse a content that was damaged on
+    its way, or changed while it was sent, before it replaces anything.
+
+    :param absent: there must be none of that key yet.
+    :returns: what was stored.
+    :raises ClientError: it was not, as far as anybody knows.
+    :raises OSError: the file cannot be read.
+    """
+    storage.url_of(file.key)  # so that a key that cannot be costs nothing
+    with open(file.path, "rb") as content:
+        size = os.fstat(content.fileno()).st_size
+        sha256 = _digest(content, size)
+        doubtful = False  # whether an attempt may have stored it without our knowing
+        while True:
+            body = _FileBody(content, size, progress)
+            try:
+                return storage.upload(file.key, body, size, sha256, absent=absent)
+            except ClientError as exc:
+                body.take_back()
+                if exc.status == 412 and doubtful and (stored := _stored(storage, file.key, sha256)) is not None:
+                    progress.add(size)
+                    return stored
+                doubtful = doubtful or exc.status is None or exc.status >= 500
+                attempts.failed(exc)
+
+
+def _digest(content: BinaryIO, size: int) -> str:
+    sha256 = hashlib.sha256()
+    for piece in _FileBody(content, size):
+        sha256.update(piece)
+    return sha256.hexdigest()
+
+
+def _stored(storage: Storage, key: str, sha256: str) -> Properties | None:
+    """What is stored, if it is this content."""
+    there = storage.properties(key)
+    return there if there.sha256 == sha256 else None
+
+
+class _FileBody:
+    """The first so many bytes of a file, from its beginning, as requests wants a body that is read in pieces."""
+
+    def __init__(self, content: BinaryIO, size: int, progress: Progress | None = None):
+        content.seek(0)
+        self._content = content
+        self._size = size
+        self._left = size
+        self._progress = progress
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __iter__(self) -> Iterator[bytes]:
+        while piece := self.read(PIECE):
+            yield piece
+
+    def read(self, size: int) -> bytes:
+        """The next bytes, at most so many; none at the end.
+
+        :raises ClientError: the file has become shorter.
+        """
+        data = self._content.read(min(size, self._left))
+        if not data and self._left:
+            raise ClientError("the file has become shorter while it was read")
+        self._left -= len(data)
+        if self._progress is not None:
+            self._progress.add(len(data))
+        return data
+
+    def take_back(self) -> None:
+        """What was sent does not count."""
+        if self._progress is not None:
+            self._progress.add(self._left - self._size)
