@@ -109,7 +109,7 @@ def build_services(config: Config) -> Services:
             wait_timeout=server.lock_timeout,
             revalidate_after=config.cache.revalidate_after,
         ),
-        responder=Responder(server.cache_control),
+        responder=Responder(server.cache_control, config.cache.directory, server.accel_redirect),
         uploads=Uploads(
             measured,
             cache,

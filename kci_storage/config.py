@@ -149,7 +149,7 @@ class ServerConfig:
     )
     cache_control: str = _setting(
         "public, no-cache",
-        'the Cache-Control of downloads: browsers and CDNs may keep a copy, and ask before they use it',
+        "the Cache-Control of downloads: browsers and CDNs may keep a copy, and ask before they use it",
         expects='directives such as "public, max-age=60"',
         accepts=_is_cache_control,
     )

@@ -8,8 +8,11 @@ from __future__ import annotations
 import enum
 import functools
 import itertools
+import os
+import re
 import secrets
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs
 
@@ -48,6 +51,8 @@ STATUS_LINES = {
     412: "412 Precondition Failed",
     416: "416 Range Not Satisfiable",
 }
+SEND_DIRECTLY = "HTTP_X_SEND_DIRECTLY"  # nginx could not open the file: it was replaced meanwhile, or may not be read
+_PLAIN_RANGE = re.compile(r"bytes=(?:[0-9]{1,15}-[0-9]{0,15}|-[0-9]{1,15})")
 REMEMBERED_VERSIONS = 10_000  # of which the headers are kept ready; about 1 KiB each
 
 
@@ -71,10 +76,14 @@ class Responder:
     """Makes the responses to downloads.
 
     :param cache_control: what they all say to caches.
+    :param cache_directory: where the copies lie.
+    :param accel_redirect: nginx's internal location over that folder, if nginx in front sends the copies; else empty.
     """
 
-    def __init__(self, cache_control: str):
+    def __init__(self, cache_control: str, cache_directory: Path, accel_redirect: str = ""):
         self._common = (("Cache-Control", cache_control), NOSNIFF, *CORS_HEADERS)
+        self._cache_directory = cache_directory
+        self._accel_redirect = accel_redirect
 
     def respond(self, content: Content, environ: dict[str, Any], conditions: RequestHeaders) -> Response:
         """The response to a ``GET`` or ``HEAD`` of an object (RFC 9110, sections 13 and 14).
@@ -95,9 +104,36 @@ class Responder:
             content.close()
             return _unsatisfiable(info, headers, environ)
         headers += _descriptors(info, purpose(environ["QUERY_STRING"]))
+        if self._accel_redirect and isinstance(content, FileContent) and content.path is not None:
+            if _nginx_agrees(environ, conditions, decision):
+                return self._handed_over(content, content.path, headers, decision)
         if len(decision.ranges) > 1:
             return _several_ranges(content, decision.ranges, headers)
         return _one_range(content, decision, headers, method, environ["wsgi.file_wrapper"])
+
+
+    def _handed_over(self, content: FileContent, path: str, headers: Headers, decision: Decision) -> Response:
+        """nginx sends the file, or the part of it that the request's ``Range`` asks for; the worker is free."""
+        location = self._accel_redirect + os.path.relpath(path, self._cache_directory)
+        content.close()
+        if decision.status == 200:  # with a 206, nginx does not say it by itself
+            headers = [header for header in headers if header[0] != "Accept-Ranges"]
+        return Response(200, [*headers, ("X-Accel-Redirect", location), ("Content-Length", "0")], ())
+
+
+def _nginx_agrees(environ: dict[str, Any], conditions: RequestHeaders, decision: Decision) -> bool:
+    """Whether nginx, given the file, makes the same of the request.
+
+    It does not know the version's ETag, so it can judge no condition; and what it makes of odd and of several ranges
+    is its own.
+    """
+    if environ["REQUEST_METHOD"] != "GET" or SEND_DIRECTLY in environ:
+        return False
+    if conditions != RequestHeaders(range=conditions.range):
+        return False
+    if conditions.range is None:
+        return decision.status == 200
+    return decision.status == 206 and _PLAIN_RANGE.fullmatch(conditions.range) is not None
 
 
 @functools.lru_cache(REMEMBERED_VERSIONS)

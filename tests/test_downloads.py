@@ -23,7 +23,8 @@ import pytest
 import requests
 from azure.storage.blob import ContainerClient, ContentSettings
 
-from tests.harness import Server, wait_until
+from tests.harness import Server, running, wait_until
+from tests.nginx import nginx
 from tests.wire import (
     FORM_TYPE,
     SECONDS,
@@ -69,16 +70,41 @@ class Source:
         return key
 
 
-@pytest.fixture(params=["local file", "hit", "miss"])
+@pytest.fixture(scope="module")
+def behind_nginx(azurite: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server whose hits are sent by nginx."""
+    name = azurite.new_container()
+    azure = {"account": azurite.account, "key": azurite.key, "endpoint": azurite.endpoint, "container": name}
+    document = {"driver": "azure", "azure": azure, "server": {"accel_redirect": "/_cache/", "trusted_proxies": 1}}
+    with running(Server(tmp_path_factory.mktemp("server"), document)) as server:
+        with nginx(tmp_path_factory.mktemp("nginx"), server) as frontend:
+            yield frontend
+
+
+KINDS = ["local file", "hit", "miss"]
+
+
+@pytest.fixture(params=[*KINDS, "hit through nginx"])
 def source(request: pytest.FixtureRequest) -> Iterator[Source]:
-    """All three."""
-    server = request.getfixturevalue("local_server" if request.param == "local file" else "azure_server")
-    if request.param != "miss":
-        yield Source(server, "hit", None)
-        return
-    azurite = request.getfixturevalue("azurite")
-    with azurite.client(server.document["azure"]["container"]) as container:
-        yield Source(server, "miss", container)
+    """All of them."""
+    yield from source_of(request.param, request)
+
+
+@pytest.fixture(params=KINDS)
+def direct_source(request: pytest.FixtureRequest) -> Iterator[Source]:
+    """Those whose bytes the server itself sends."""
+    yield from source_of(request.param, request)
+
+
+def source_of(kind: str, request: pytest.FixtureRequest) -> Iterator[Source]:
+    """One of them."""
+    if kind == "miss":
+        server, azurite = request.getfixturevalue("azure_server"), request.getfixturevalue("azurite")
+        with azurite.client(server.document["azure"]["container"]) as container:
+            yield Source(server, "miss", container)
+    else:
+        fixture = {"local file": "local_server", "hit": "azure_server", "hit through nginx": "behind_nginx"}[kind]
+        yield Source(request.getfixturevalue(fixture), "hit", None)
 
 
 def head(server: Server, key: str, headers: dict[str, str] | None = None) -> requests.Response:
@@ -579,28 +605,28 @@ def processor_seconds(server: Server) -> float:
     return sum(time.user + time.system for time in times)
 
 
-def test_a_client_that_leaves(source: Source):
+def test_a_client_that_leaves(direct_source: Source):
     """The log says how much of the file went out, and the next client gets all of it."""
     content = os.urandom(MIB) * 64
-    key = source.store(content)
-    with Wire(source.server, receive_buffer=64 * 1024) as wire:
+    key = direct_source.store(content)
+    with Wire(direct_source.server, receive_buffer=64 * 1024) as wire:
         wire.send(request("GET", f"/{key}"))
         answer = wire.head()
         assert wire.read(MIB) == content[:MIB]
         wire.reset()
-    line = access(source.server, answer)
+    line = access(direct_source.server, answer)
     assert line["status"] == "200"
     assert MIB <= int(line["bytes"]) < len(content)
-    assert hashlib.sha256(get(source.server, key).content).digest() == hashlib.sha256(content).digest()
-    wait_until_tidy(source.server)
+    assert hashlib.sha256(get(direct_source.server, key).content).digest() == hashlib.sha256(content).digest()
+    wait_until_tidy(direct_source.server)
 
 
-def test_all_clients_are_counted_in_full(source: Source):
-    key = source.store(CONTENT * 1000)
+def test_all_clients_are_counted_in_full(direct_source: Source):
+    key = direct_source.store(CONTENT * 1000)
     for headers, size in (({}, SIZE * 1000), ({"Range": "bytes=5-14"}, 10), ({"If-None-Match": "*"}, 0)):
-        line = access(source.server, get(source.server, key, headers))
+        line = access(direct_source.server, get(direct_source.server, key, headers))
         assert line["bytes"] == str(size)
-    assert access(source.server, head(source.server, key))["bytes"] == "0"
+    assert access(direct_source.server, head(direct_source.server, key))["bytes"] == "0"
 
 
 def test_a_file_that_shrinks_while_it_is_sent_ends_the_connection(local_server: Server):
