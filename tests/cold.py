@@ -305,7 +305,7 @@ def _stands_still(pid: int) -> bool:
 
 
 def from_each_worker(server: Server, ask: Callable[[], T]) -> list[T]:
-    """What is got from each worker in turn, while the others stand still."""
+    """What is got from each worker in turn, while the others stand still: with what they hold, such as locks."""
     pids = server.worker_pids()
     got = []
     for asked in pids:

@@ -40,6 +40,7 @@ from tests.peers import holders
 from tests.wire import SECONDS, Wire, get, new_folder, put, request, temporary_files, wait_until_tidy
 
 READ_TIMEOUT = 2  # seconds; of a server whose backend stalls
+DEFAULT_READ_TIMEOUT = AzureConfig().read_timeout
 
 
 def cached(bench: Bench, key: str) -> bool:
@@ -145,7 +146,7 @@ def test_a_stalled_read_is_taken_up_where_it_stands(impatient: Bench) -> None:
     rule = impatient.proxy.inject(Stall(MIB), key=key, times=2)
     visits = crowd(impatient.server, key, 6, content)
     assert all(visit.complete for visit in visits)
-    assert min(visit.seconds for visit in visits) > 2 * READ_TIMEOUT
+    assert all(2 * READ_TIMEOUT < visit.seconds < DEFAULT_READ_TIMEOUT for visit in visits)
     assert rule.hits == 2
     assert impatient.fetched(key) < len(content) + MIB / 2
     rule.end()
@@ -204,7 +205,7 @@ def test_a_wrong_length_of_the_object_is_never_cached(bench: Bench, fault: Fault
 
 def test_a_read_that_has_begun_is_given_up_after_a_while(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """And not before: the clients of a server that is not patched would wait for a minute."""
-    monkeypatch.setattr(fetch, "RESUME_FOR", 2.0)
+    monkeypatch.setattr(fetch, "RESUME_FOR", 8.0)
     key = bench.store(some_bytes(MIB))
     with contextlib.closing(AzureDriver(AzureConfig(**bench.server.document["azure"]))) as driver:
         rule = bench.proxy.inject(Stall(1000), key=key)
@@ -215,7 +216,7 @@ def test_a_read_that_has_begun_is_given_up_after_a_while(bench: Bench, monkeypat
         started = time.monotonic()
         with pytest.raises(BackendError):
             reading.result(SECONDS)
-        assert time.monotonic() - started > 1
+        assert time.monotonic() - started > 6, "the driver alone gives up after half of that"
 
 
 @pytest.mark.parametrize("offset", [10, 9 * MIB, 10 * MIB - 1], ids=["first", "middle", "last"])

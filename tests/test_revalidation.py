@@ -9,13 +9,14 @@ import pytest
 import requests
 
 from kci_storage.freshness import PATIENCE, QUIET
-from tests.cold import MIB, Bench, crowd, in_background, some_bytes
+from tests.cold import MIB, Bench, crowd, from_each_worker, in_background, some_bytes
 from tests.faultproxy import CONTENT, PROPERTIES, Delay, Hold
 from tests.harness import wait_until
 from tests.wire import SECONDS, get, put, wait_until_tidy
 
 PERIOD = 1.0  # seconds
-AT_ONCE = PATIENCE / 2  # seconds; what does not wait for the backend takes far less
+AT_ONCE = 0.8 * PATIENCE  # seconds; what does not wait for the backend takes far less
+LONG = 15  # seconds; less than the read time-out, for which one would wait that has no patience of its own
 
 
 @pytest.fixture
@@ -55,24 +56,29 @@ def test_one_question_for_all_in_each_period(checking: Bench) -> None:
     content = some_bytes(1000)
     key = stored_and_cached(checking, content)
     checking.proxy.inject(Delay(0.3), kind=PROPERTIES, key=key)
-    for number in (1, 2):
+    started = time.monotonic()
+    for _ in range(2):
         visits = crowd(checking.server, key, 20, content)
         assert {visit.headers["x-cache"] for visit in visits} == {"hit"}
         assert all(visit.complete for visit in visits)
-        assert cache_status(checking, key) == "hit"
-        assert checking.proxy.count(PROPERTIES, key) == number
         time.sleep(PERIOD)
-    assert checks(checking, "fresh") == 2
+    asked = checking.proxy.count(PROPERTIES, key)
+    assert 2 <= asked <= 1 + (time.monotonic() - started) / PERIOD
+    assert checks(checking, "fresh") == asked
     assert checking.proxy.count(CONTENT, key) == 1
 
 
-def test_a_copy_that_was_just_fetched_is_fresh_for_every_worker(new_bench: Callable[..., Bench]) -> None:
+def test_a_copy_that_was_just_fetched_or_uploaded_is_fresh_for_every_worker(new_bench: Callable[..., Bench]) -> None:
     bench = new_bench(cache={"revalidate_after": 60}, server={"workers": 2})
     key = bench.store(b"content")
     get(bench.server, key)
     wait_until_tidy(bench.server)
-    assert [cache_status(bench, key) for _ in range(20)] == ["hit"] * 20
+    assert from_each_worker(bench.server, lambda: cache_status(bench, key)) == ["hit"] * 2
     assert bench.proxy.count(PROPERTIES, key) == 0
+    assert put(bench.server, key, b"new").status_code == 200
+    asked = bench.proxy.count(PROPERTIES, key)  # by the upload, which says whether it replaced something
+    assert from_each_worker(bench.server, lambda: cache_status(bench, key)) == ["hit"] * 2
+    assert bench.proxy.count(PROPERTIES, key) == asked
 
 
 def test_what_another_program_has_changed_is_fetched(checking: Bench) -> None:
@@ -93,28 +99,26 @@ def test_what_another_program_has_deleted_is_gone(checking: Bench) -> None:
     assert checks(checking, "deleted") == 1
 
 
-def test_an_upload_is_fresh(checking: Bench) -> None:
-    key = stored_and_cached(checking, b"old")
-    assert put(checking.server, key, b"new").status_code == 200
-    asked = checking.proxy.count(PROPERTIES, key)
-    assert cache_status(checking, key) == "hit"
-    assert checking.proxy.count(PROPERTIES, key) == asked
-
-
 def test_with_the_backend_away_copies_are_stale(checking: Bench) -> None:
     content = some_bytes(1000)
     key = stored_and_cached(checking, content)
     checking.proxy.go_away()
     answer = get(checking.server, key)
     assert (answer.content, answer.headers["X-Cache"]) == (content, "stale")
-    asked = checking.proxy.count(PROPERTIES, key)
-    started = time.monotonic()
+    asked, started = checking.proxy.count(PROPERTIES, key), time.monotonic()
     assert {cache_status(checking, key) for _ in range(20)} == {"stale"}
-    assert time.monotonic() - started < AT_ONCE
-    assert checking.proxy.count(PROPERTIES, key) == asked, "a backend that is away is left alone for a while"
+    now_asked, elapsed = checking.proxy.count(PROPERTIES, key), time.monotonic() - started
+    assert now_asked == asked or elapsed > QUIET - 1, "a backend that is away is left alone for a while"
     partial = get(checking.server, key, {"Range": "bytes=-10"})
     assert (partial.status_code, partial.content) == (206, content[-10:])
     assert requests.head(f"{checking.server.url}/{key}", timeout=SECONDS).headers["X-Cache"] == "stale"
+
+    def asked_again() -> bool:
+        assert cache_status(checking, key) == "stale"
+        return checking.proxy.count(PROPERTIES, key) > now_asked
+
+    wait_until(asked_again, QUIET + SECONDS, "another question")
+    assert cache_status(checking, key) == "stale"
     checking.proxy.come_back()
     wait_until(lambda: cache_status(checking, key) == "hit", QUIET + SECONDS, "the backend to be noticed")
     assert checks(checking, "failed") >= 1
@@ -126,7 +130,7 @@ def test_a_silent_backend_holds_nobody_up_for_long(checking: Bench) -> None:
     rule = checking.proxy.inject(Hold(), kind=PROPERTIES)
     started = time.monotonic()
     visits = crowd(checking.server, keys[0], 10, content)
-    assert PATIENCE - 1 < time.monotonic() - started < PATIENCE + AT_ONCE
+    assert PATIENCE - 1 < time.monotonic() - started < LONG
     assert all(visit.complete and visit.headers["x-cache"] == "stale" for visit in visits)
     for key in keys * 5:
         started = time.monotonic()
