@@ -204,8 +204,9 @@ class _Load:
         before = cpu_seconds(system.pid) if system.pid else 0
         downloads, seconds = load.crowd(system.port, [system.path(key) for key in keys], connections, size)
         used = cpu_seconds(system.pid) - before if system.pid else None
-        if downloads[0].cache.lower() == "hit":
-            raise BenchError(f"the object was not cold: {downloads[0]}")
+        # Of a crowd, who comes late may find a small object there; but somebody was first.
+        if sum(download.cache.lower() != "hit" for download in downloads) < len(set(keys)):
+            raise BenchError(f"an object was not cold: {downloads[0]}")
         first_byte = statistics.median(download.first_byte for download in downloads)
         return Sample((len(keys) / seconds,) if rate else (seconds, first_byte), len(keys), used)
 

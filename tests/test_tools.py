@@ -92,7 +92,7 @@ def project(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("target", ["run", "test", "check", "demo"])
+@pytest.mark.parametrize("target", ["run", "test", "check", "demo", "bench"])
 def test_the_environment_is_renewed_when_the_dependencies_change(project, target):
     command = ["make", "--directory", project, "--dry-run", target]
     assert "environment.sh" not in run(*command).stdout
