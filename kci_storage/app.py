@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,8 @@ def build_services(config: Config) -> Services:
     local = driver if isinstance(driver, LocalObjects) else None
     cache = Cache(config.cache.directory)
     metrics = Metrics(cache, disks(config, local))
-    housekeeper = Housekeeper(cache, config.cache, metrics, driver if isinstance(driver, Sweepable) else None)
+    sweep = partial(drivers.sweep, config) if isinstance(driver, Sweepable) else None
+    housekeeper = Housekeeper(cache, config.cache, metrics, sweep)
     measured = metrics.measured(driver)
     misses = Misses(config.cache.directory / "uploads")
     server = config.server

@@ -29,6 +29,7 @@ import os
 import re
 import secrets
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -45,7 +46,6 @@ TOUCH_INTERVAL = 300  # seconds; a hit renews a content file's access time at mo
 REMEMBERED_RECORDS = 20_000  # per process; about 1 KiB each
 FOLDERS = tuple(f"{number:02x}" for number in range(256))
 OURS = re.compile(r"[0-9a-f]{128}\.")  # how the names of the cache's own files start
-PAUSE_EVERY, PAUSE = 500, 0.002  # files, seconds: a walk gives way to requests
 
 
 class Slot(NamedTuple):
@@ -448,17 +448,11 @@ class Cache:
                 pass
 
     def contents(self) -> Iterator[tuple[os.DirEntry[str], os.stat_result]]:
-        """The content files and their status, in no order, at a pace that leaves requests their time."""
-        for file in _paced(itertools.chain.from_iterable(map(self._scan, FOLDERS))):
-            if file.name.endswith(CONTENT) and (status := _status(file)) is not None:
-                yield file, status
+        """The content files and their status, in no order."""
+        return itertools.chain.from_iterable(map(self._contents_in, FOLDERS))
 
-    def _slots(self) -> Iterator[tuple[Slot, list[os.DirEntry[str]]]]:
-        """The files below the 256 folders, by key, at the same pace."""
-        for folder in FOLDERS:
-            files = sorted(self._scan(folder), key=lambda file: file.name)
-            for digest, group in itertools.groupby(_paced(files), key=lambda file: digest_of(file.name)):
-                yield self._slot_of_digest(digest), list(group)
+    def _contents_in(self, folder: str) -> Iterator[tuple[os.DirEntry[str], os.stat_result]]:
+        return _looked_at(file for file in self._scan(folder) if file.name.endswith(CONTENT))
 
     def _scan(self, folder: str) -> Iterator[os.DirEntry[str]]:
         with contextlib.suppress(FileNotFoundError), os.scandir(self.directory / folder) as files:
@@ -471,18 +465,19 @@ class Cache:
 
         :returns: how many files were removed.
         """
+        return sum(self.sweeping())
+
+    def sweeping(self) -> Iterator[int]:
+        """The same in steps, one for each folder; how many files each has removed."""
         self.recover_locks()
-        before = Usage(*self.usage.read())
-        removed = sum(durable.remove_if_unlocked(path) for path in self._spools())
-        files = size = 0
-        for slot, group in self._slots():
-            for status in filter(None, (_status(file) for file in group if file.name.endswith(CONTENT))):
+        before, files, size = Usage(*self.usage.read()), 0, 0
+        yield sum(durable.remove_if_unlocked(path) for path in self._spools())
+        for folder in FOLDERS:
+            found = list(self._scan(folder))
+            for _, status in _looked_at(file for file in found if file.name.endswith(CONTENT)):
                 files, size = files + 1, size + status.st_size
-            # What cannot be removed, or locked on a full disk, must not keep the rest from being so.
-            with contextlib.suppress(OSError, InsufficientStorage):
-                removed += self._sweep_slot(slot, group)
+            yield self._sweep_folder(found)
         self.correct_usage(before, Usage(files, size))
-        return removed
 
     def correct_usage(self, before: Usage, seen: Usage) -> None:
         """Have :attr:`usage` say what a walk saw.
@@ -497,11 +492,21 @@ class Cache:
             return list(self.spool_directory.iterdir())
         return []
 
-    def _sweep_slot(self, slot: Slot, files: list[os.DirEntry[str]]) -> int:
-        removed = sum(durable.remove_if_unlocked(Path(file.path)) for file in files if file.name.endswith(FILL))
-        rest = {file.path for file in files if not file.name.endswith(FILL)}
+    def _sweep_folder(self, files: list[os.DirEntry[str]]) -> int:
+        removed = 0
+        for digest, group in _by_digest(files).items():
+            if not _is_entry(group):
+                # What cannot be removed, or locked on a full disk, must not keep the rest from being so.
+                with contextlib.suppress(OSError, InsufficientStorage):
+                    removed += self._sweep_slot(self._slot_of_digest(digest), group)
+        return removed
+
+    def _sweep_slot(self, slot: Slot, names: list[str]) -> int:
+        claims = [slot.record.with_name(name) for name in names if name.endswith(FILL)]
+        removed = sum(map(durable.remove_if_unlocked, claims))
         record = self._parse(slot)
-        if rest and (record is None or rest != {str(slot.record), str(slot.content(record.generation))}):
+        rest = {name for name in names if not name.endswith(FILL)}
+        if rest and (record is None or rest != {slot.record.name, slot.content(record.generation).name}):
             with self._writing_if_free(slot) as free:  # a writer is between two renames more often than dead
                 removed += self._clear(slot) if free else 0
         return removed
@@ -515,10 +520,10 @@ class Cache:
         wrong = [f"a lock is left: {name}" for name in self.locks.names()]
         wrong += [f"a spool file is left: {path.name}" for path in self._spools()]
         files = size = 0
-        for slot, group in self._slots():
-            wrong += self._check_slot(slot, [file.name for file in group])
-            contents = [file for file in group if file.name.endswith(CONTENT)]
-            files, size = files + len(contents), size + sum(file.stat().st_size for file in contents)
+        for digest, group in _by_digest(itertools.chain.from_iterable(map(self._scan, FOLDERS))).items():
+            wrong += self._check_slot(self._slot_of_digest(digest), group)
+        for _, status in self.contents():
+            files, size = files + 1, size + status.st_size
         if (files, size) != self.usage.read():
             wrong.append(f"usage says {self.usage.read()}, but there are {files} files, {size} bytes")
         return wrong
@@ -572,9 +577,29 @@ def _status(file: Path | os.DirEntry[str]) -> os.stat_result | None:
     return None
 
 
-def _paced(files: Iterable[os.DirEntry[str]]) -> Iterator[os.DirEntry[str]]:
-    """A long walk that gives way to requests."""
-    for number, file in enumerate(files, 1):
-        yield file
-        if number % PAUSE_EVERY == 0:
-            time.sleep(PAUSE)
+def _looked_at(files: Iterable[os.DirEntry[str]]) -> Iterator[tuple[os.DirEntry[str], os.stat_result]]:
+    """The files and their status, but for those that are gone by now."""
+    # A disk gives inodes that it has to read many times faster in their own order.
+    for file in sorted(files, key=os.DirEntry.inode):
+        if (status := _status(file)) is not None:
+            yield file, status
+
+
+def _by_digest(files: Iterable[os.DirEntry[str]]) -> dict[str, list[str]]:
+    """The names of the files that each key has."""
+    names: dict[str, list[str]] = defaultdict(list)
+    for file in files:
+        names[digest_of(file.name)].append(file.name)
+    return names
+
+
+def _is_entry(names: list[str]) -> bool:
+    """Whether a key has a record, a content, and nothing else.
+
+    That they belong together is not looked at, which would take ten times as long: whoever looks the entry up, or
+    evicts it, does. A crash that leaves them so leaves a third file, too.
+    """
+    if len(names) != 2:
+        return False
+    record, content = names if names[0].endswith(RECORD) else reversed(names)
+    return record.endswith(RECORD) and content.endswith(CONTENT)

@@ -1,8 +1,10 @@
 """Keeping the cache within its limits, without anybody noticing.
 
-One thread over all workers does it, elected by a lock; when its worker dies, another worker's takes over. It looks at
-the limits now and then, and walks the directory only when one is crossed. A fill that needs room asks for it at once
-(:meth:`Housekeeper.make_room`).
+One thread over all workers sees to it, elected by a lock; when its worker dies, another worker's takes over. It looks
+at the limits now and then, which costs three system calls, and has the directory walked only when one is crossed. A
+fill that needs room asks for it at once (:meth:`Housekeeper.make_room`).
+
+Every walk is a job: a process of its own (:mod:`kci_storage.jobs`), which holds the elected thread's lock, too.
 """
 
 from __future__ import annotations
@@ -13,16 +15,16 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kci_storage import durable
 from kci_storage.cache import Cache, Usage, last_use
 from kci_storage.config import CacheConfig
-from kci_storage.drivers.base import Sweepable
 from kci_storage.errors import InsufficientStorage, WriteConflict
+from kci_storage.jobs import Job, JobStopped
 
 if TYPE_CHECKING:
     from kci_storage.metrics import Metrics
@@ -30,7 +32,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 YOUNGEST = 60  # seconds; what was written or used since is not evicted
-PAUSE_EVERY, PAUSE = 500, 0.002  # files, seconds: evicting gives way to requests
+STEP = 20  # candidates that are evicted, or handed over, in one go
+PAUSE = 0.002  # seconds: a fill's own evicting gives way to requests after each step
 ELECTION_INTERVAL = 5  # seconds between two tries to become the one who does it
 SWEEP_INTERVAL = 24 * 3600  # seconds; a sweep also finds what workers left that died while the server ran
 ROOM_TIMEOUT = 3  # seconds that a fill waits for room, and so do its clients; then it does without the cache
@@ -57,108 +60,52 @@ class Shortfall(NamedTuple):
         return self.files > 0 or self.size > 0
 
 
-class Housekeeper:
-    """Evicts what was not used for longest when a limit is crossed.
+# What takes its time; in a worker it would be felt, so these are jobs
+
+
+def sweep(directory: Path, sweep_driver: Callable[[], int] | None) -> Iterator[int]:
+    """Remove what crashes have left in the cache and in the driver's store; how many files each step has removed."""
+    yield from Cache(directory).sweeping()
+    if sweep_driver is not None:
+        yield sweep_driver()
+
+
+def recover(limits: CacheConfig) -> Iterator[Usage]:
+    """Evict until the limits are met; what each step has evicted."""
+    evictor = Evictor(Cache(limits.directory), limits)
+    choose = partial(evictor.least_recently_used, limits.cleanup_chunk_size)
+    return evictor.evict_until_within(evictor.to_recover, [], choose)
+
+
+def least_recently_used(limits: CacheConfig, count: int) -> Iterator[list[Candidate]]:
+    """So many candidates, the least recently used last, some in each step. The usage is corrected on the way."""
+    chosen = Evictor(Cache(limits.directory), limits).least_recently_used(count)
+    for start in range(0, len(chosen), STEP):
+        yield chosen[start : start + STEP]
+
+
+class Evictor:
+    """What has to go, and what may.
 
     :param limits: the ``[cache]`` section.
-    :param driver: the driver, if a crash may have left something in its store.
     """
 
-    def __init__(self, cache: Cache, limits: CacheConfig, metrics: Metrics, driver: Sweepable | None):
+    def __init__(self, cache: Cache, limits: CacheConfig):
         self._cache = cache
-        self._driver = driver
         self._limits = limits
-        self._metrics = metrics
-        self._stopped = threading.Event()
-        self._oldest: list[Candidate] = []  # of the latest walk for a fill, the least recently used last
-
-    def start(self) -> None:
-        """See to what a worker has left that died, then keep house in a thread whenever no other worker does."""
-        self._log_errors(self._cache.recover_locks)
-        threading.Thread(target=self._run, name="housekeeping", daemon=True).start()
-
-    def stop(self) -> None:
-        """Have the thread end soon."""
-        self._stopped.set()
-
-    def _run(self) -> None:
-        while not self._stopped.is_set():
-            self._log_errors(self._lead)
-            self._stopped.wait(ELECTION_INTERVAL)
-
-    def _lead(self) -> None:
-        """Keep house until the end, unless somebody else does."""
-        path = self._cache.directory / LEADER_LOCK
-        fd = durable.open_lock_file(path)
-        try:
-            swept = float("-inf")
-            while durable.try_lock(fd) and durable.is_file_at(fd, path):
-                if time.monotonic() - swept > SWEEP_INTERVAL:
-                    swept = time.monotonic()
-                    self._log_errors(self._sweep)
-                self._log_errors(self.keep_limits)
-                if self._stopped.wait(self._limits.interval):
-                    return
-        finally:
-            os.close(fd)
-
-    @staticmethod
-    def _log_errors(action: Callable[[], object]) -> None:
-        try:
-            action()
-        except Exception:  # a full disk, a folder that somebody took away: the next round may do better
-            log.exception("event=housekeeping_failed")
-
-    def _sweep(self) -> None:
-        started = time.monotonic()
-        removed = self._cache.sweep() + (self._driver.sweep() if self._driver else 0)
-        files, size = self._cache.usage.read()
-        log.info(
-            "event=swept removed=%d files=%d bytes=%d seconds=%.3f",
-            removed, files, size, time.monotonic() - started,
-        )  # fmt: skip
-
-    def keep_limits(self) -> None:
-        """Evict while a limit is crossed."""
-        if self._over():
-            self._evict_until_within(self._to_recover, [], self._limits.cleanup_chunk_size)
-
-    def make_room(self, size: int) -> bool:
-        """Evict, if need be, so that an object of ``size`` bytes fits; whether it does.
-
-        Nothing is evicted for an object that would not fit into the emptied cache. What takes too long to wait for,
-        such as the walk of a large cache, goes on for those who come later.
-        """
-        missing = self._missing_for(size)
-        if not missing:
-            return True
-        used = Usage(*self._cache.usage.read())
-        if missing.size > used.size or missing.files > used.files:
-            return False
-        work = partial(self._make_room, size)
-        maker = threading.Thread(target=self._log_errors, args=(work,), name="room", daemon=True)
-        maker.start()
-        maker.join(ROOM_TIMEOUT)
-        return not self._missing_for(size)
-
-    def _make_room(self, size: int) -> None:
-        # A full cache needs room for each object that comes: not each can be worth a walk.
-        chunk = min(self._limits.cleanup_chunk_size, REMEMBERED)
-        # Not even room for a lock's file is no more than no room.
-        with contextlib.suppress(WriteConflict, InsufficientStorage):
-            # Else every fill of every worker evicts for itself what one eviction frees for all of them.
-            with self._cache.locks.hold(ROOM_LOCK, ROOM_TIMEOUT):
-                self._evict_until_within(lambda: self._missing_for(size), self._oldest, chunk)
 
     # What the limits ask for
 
-    def _over(self) -> bool:
+    def over(self) -> bool:
+        """Whether a limit is crossed."""
         return bool(self._beyond(Usage(0, 0), self._disk_missing(self._limits.low_disk_percent)))
 
-    def _to_recover(self) -> Shortfall:
+    def to_recover(self) -> Shortfall:
+        """What has to go once one was crossed."""
         return self._beyond(Usage(0, 0), self._disk_missing(self._limits.recover_disk_percent))
 
-    def _missing_for(self, size: int) -> Shortfall:
+    def missing_for(self, size: int) -> Shortfall:
+        """What has to go so that a file of ``size`` bytes can come."""
         disk = os.statvfs(self._cache.directory)
         return self._beyond(Usage(1, size), Shortfall(0, size - disk.f_bavail * disk.f_frsize))
 
@@ -181,41 +128,50 @@ class Housekeeper:
 
     # Evicting
 
-    def _evict_until_within(
-        self, shortfall: Callable[[], Shortfall], candidates: list[Candidate], chunk: int
-    ) -> None:
+    def evict_until_within(
+        self,
+        shortfall: Callable[[], Shortfall],
+        candidates: list[Candidate],
+        choose: Callable[[], list[Candidate]],
+    ) -> Iterator[Usage]:
         """Evict the least recently used until ``shortfall()`` is none, or nothing more may go.
 
         :param candidates: those to begin with, the least recently used last; what is not evicted of them or of the
             last walk is left there.
-        :param chunk: how many files to choose in one walk.
+        :param choose: walks for more of them when there are none.
+        :returns: what each step has evicted.
         """
-        files = size = 0
         while missing := shortfall():
             walk = not candidates
             if walk:
-                candidates += self._least_recently_used(chunk)
+                candidates += choose()
                 missing = shortfall()  # the walk has corrected the usage
-            freed = self._evict(missing, candidates)
-            files, size = files + freed.files, size + freed.size
-            if walk and not freed:
+            freed = yield from self._evict(missing, candidates)
+            if walk and not freed.files:
                 break
-        if files:
-            log.info("event=evicted files=%d bytes=%d", files, size)
 
-    def _evict(self, missing: Shortfall, candidates: list[Candidate]) -> Shortfall:
+    def _evict(self, missing: Shortfall, candidates: list[Candidate]) -> Generator[Usage, None, Usage]:
         """Evict as much as is missing, from the end of the list; what went."""
+        total = Usage(0, 0)
+        while candidates and missing:
+            freed = self._evict_some(missing, candidates)
+            total = Usage(total.files + freed.files, total.size + freed.size)
+            missing = Shortfall(missing.files - freed.files, missing.size - freed.size)
+            yield freed
+        return total
+
+    def _evict_some(self, missing: Shortfall, candidates: list[Candidate]) -> Usage:
+        """Evict of the last few candidates as many as must go; what went."""
         files = size = 0
-        while candidates and (files < missing.files or size < missing.size):
+        for _ in range(min(STEP, len(candidates))):
+            if files >= missing.files and size >= missing.size:
+                break
             candidate = candidates.pop()
             if self._cache.evict(Path(candidate.content), candidate.used):
                 files, size = files + 1, size + candidate.size
-                if files % PAUSE_EVERY == 0:
-                    time.sleep(PAUSE)
-        self._metrics.evicted(files, size)
-        return Shortfall(files, size)
+        return Usage(files, size)
 
-    def _least_recently_used(self, count: int) -> list[Candidate]:
+    def least_recently_used(self, count: int) -> list[Candidate]:
         """So many of them, the least recently used last. The cache's usage is corrected on the way."""
         before = Usage(*self._cache.usage.read())
         seen = Usage(0, 0)
@@ -231,3 +187,143 @@ class Housekeeper:
         chosen = heapq.nsmallest(count, candidates())
         self._cache.correct_usage(before, seen)
         return chosen[::-1]
+
+
+class Housekeeper:
+    """Has what was not used for longest evicted when a limit is crossed.
+
+    :param limits: the ``[cache]`` section.
+    :param sweep_driver: sweeps the driver's store in another process, so it can be pickled; how many files it has
+        removed. None: a crash leaves nothing there.
+    """
+
+    def __init__(
+        self, cache: Cache, limits: CacheConfig, metrics: Metrics, sweep_driver: Callable[[], int] | None
+    ):
+        self._cache = cache
+        self._limits = limits
+        self._metrics = metrics
+        self._sweep_driver = sweep_driver
+        self._evictor = Evictor(cache, limits)
+        self._stopped = threading.Event()
+        self._jobs: set[Job] = set()
+        self._oldest: list[Candidate] = []  # of the latest walk for a fill, the least recently used last
+
+    def start(self) -> None:
+        """See to what a worker has left that died, then keep house in a thread whenever no other worker does."""
+        self._log_errors(self._cache.recover_locks)
+        threading.Thread(target=self._run, name="housekeeping", daemon=True).start()
+
+    def stop(self) -> None:
+        """Have the thread end soon, and what it has begun now."""
+        self._stopped.set()
+        for job in list(self._jobs):
+            job.stop()
+
+    def _run(self) -> None:
+        while not self._stopped.is_set():
+            self._log_errors(self._lead)
+            self._stopped.wait(ELECTION_INTERVAL)
+
+    def _lead(self) -> None:
+        """Keep house until the end, unless somebody else does."""
+        path = self._cache.directory / LEADER_LOCK
+        fd = durable.open_lock_file(path)
+        try:
+            swept = float("-inf")
+            while durable.try_lock(fd) and durable.is_file_at(fd, path):
+                if time.monotonic() - swept > SWEEP_INTERVAL:
+                    swept = time.monotonic()
+                    self._log_errors(partial(self._sweep, fd))
+                self._log_errors(partial(self.keep_limits, fd))
+                if self._stopped.wait(self._limits.interval):
+                    return
+        finally:
+            os.close(fd)
+
+    @staticmethod
+    def _log_errors(action: Callable[[], object]) -> None:
+        try:
+            action()
+        except JobStopped:
+            pass
+        except Exception:  # a full disk, a folder that somebody took away: the next round may do better
+            log.exception("event=housekeeping_failed")
+
+    def _job(self, work: Callable[..., Iterator[Any]], *arguments: Any, lock: int | None = None) -> Iterator[Any]:
+        """What a job reports, step by step.
+
+        :param lock: a locked descriptor; the lock is held until the job has ended, should this process die before.
+        """
+        with Job(work, *arguments, inherited=() if lock is None else (lock,)) as job:
+            self._jobs.add(job)
+            try:
+                if not self._stopped.is_set():
+                    yield from job
+            finally:
+                self._jobs.discard(job)
+
+    def _sweep(self, lock: int) -> None:
+        started = time.monotonic()
+        removed = sum(self._job(sweep, self._limits.directory, self._sweep_driver, lock=lock))
+        files, size = self._cache.usage.read()
+        log.info(
+            "event=swept removed=%d files=%d bytes=%d seconds=%.3f",
+            removed, files, size, time.monotonic() - started,
+        )  # fmt: skip
+
+    def keep_limits(self, lock: int | None = None) -> None:
+        """Have files evicted while a limit is crossed.
+
+        :param lock: as of :meth:`_job`.
+        """
+        if self._evictor.over():
+            self._count(self._job(recover, self._limits, lock=lock))
+
+    def _count(self, steps: Iterator[Usage], pause: float = 0) -> None:
+        """Count what is evicted.
+
+        :param pause: seconds after each step.
+        """
+        started, files, size = time.monotonic(), 0, 0
+        try:
+            for freed in steps:
+                self._metrics.evicted(*freed)
+                files, size = files + freed.files, size + freed.size
+                time.sleep(pause)
+        finally:
+            if files:
+                log.info(
+                    "event=evicted files=%d bytes=%d seconds=%.3f", files, size, time.monotonic() - started
+                )
+
+    def make_room(self, size: int) -> bool:
+        """Evict, if need be, so that an object of ``size`` bytes fits; whether it does.
+
+        Nothing is evicted for an object that would not fit into the emptied cache. What takes too long to wait for,
+        such as the walk of a large cache, goes on for those who come later.
+        """
+        missing = self._evictor.missing_for(size)
+        if not missing:
+            return True
+        used = Usage(*self._cache.usage.read())
+        if missing.size > used.size or missing.files > used.files:
+            return False
+        work = partial(self._make_room, size)
+        maker = threading.Thread(target=self._log_errors, args=(work,), name="room", daemon=True)
+        maker.start()
+        maker.join(ROOM_TIMEOUT)
+        return not self._evictor.missing_for(size)
+
+    def _make_room(self, size: int) -> None:
+        # Not even room for a lock's file is no more than no room.
+        with contextlib.suppress(WriteConflict, InsufficientStorage):
+            # Else every fill of every worker evicts for itself what one eviction frees for all of them.
+            with self._cache.locks.hold(ROOM_LOCK, ROOM_TIMEOUT):
+                shortfall = partial(self._evictor.missing_for, size)
+                self._count(self._evictor.evict_until_within(shortfall, self._oldest, self._choose), PAUSE)
+
+    def _choose(self) -> list[Candidate]:
+        # A full cache needs room for each object that comes: not each can be worth a walk.
+        count = min(self._limits.cleanup_chunk_size, REMEMBERED)
+        return [candidate for some in self._job(least_recently_used, self._limits, count) for candidate in some]

@@ -19,7 +19,7 @@ from kci_storage import durable, evict
 from kci_storage.cache import Cache
 from kci_storage.config import CacheConfig
 from kci_storage.drivers.base import ObjectInfo
-from kci_storage.evict import Housekeeper
+from kci_storage.evict import Evictor, Housekeeper
 from kci_storage.metrics import Metrics
 from tests.disks import small_disk, use_up_inodes
 from tests.harness import Server, wait_until
@@ -40,9 +40,24 @@ def cache(tmp_path: Path) -> Iterator[Cache]:
 
 def housekeeper(cache: Cache, **limits: float) -> Housekeeper:
     """A housekeeper with these limits, and none for the disk."""
+    return Housekeeper(cache, settings(cache, **limits), Metrics(cache, []), None)
+
+
+def settings(cache: Cache, **limits: float) -> CacheConfig:
     without_disk = {"low_disk_percent": 0, "recover_disk_percent": 0}
-    settings = CacheConfig(directory=cache.directory, **{**without_disk, **limits})  # type: ignore[arg-type]
-    return Housekeeper(cache, settings, Metrics(cache, []), None)
+    return CacheConfig(directory=cache.directory, **{**without_disk, **limits})  # type: ignore[arg-type]
+
+
+def recover(cache: Cache, after_walk: Callable[[], object], **limits: float) -> None:
+    """Evict in this process until the limits are met, doing something between each walk and the evicting."""
+    evictor = Evictor(cache, settings(cache, **limits))
+
+    def choose() -> list[evict.Candidate]:
+        chosen = evictor.least_recently_used(100)
+        after_walk()
+        return chosen
+
+    assert list(evictor.evict_until_within(evictor.to_recover, [], choose))
 
 
 def store(cache: Cache, key: str, size: int = KIB, *, used_ago: float = HOUR, written_ago: float = 2 * HOUR) -> Path:
@@ -77,7 +92,7 @@ class TestLimits:
     def test_nothing_goes_within_the_limits(self, cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
         for key in "abc":
             store(cache, key)
-        monkeypatch.setattr(cache, "contents", None)  # the directory is not even walked
+        monkeypatch.setattr(evict, "Job", None)  # the directory is not even walked
         housekeeper(cache, max_files=3, max_bytes=3 * KIB).keep_limits()
         assert keys(cache, *"abc") == "abc"
 
@@ -134,7 +149,7 @@ class TestLimits:
     def test_at_most_a_chunk_is_chosen_in_one_walk(self, cache: Cache) -> None:
         for number, key in enumerate("abcdefgh"):
             store(cache, key, used_ago=HOUR - number)
-        chosen = housekeeper(cache)._least_recently_used(3)
+        chosen = Evictor(cache, settings(cache)).least_recently_used(3)
         assert [candidate.content for candidate in chosen] == [str(content_of(cache, key)) for key in "cba"]
 
     def test_a_usage_that_is_wrong_is_corrected_before_anything_goes(self, cache: Cache) -> None:
@@ -177,19 +192,17 @@ class TestWhatMayNotGo:
             os.close(claim)
             durable.remove(cache.slot("a").fill)
 
-    def test_what_was_used_since_it_was_chosen(self, cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_what_was_used_since_it_was_chosen(self, cache: Cache) -> None:
         """A walk takes its time."""
         for number, key in enumerate("abc"):
             store(cache, key, used_ago=HOUR - number)
-        after_the_walk(monkeypatch, lambda: content_of(cache, "a"))
-        housekeeper(cache, max_files=2).keep_limits()
+        recover(cache, lambda: content_of(cache, "a"), max_files=2)
         assert keys(cache, *"abc") == "ac"
 
-    def test_what_was_replaced_since_it_was_chosen(self, cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_what_was_replaced_since_it_was_chosen(self, cache: Cache) -> None:
         for number, key in enumerate("abc"):
             store(cache, key, used_ago=HOUR - number)
-        after_the_walk(monkeypatch, lambda: store(cache, "a"))
-        housekeeper(cache, max_files=2).keep_limits()
+        recover(cache, lambda: store(cache, "a"), max_files=2)
         assert keys(cache, *"abc") == "ac"
 
     def test_nothing_that_may_go_is_left(self, cache: Cache) -> None:
@@ -220,19 +233,6 @@ class TestWhatMayNotGo:
         housekeeper(cache, max_files=1).keep_limits()
         assert content.exists()
         assert not stray.exists()
-
-
-def after_the_walk(monkeypatch: pytest.MonkeyPatch, action: Callable[[], object]) -> None:
-    """Do something once, between the choice of candidates and their eviction."""
-    real = Housekeeper._least_recently_used
-
-    def walk(self: Housekeeper, count: int) -> list[evict.Candidate]:
-        monkeypatch.undo()
-        chosen = real(self, count)
-        action()
-        return chosen
-
-    monkeypatch.setattr(Housekeeper, "_least_recently_used", walk)
 
 
 class TestTheDisk:
@@ -341,9 +341,8 @@ class TestMakingRoom:
         for number in range(30):
             store(cache, str(number), used_ago=HOUR - number)
         keeper = housekeeper(cache, max_files=30)
-        walks = []
-        real = cache.contents
-        monkeypatch.setattr(cache, "contents", lambda: walks.append(1) or real())
+        walks, real = [], keeper._choose
+        monkeypatch.setattr(keeper, "_choose", lambda: walks.append(1) or real())
         for number in range(30, 50):
             assert keeper.make_room(KIB)
             store(cache, str(number), used_ago=HOUR - number)
@@ -381,14 +380,14 @@ class TestMakingRoom:
         for number, key in enumerate("abc"):
             store(cache, key, used_ago=HOUR - number)
         monkeypatch.setattr(evict, "ROOM_TIMEOUT", 0.05)
-        given_up, real = threading.Event(), cache.contents
+        keeper = housekeeper(cache, max_files=3)
+        given_up, real = threading.Event(), keeper._choose
 
-        def slow_walk() -> Iterator[tuple[os.DirEntry[str], os.stat_result]]:
+        def slow_walk() -> list[evict.Candidate]:
             given_up.wait(TIMEOUT)
             return real()
 
-        monkeypatch.setattr(cache, "contents", slow_walk)
-        keeper = housekeeper(cache, max_files=3)
+        monkeypatch.setattr(keeper, "_choose", slow_walk)
         assert not keeper.make_room(KIB)
         assert keys(cache, *"abc") == "abc"
         given_up.set()
@@ -407,6 +406,7 @@ class TestMakingRoom:
             assert caplog.text == ""
             assert keys(cache, "a") == "a"
             peer.kill()
+        monkeypatch.undo()
         assert housekeeper(cache, max_files=1).make_room(KIB)
         cache.recover_locks()
 
@@ -469,7 +469,7 @@ class TestTheThread:
     ) -> None:
         rounds = []
 
-        def keep_limits(self: Housekeeper) -> None:
+        def keep_limits(self: Housekeeper, lock: int) -> None:
             rounds.append(1)
             raise OSError("somebody took the folder away")
 
@@ -526,18 +526,22 @@ def die_writing(directory: Path) -> None:
 
 
 def leaders(directory: Path) -> list[int]:
+    """Who holds the housekeeping's lock: a worker, and beside it its job while there is one."""
     return holders(directory / evict.LEADER_LOCK)
+
+
+def leading_workers(server: Server) -> list[int]:
+    return [pid for pid in leaders(server.cache_directory) if pid in server.worker_pids()]
 
 
 class TestRealServers:
     @pytest.mark.expected_errors("was sent SIGKILL")
     def test_another_worker_takes_over_from_one_that_was_killed(self, start_server: Callable[..., Server]) -> None:
         server = start_server("azure", server={"workers": 3}, cache={"interval": 0.1, "max_files": 2})
-        [first] = wait_until(lambda: leaders(server.cache_directory), TIMEOUT, "a leader")
-        assert first in server.worker_pids()
+        [first] = wait_until(lambda: leading_workers(server), TIMEOUT, "a leader")
         os.kill(first, signal.SIGKILL)
         wait_until(lambda: not psutil.pid_exists(first), TIMEOUT, "the end of the leader")
-        [second] = wait_until(lambda: leaders(server.cache_directory), TIMEOUT, "another leader")
+        [second] = wait_until(lambda: leading_workers(server), TIMEOUT, "another leader")
         assert second != first
         for key in "abcd":
             requests.put(f"{server.url}/{key}", key, headers=server.headers()).raise_for_status()

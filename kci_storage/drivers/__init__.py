@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from importlib.metadata import EntryPoint, entry_points
 
-from kci_storage.config import ConfigError
-from kci_storage.drivers.base import Driver
+from kci_storage.config import Config, ConfigError
+from kci_storage.drivers.base import Driver, Sweepable
 
 GROUP = "kci_storage.drivers"
 
@@ -26,6 +26,12 @@ def load(name: str) -> type[Driver]:
     if not (isinstance(driver, type) and issubclass(driver, Driver)):
         raise ConfigError(f"driver: {name!r} is {found[0].value}, which is not a Driver")
     return driver
+
+
+def sweep(config: Config) -> int:
+    """Sweep the store of the configured driver, for a process that has no driver yet; how many files were removed."""
+    driver = load(config.driver).from_config(config)
+    return driver.sweep() if isinstance(driver, Sweepable) else 0
 
 
 def _names() -> str:

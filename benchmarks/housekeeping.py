@@ -1,0 +1,343 @@
+"""Housekeeping of a large cache: how long it takes, what memory it needs, and what hits notice of it.
+
+``python -m benchmarks.housekeeping --entries 1000000``
+
+A cache of that many entries is made (sparse, so that it needs little more than inodes: two for each entry, and about
+5 KiB of disk), walked, swept and evicted from, each in a fresh process. Then a server is started on it with a limit
+of files that it exceeds; it sweeps, evicts and is idle, one after the other, and all that time a moderate load of
+hits (wrk) is measured in short windows. With one worker, so that every hit is answered by the process that keeps
+house.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import http.client
+import json
+import os
+import re
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from kci_storage.cache import FOLDERS, Cache, Record
+from kci_storage.config import CacheConfig
+from kci_storage.drivers.base import ObjectInfo
+from kci_storage.evict import Evictor, recover
+from tests.harness import Server
+
+SIZE = 64 * 1024  # bytes of an object; its content is a hole
+HOT = 500  # the entries that hits ask for
+PROCESSES = os.cpu_count() or 1
+MIB = 1024 * 1024
+HOUR, MONTH = 3600, 30 * 24 * 3600  # seconds
+WAIT = 1800  # seconds for which a sweep or an eviction is waited for
+# Nobody listens there: a hit asks no backend.
+NO_BACKEND = {"account": "nobody", "key": "bm9uZQ==", "endpoint": "http://127.0.0.1:9/nobody", "container": "none"}
+
+LOAD = """
+local paths = {}
+for path in io.lines(os.getenv("PATHS")) do paths[#paths + 1] = path end
+function delay() return math.random(5, 15) end
+function request() return wrk.format("GET", paths[math.random(#paths)]) end
+function done(summary, latency, requests)
+  io.stderr:write(string.format('{"requests": %d, "errors": %d, "p50": %.3f, "p99": %.3f, "max": %.3f}',
+    summary.requests, summary.errors.status + summary.errors.read + summary.errors.timeout,
+    latency:percentile(50) / 1000, latency:percentile(99) / 1000, latency.max / 1000))
+end
+"""
+
+# A cache of any size
+
+
+def key_of(number: int) -> str:
+    """The key of one entry."""
+    return f"scale/{number % 1000:03d}/file-{number:07d}.bin"
+
+
+def make_cache(directory: Path, entries: int) -> Cache:
+    """Make the entries that are missing, with several processes; the cache."""
+    cache = Cache(directory)
+    for folder in FOLDERS:
+        (directory / folder).mkdir(exist_ok=True)
+    bounds = [entries * number // PROCESSES for number in range(PROCESSES + 1)]
+    with ProcessPoolExecutor(PROCESSES) as pool:
+        made = sum(pool.map(make_entries, *zip(*((directory, *pair) for pair in pairwise(bounds)), strict=True)))
+    cache.usage.add(made, made * SIZE)
+    return cache
+
+
+def make_entries(directory: Path, first: int, stop: int) -> int:
+    """Make the entries of these numbers, unless they are there; how many were made.
+
+    They are written straight to their places: a cache that comes by uploads is flushed to the disk file by file.
+    """
+    now, sha256 = time.time(), hashlib.sha256(bytes(SIZE)).hexdigest()
+    info = ObjectInfo("KEY", SIZE, "0x8DD0123456789AB", int(now) - MONTH, "text/plain", sha256, bytes(16))
+    template = Record(info, "GENERATION", now).to_json().decode()
+    return sum(make_entry(directory, number, template, now) for number in range(first, stop))
+
+
+def make_entry(directory: Path, number: int, template: str, now: float) -> bool:
+    """Make one entry, used an hour to a month ago, the hot ones a minute; whether it was missing."""
+    key, generation = key_of(number), f"{number:016x}"
+    digest = hashlib.sha512(key.encode()).hexdigest()
+    stem = f"{directory}/{digest[:2]}/{digest}"
+    used = now - 120 if number < HOT else now - HOUR - int(digest[:8], 16) % (MONTH - HOUR)
+    try:
+        fd = os.open(f"{stem}.json", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    except FileExistsError:
+        return False
+    os.write(fd, template.replace("KEY", key).replace("GENERATION", generation).encode())
+    os.close(fd)
+    fd = os.open(f"{stem}.{generation}.data", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    os.ftruncate(fd, SIZE)
+    os.utime(fd, (used, used))
+    os.close(fd)
+    return True
+
+
+# What each task costs, with nothing else going on in its process
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a task took."""
+
+    task: str
+    seconds: float
+    processor: float  # seconds, of both user and system time
+    memory: float  # MiB that the process has grown by
+
+
+def measure_task(task: str, directory: Path, entries: int, files: int) -> None:
+    """In a process of its own: do a task, and print its cost as JSON."""
+    cache = Cache(directory)
+    work: Callable[[], object] = {
+        "look at the limits": evictor(cache, entries + 1).over,
+        "count": lambda: sum(1 for _ in cache.contents()),
+        "sweep": cache.sweep,
+        "evict": lambda: sum(freed.files for freed in recover(limits_of(cache, entries - files))),
+    }[task]
+    before, begun, worked = peak_memory(), time.monotonic(), time.process_time()
+    work()
+    cost = [time.monotonic() - begun, time.process_time() - worked, (peak_memory() - before) / MIB]
+    print(json.dumps(cost))
+
+
+def evictor(cache: Cache, max_files: int) -> Evictor:
+    """What looks at a limit in files alone."""
+    return Evictor(cache, limits_of(cache, max_files))
+
+
+def limits_of(cache: Cache, max_files: int) -> CacheConfig:
+    """A limit in files alone."""
+    return CacheConfig(cache.directory, max_files=max_files, low_disk_percent=0, recover_disk_percent=0)
+
+
+def peak_memory() -> int:
+    """The most memory that this process has had, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def cost_of(task: str, directory: Path, entries: int, files: int) -> Cost:
+    """Do a task in a fresh process."""
+    command = [sys.executable, "-m", "benchmarks.housekeeping", "--task", task, "--directory", str(directory)]
+    command += ["--entries", str(entries), "--evict", str(files)]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return Cost(task, *json.loads(output))
+
+
+# What hits notice
+
+
+@dataclass(frozen=True)
+class Window:
+    """A few seconds of hits; latencies in milliseconds."""
+
+    begin: float
+    end: float  # seconds since the epoch
+    requests: int
+    errors: int
+    p50: float
+    p99: float
+    max: float
+
+
+@contextlib.contextmanager
+def serving(folder: Path, cache: Cache, max_files: int, workers: int) -> Iterator[tuple[Server, float]]:
+    """A server on the cache, and the seconds from its start to its first hit."""
+    limits = {"max_files": max_files, "low_disk_percent": 0.0, "recover_disk_percent": 0.0, "interval": 1.0}
+    cached = {"directory": cache.directory, **limits}
+    document = {"driver": "azure", "azure": NO_BACKEND, "cache": cached, "server": {"workers": workers}}
+    folder.mkdir(exist_ok=True)
+    server = Server(folder, document)
+    starting = threading.Thread(target=server.start, daemon=True)
+    begun = time.monotonic()
+    starting.start()
+    try:
+        wait_for_hit(server)
+        seconds = time.monotonic() - begun
+        starting.join()
+        yield server, seconds
+    finally:
+        server.stop()
+
+
+def wait_for_hit(server: Server) -> None:
+    """Back when the server has answered with a copy."""
+    while True:
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+            connection.request("GET", f"/{key_of(0)}")
+            assert connection.getresponse().headers["X-Cache"] == "hit"
+            return
+        time.sleep(0.01)
+
+
+def load(server: Server, seconds: int, connections: int) -> Window:
+    """Hits, each connection resting 5 to 15 ms after each."""
+    script, paths = server.folder / "load.lua", server.folder / "paths"
+    script.write_text(LOAD)
+    paths.write_text("".join(f"/{key_of(number)}\n" for number in range(HOT)))
+    command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "-s", str(script), server.url]
+    begin = time.time()
+    run = subprocess.run(command, env={**os.environ, "PATHS": str(paths)}, capture_output=True, text=True, check=True)
+    return Window(begin, time.time(), **json.loads(run.stderr))
+
+
+def event_time(log: str, event: str) -> float | None:
+    """When a log says that something was done, in seconds since the epoch."""
+    found = re.search(rf"^ts=(\S+) .*\bevent={event}\b", log, re.M)
+    return datetime.fromisoformat(found[1]).timestamp() if found else None
+
+
+def windows(server: Server, arguments: argparse.Namespace) -> Iterator[Window]:
+    """Hits until the server has swept and evicted, and as often again, at least five times."""
+    deadline, busy, idle = time.monotonic() + WAIT, 0, 0
+    while idle < max(5, busy):
+        assert time.monotonic() < deadline, server.log()[-2000:]
+        if event_time(server.log(), "evicted") is None:
+            busy += 1
+        else:
+            idle += 1
+        yield load(server, arguments.window, arguments.connections)
+
+
+def by_phase(log: str, measured: Sequence[Window]) -> dict[str, list[Window]]:
+    """The windows that lie in one phase of housekeeping as a whole."""
+    swept, evicted = event_time(log, "swept"), event_time(log, "evicted")
+    assert swept and evicted
+    phases = {"sweep": (0.0, swept), "evict": (swept, evicted), "idle": (evicted, float("inf"))}
+    return {
+        phase: [window for window in measured if begin <= window.begin and window.end <= end]
+        for phase, (begin, end) in phases.items()
+    }
+
+
+def report_hits(arguments: argparse.Namespace, cache: Cache, folder: Path) -> dict[str, Any]:
+    """Several rounds of a server's start, sweep, eviction and rest."""
+    first_hits, logged = [], []
+    phases: dict[str, list[Window]] = {"sweep": [], "evict": [], "idle": []}
+    for number in range(arguments.rounds):
+        make_cache(cache.directory, arguments.entries)
+        max_files = arguments.entries - arguments.evict
+        with serving(folder / str(number), cache, max_files, arguments.workers) as (server, seconds):
+            first_hits.append(seconds)
+            measured = list(windows(server, arguments))
+            for phase, found in by_phase(server.log(), measured).items():
+                phases[phase] += found
+            logged += re.findall(r"event=(?:swept|evicted)\b.*", server.log())
+    return {
+        "first_hit_seconds": statistics.median(first_hits),
+        "log": logged,
+        "phases": {phase: summary(found) for phase, found in phases.items() if found},
+    }
+
+
+def summary(measured: Sequence[Window]) -> dict[str, float]:
+    """Medians over the windows."""
+    names = ("p50", "p99", "max")
+    numbers = {name: statistics.median(getattr(window, name) for window in measured) for name in names}
+    requests = sum(window.requests for window in measured)
+    errors = sum(window.errors for window in measured)
+    return {"windows": len(measured), "requests": requests, "errors": errors, **numbers}
+
+
+# The command
+
+
+def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command's arguments."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.housekeeping", description=__doc__)
+    parser.add_argument("--entries", type=int, default=100_000, help="of the cache")
+    parser.add_argument("--evict", type=int, default=0, help="how many to evict; else a tenth")
+    parser.add_argument("--directory", type=Path, help="of the cache, which stays; else a temporary one")
+    parser.add_argument("--rounds", type=int, default=3, help="of the server's start, sweep, eviction and rest")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--connections", type=int, default=8)
+    parser.add_argument("--window", type=int, default=2, help="seconds of load that are measured as one")
+    parser.add_argument("--json", type=Path, help="where to write the figures, too")
+    parser.add_argument("--task", help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    arguments.evict = arguments.evict or arguments.entries // 10
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, and print a table and JSON."""
+    arguments = arguments_of(argv)
+    if arguments.task:
+        measure_task(arguments.task, arguments.directory, arguments.entries, arguments.evict)
+        return
+    folder = Path(tempfile.mkdtemp(prefix="kci-storage-housekeeping-"))
+    try:
+        figures = measure(arguments, arguments.directory or folder / "cache", folder)
+    finally:
+        shutil.rmtree(folder)
+    print_table(figures)
+    text = json.dumps(figures, indent=1)
+    print(text)
+    if arguments.json:
+        arguments.json.write_text(f"{text}\n")
+
+
+def measure(arguments: argparse.Namespace, directory: Path, folder: Path) -> dict[str, Any]:
+    """All figures."""
+    cache = make_cache(directory, arguments.entries)
+    tasks = ("look at the limits", "count", "sweep", "evict")
+    costs = [cost_of(task, directory, arguments.entries, arguments.evict) for task in tasks]
+    hits = report_hits(arguments, cache, folder)
+    return {"entries": arguments.entries, "evicted": arguments.evict, "tasks": [vars(cost) for cost in costs], **hits}
+
+
+def print_table(figures: dict[str, Any]) -> None:
+    """The figures for people."""
+    print(f"{figures['entries']:,} entries, {figures['evicted']:,} to evict")
+    print(f"{'task':20}{'seconds':>10}{'CPU s':>10}{'MiB':>8}")
+    for cost in figures["tasks"]:
+        print(f"{cost['task']:20}{cost['seconds']:10.4f}{cost['processor']:10.4f}{cost['memory']:8.1f}")
+    print(f"first hit after the server's start: {figures['first_hit_seconds']:.2f} s")
+    idle = figures["phases"]["idle"]["p99"]
+    print(f"{'hits while':12}{'windows':>8}{'requests':>10}{'errors':>8}{'p50 ms':>10}{'p99 ms':>10}{'of idle':>9}")
+    for phase, row in figures["phases"].items():
+        counts = f"{row['windows']:8}{row['requests']:10}{row['errors']:8}"
+        print(f"{phase:12}{counts}{row['p50']:10.2f}{row['p99']:10.2f}{row['p99'] / idle:9.2f}")
+
+
+if __name__ == "__main__":
+    main()
