@@ -190,7 +190,7 @@ class ClientSocket(socket.socket):
                     break  # the file is shorter; its owner sees to that
                 if sent is not None:
                     position += sent
-                elif isinstance(file, SentFile) and not self._is_ready(select.POLLOUT, SLOW_SECONDS):
+                elif isinstance(file, SentFile) and not self.is_ready(select.POLLOUT, SLOW_SECONDS):
                     self.rest = Rest(file, position, stop)
                     file.keep()
                     break
@@ -253,16 +253,17 @@ class ClientSocket(socket.socket):
 
         :raises ConnectionResetError: it stands still.
         """
-        if self._is_ready(event, min(SLOW_SECONDS, self._time_out)):
+        if self.is_ready(event, min(SLOW_SECONDS, self._time_out)):
             return
         self.begin_waiting()
         with self._pool.lend(self):
-            while not self._is_ready(event, self._time_out / LOOKS):
+            while not self.is_ready(event, self._time_out / LOOKS):
                 if self.look() >= self._time_out:
                     raise _stalled()
             self.look()
 
-    def _is_ready(self, event: int, seconds: float) -> bool:
+    def is_ready(self, event: int, seconds: float) -> bool:
+        """Whether the client gives something (``POLLIN``) or takes something (``POLLOUT``) within so long."""
         poll = select.poll()
         poll.register(self.fileno(), event)
         return bool(poll.poll(seconds * 1000))

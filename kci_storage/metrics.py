@@ -76,6 +76,11 @@ def _request_counters(method: str, route: str, status: int) -> tuple[Counter, Hi
     return _requests.labels(method, route, status), _request_seconds.labels(method, route)
 
 
+@functools.cache
+def _served_counter(result: str) -> Counter:
+    return _served.labels(result)
+
+
 def forget_worker(pid: int) -> None:
     """A worker process is gone: what it was doing, it does no more. Its counts stay."""
     mark_process_dead(pid)
@@ -115,7 +120,7 @@ class Metrics:
 
     def served(self, status: CacheStatus) -> None:
         """An object was opened."""
-        _served.labels(status.value).inc()
+        _served_counter(status.value).inc()
 
     def uncached(self) -> None:
         """The rest of a download comes straight from the backend, since its fill ended early."""

@@ -61,6 +61,11 @@ class Pool:
         self._changed()
 
     @property
+    def has_plenty(self) -> bool:
+        """Whether no more than half of the threads are at work, or wait for work that is sure to come."""
+        return 2 * (self._threads - self._spare - self.lent) <= self.size
+
+    @property
     def is_exhausted(self) -> bool:
         """Whether there can be no more threads, and none is idle."""
         return self._spare <= 0 and self._threads >= self.most

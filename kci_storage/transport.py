@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 from kci_storage.errors import ClientDisconnected, StorageError, meaning
 
+SMALL_FILE = 64 * 1024  # bytes; copied, it leaves in one piece with its head, sooner than by sendfile
 EXCHANGE = "kci_storage.exchange"  # the environ's key for it
 CONNECTION = "kci_storage.connection"  # the environ's key for what the worker lets us do to the connection
 FIRST_READ_SIZE = 1024  # bytes of a chunked body; gunicorn waits for all, and these say what may be refused
@@ -167,10 +168,10 @@ def _lost_client() -> Iterator[None]:
 
 
 class SentFile:
-    """A file to be sent by ``sendfile`` from its present position, which notes how much of it went out.
+    """A part of a file to be sent, which notes how much of it went out.
 
-    ``socket.sendfile`` seeks the file to where it stopped, also when the client went away.
-
+    :param fd: the file; nobody else moves its position.
+    :param start: the offset of the first byte to send.
     :param close: called once the file has been sent, or never will be; it closes ``fd``.
     """
 
@@ -180,14 +181,27 @@ class SentFile:
         self._close = close
         self._kept = False
         self.exchange: Exchange | None = None
-        os.lseek(fd, start, os.SEEK_SET)
+
+    def send_to(self, sock: socket.socket, head: bytes, count: int) -> None:
+        """Send a response's head, and so many bytes of the file.
+
+        :raises ConnectionResetError: the client is gone.
+        """
+        if count > SMALL_FILE:
+            sock.sendall(head, socket.MSG_MORE)
+            sock.sendfile(self, self._start, count)  # type: ignore[arg-type]
+        else:
+            data = os.pread(self._fd, count, self._start)
+            sock.sendall(head + data)
+            self._position += len(data)
 
     def keep(self) -> None:
         """The next ``close`` is not the end: somebody else goes on sending, and closes it again."""
         self._kept = True
 
     def fileno(self) -> int:
-        """The descriptor, positioned at the first byte to send."""
+        """The descriptor, positioned at the first byte to send, as other servers expect it."""
+        os.lseek(self._fd, self._position, os.SEEK_SET)
         return self._fd
 
     def seek(self, position: int) -> None:
@@ -196,7 +210,7 @@ class SentFile:
 
     def read(self, size: int = -1) -> bytes:
         """For a server, or a TLS connection, that cannot use ``sendfile``."""
-        data = os.read(self._fd, size if size >= 0 else 1 << 20)
+        data = os.pread(self._fd, size if size >= 0 else 1 << 20, self._position)
         self._position += len(data)
         return data
 
@@ -335,9 +349,18 @@ class SentBody:
             self._exchange.finish()
 
 
+def is_content_length(name: str) -> bool:
+    """Whether that is the header's name, in whatever case.
+
+    >>> is_content_length("content-length"), is_content_length("ETag")
+    (True, False)
+    """
+    return len(name) == len("Content-Length") and name.lower() == "content-length"
+
+
 def _promised(method: str, headers: list[tuple[str, str]]) -> int:
     """How many bytes of body a response announces."""
-    lengths = (int(value) for name, value in headers if name.lower() == "content-length")
+    lengths = (int(value) for name, value in headers if is_content_length(name))
     return 0 if method == "HEAD" else next(lengths, 0)
 
 
