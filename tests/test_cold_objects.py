@@ -1,6 +1,6 @@
 """Cold objects while nothing fails: everybody gets them at once, from one fetch, whoever else is slow or leaves.
 
-The figures in docs/reliability.md are what ``pytest -s tests/test_cold_objects.py tests/test_cold_faults.py`` prints.
+The figures in docs/reliability.md are what these tests and those of ``test_cold_faults.py`` print (``pytest -s``).
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def test_fifty_clients_get_a_cold_object_from_one_fetch(bench: Bench) -> None:
     figure(
         "50 clients, one cold object of 32 MiB at 32 MiB/s, 3 workers",
         fetches=bench.fetched(key) / len(content),
-        median_first_byte=median_first_byte(visits),
-        last_end=max(visit.seconds for visit in visits),
+        seconds_to_the_median_first_byte=median_first_byte(visits),
+        seconds_to_the_last_end=max(visit.seconds for visit in visits),
     )
     wait_until_tidy(bench.server)
     assert get(bench.server, key).headers["X-Cache"] == "hit"
