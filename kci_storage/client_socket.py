@@ -8,6 +8,7 @@ is free, which a reader of 20 KiB/s takes a minute for.
 from __future__ import annotations
 
 import array
+import contextlib
 import errno
 import fcntl
 import os
@@ -105,6 +106,7 @@ class ClientSocket(socket.socket):
         self._pool = pool
         self._gone = 0  # bytes handed to the kernel or got from it
         self._queued = array.array("i", [0])
+        self._awaits_input = False
         self.pace = Pace(min(GRACE_SECONDS, patience))
         self.rest: Rest | None = None  # of the response, which its reader was too slow for
 
@@ -232,8 +234,9 @@ class ClientSocket(socket.socket):
         fcntl.ioctl(self.fileno(), termios.TIOCOUTQ, self._queued)
         return self._gone - self._queued[0]
 
-    def begin_waiting(self) -> None:
-        """The client is waited for, from now on."""
+    def begin_waiting(self, for_input: bool = False) -> None:
+        """The client is waited for, from now on: to make room, or for input."""
+        self._awaits_input = for_input
         self.pace.begin(time.monotonic())
         self.look()
 
@@ -248,6 +251,11 @@ class ClientSocket(socket.socket):
         except OSError:  # closed meanwhile
             return False
 
+    def give_up(self) -> None:
+        """Wake whoever waits for the client, for whom it is then gone. An answer may still be sent."""
+        with contextlib.suppress(OSError):  # closed meanwhile
+            self.shutdown(socket.SHUT_RD if self._awaits_input else socket.SHUT_RDWR)
+
     def _wait(self, event: int) -> None:
         """Wait until the client has given something, or made room.
 
@@ -255,7 +263,7 @@ class ClientSocket(socket.socket):
         """
         if self.is_ready(event, min(SLOW_SECONDS, self._time_out)):
             return
-        self.begin_waiting()
+        self.begin_waiting(for_input=event == select.POLLIN)
         with self._pool.lend(self):
             while not self.is_ready(event, self._time_out / LOOKS):
                 if self.look() >= self._time_out:

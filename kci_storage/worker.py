@@ -315,8 +315,7 @@ class Worker(ThreadWorker):
             self._shed_at = now + 1
             for sock in (*self.tpool.waited_for(), *(conn.sock for conn in self._sending)):
                 if sock.is_behind():
-                    with contextlib.suppress(OSError):
-                        sock.shutdown(socket.SHUT_RDWR)  # whoever waits for it notices
+                    sock.give_up()
 
     def _cap_keepalive(self, deadline: float) -> None:
         """The worker stops."""
