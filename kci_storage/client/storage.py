@@ -68,12 +68,13 @@ class Download:
         self._response = response
 
     def pieces(self) -> Iterator[bytes]:
-        """The bytes.
+        """The bytes, each as soon as it is here: what is kept of a download that is interrupted is all that has come.
 
         :raises Unreachable: the connection ended before the last one.
         """
         with _network():
-            yield from self._response.raw.stream(PIECE, decode_content=False)
+            while piece := self._response.raw.read1(PIECE, decode_content=False):
+                yield piece
 
     def __enter__(self) -> Download:
         return self

@@ -31,7 +31,7 @@ def upload(storage: Storage, file: LocalFile, attempts: Attempts, progress: Prog
         sha256 = _digest(content, size)
         doubtful = False  # whether an attempt may have stored it without our knowing
         while True:
-            body = _FileBody(content, size, progress)
+            body = FileBody(content, size, progress)
             try:
                 return storage.upload(file.key, body, size, sha256, absent=absent)
             except ClientError as exc:
@@ -45,7 +45,7 @@ def upload(storage: Storage, file: LocalFile, attempts: Attempts, progress: Prog
 
 def _digest(content: BinaryIO, size: int) -> str:
     sha256 = hashlib.sha256()
-    for piece in _FileBody(content, size):
+    for piece in FileBody(content, size):
         sha256.update(piece)
     return sha256.hexdigest()
 
@@ -56,7 +56,7 @@ def _stored(storage: Storage, key: str, sha256: str) -> Properties | None:
     return there if there.sha256 == sha256 else None
 
 
-class _FileBody:
+class FileBody:
     """The first so many bytes of a file, from its beginning, as requests wants a body that is read in pieces."""
 
     def __init__(self, content: BinaryIO, size: int, progress: Progress | None = None):
