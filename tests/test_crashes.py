@@ -25,7 +25,7 @@ from kci_storage.errors import ObjectNotFound, StorageError
 from kci_storage.upload import ExpectedDigests, FormPlan
 from tests.azurite import Azurite
 from tests.backends import Pauses, install
-from tests.harness import Server, toml, wait_until
+from tests.harness import START_SECONDS, Server, toml, wait_until
 from tests.peers import Peer, dies, holders, peers
 from tests.steps import CHANGING, GROWING, Steps, die_at, full_at
 from tests.wire import BOUNDARY, FORM_TYPE, SECONDS, Wire, form, get, part, put, request
@@ -344,7 +344,7 @@ class TestRealServers:
         assert get_from_all(server) == {OLD}  # every worker remembers it
         kill_at(server, pauses, point, lambda: store(server, NEW))
         # Nobody asks for it, but the worker's successor sees to it.
-        wait_until(lambda: served(server) == expected, SECONDS, "the backend's version")
+        wait_until(lambda: served(server) == expected, START_SECONDS, "the backend's version")
         assert get_from_all(server) == {expected}
 
     @pytest.mark.parametrize(
@@ -356,13 +356,13 @@ class TestRealServers:
         store(server, OLD)
         assert get_from_all(server) == {OLD}
         kill_at(server, pauses, point, lambda: delete(server))
-        wait_until(lambda: served(server) == expected, SECONDS, "the backend's version")
+        wait_until(lambda: served(server) == expected, START_SECONDS, "the backend's version")
         assert get_from_all(server) == {expected}
 
     def test_after_the_commit_of_a_new_file(self, server: Server, pauses: Pauses) -> None:
         assert get_from_all(server) == {None}
         kill_at(server, pauses, "after-commit", lambda: store(server, NEW))
-        wait_until(lambda: served(server) == NEW, SECONDS, "the backend's version")
+        wait_until(lambda: served(server) == NEW, START_SECONDS, "the backend's version")
         assert get_from_all(server) == {NEW}
 
     def test_a_whole_server_between_the_backends_commit_and_the_caches(self, server: Server, pauses: Pauses) -> None:
@@ -379,7 +379,7 @@ class TestRealServers:
     ) -> None:
         store(server, OLD)
         kill_at(server, pauses, "before-commit", lambda: store(server, NEW))
-        wait_until(lambda: not Cache(server.cache_directory).locks.names(), SECONDS, "a doubt")
+        wait_until(lambda: not Cache(server.cache_directory).locks.names(), START_SECONDS, "a doubt")
         with stopped(azurite):
             answer = get(server, KEY)
         assert (answer.content, answer.headers["X-Cache"]) == (OLD, "stale")
@@ -393,7 +393,7 @@ class TestRealServers:
                 clients.submit(served, server)
                 wait_until(lambda: pauses.waiting("in-read"), SECONDS, "a fill")
                 kill_at(server, pauses, "after-commit", lambda: store(server, NEW))
-        wait_until(lambda: served(server) == NEW, SECONDS, "the backend's version")
+        wait_until(lambda: served(server) == NEW, START_SECONDS, "the backend's version")
         assert get_from_all(server) == {NEW}
 
     @pytest.mark.parametrize("change", ["overwrite", "delete"])
@@ -467,7 +467,9 @@ def kill(server: Server, pid: int) -> None:
     assert pid in server.worker_pids()
     os.kill(pid, signal.SIGKILL)
     wait_until(
-        lambda: pid not in (pids := server.worker_pids()) and len(pids) == WORKERS, SECONDS, "a worker's successor"
+        lambda: pid not in (pids := server.worker_pids()) and len(pids) == WORKERS,
+        START_SECONDS,
+        "a worker's successor",
     )
 
 
