@@ -69,7 +69,10 @@ class NewFile:
         with _full_disk_is_insufficient_storage():
             self._fd = _create(path) if fd is None else fd
         self.size = os.lseek(self._fd, 0, os.SEEK_END)  # bytes written so far
-        self._given = self.size  # bytes that the disk was asked to begin with
+        self._begun = self.size  # bytes that the disk was asked to begin with
+        self._flushed = False
+        self._stamped = False
+        self.named = False  # whether it has its final name
 
     @classmethod
     def unnamed(cls, directory: Path) -> NewFile:
@@ -98,62 +101,72 @@ class NewFile:
         :raises InsufficientStorage: the disk is full.
         """
         view = memoryview(data)
+        self._flushed = False
         with _full_disk_is_insufficient_storage():
             while view:
                 written = os.write(self._fd, view)
                 self.size += written
                 view = view[written:]
 
-    def begin_writeback(self) -> None:
-        """Have the disk begin with what was written, if that is enough to be worth it, so that a flush is short.
+    def begin_writeback(self, least: int = WRITEBACK_STEP) -> None:
+        """Have the disk begin with what was written, so that a flush is short. Nothing is promised by it.
 
-        It does not wait for the disk, unless that has more than enough to do already. Nothing is promised by it.
+        It does not wait for the disk, unless that has more than enough to do already.
+
+        :param least: bytes; fewer than these new ones are not worth it.
         """
-        if self.size - self._given >= WRITEBACK_STEP and _sync_file_range is not None:
-            _sync_file_range(self._fd, self._given, self.size - self._given, _SYNC_FILE_RANGE_WRITE)
-            self._given = self.size
+        if self.size - self._begun >= least and _sync_file_range is not None:
+            _sync_file_range(self._fd, self._begun, self.size - self._begun, _SYNC_FILE_RANGE_WRITE)
+            self._begun = self.size
+
+    def stamp(self) -> os.stat_result:
+        """Set its time of modification to now, when all has been written; its status, which it keeps."""
+        now = time.time_ns()
+        os.utime(self._fd, ns=(now, now))
+        self._flushed, self._stamped = False, True
+        return os.fstat(self._fd)
 
     def flush(self) -> None:
         """Have the disk take what was written, so that :meth:`publish` is quick.
 
         :raises InsufficientStorage: the disk is full.
         """
-        with _full_disk_is_insufficient_storage():
-            os.fdatasync(self._fd)
-
-    def stamp(self) -> os.stat_result:
-        """Set its time of modification to now and have the disk take all of it, that time too.
-
-        :returns: its status, which the disk has from now on.
-        :raises InsufficientStorage: the disk is full.
-        """
-        now = time.time_ns()
-        with _full_disk_is_insufficient_storage():
-            os.utime(self._fd, ns=(now, now))
-            os.fsync(self._fd)  # fdatasync leaves out the times
-        return os.fstat(self._fd)
+        if not self._flushed:
+            with _full_disk_is_insufficient_storage():
+                if self._stamped:
+                    os.fsync(self._fd)
+                else:
+                    os.fdatasync(self._fd)  # which leaves out the times
+            self._flushed = True
 
     def truncate(self) -> None:
         """Throw away all that was written, for everybody who has it open."""
         os.ftruncate(self._fd, 0)
-        self.size = 0
+        self.size = self._begun = 0
+        self._flushed = False
 
-    def publish(self, name: Path | str | bytes, directory_fd: int | None = None) -> None:
+    def publish(self, name: Path | str | bytes) -> None:
         """Flush, take the final name, replacing what has it, and flush the folder.
 
-        :param name: the final name; relative to ``directory_fd`` where that is given (paths that are longer than
-            the system takes in one piece).
+        :raises InsufficientStorage: the disk is full.
+        :raises OSError: the name cannot be taken; the temporary file is still there.
+        """
+        self.take_name(name)
+        sync_directory(Path(os.fsdecode(name)).parent)
+        self.close()
+
+    def take_name(self, name: Path | str | bytes, directory_fd: int | None = None) -> None:
+        """Flush, and take the final name, replacing what has it; the caller flushes the folder.
+
+        :param name: relative to ``directory_fd`` where that is given (paths that are longer than the system takes in
+            one piece).
         :raises InsufficientStorage: the disk is full.
         :raises OSError: the name cannot be taken; the temporary file is still there.
         """
         self.flush()
         with _full_disk_is_insufficient_storage():
             os.rename(self.path, name, dst_dir_fd=directory_fd)
-            if directory_fd is None:
-                sync_directory(Path(os.fsdecode(name)).parent)
-            else:
-                os.fsync(directory_fd)
-        self.close()
+        self.named = True
 
     def discard(self) -> None:
         """Remove the temporary file and close; nothing when it was published, discarded or closed."""
@@ -291,6 +304,19 @@ def remove_if_unlocked(path: Path) -> bool:
         return status is not None and remove(path)
 
 
+def flush_together(*files: NewFile) -> None:
+    """Have the disk take what was written to several files.
+
+    It begins with all before any is waited for: then one commit of the file system's journal is enough for all.
+
+    :raises InsufficientStorage: the disk is full.
+    """
+    for file in files:
+        file.begin_writeback(least=1)
+    for file in files:
+        file.flush()
+
+
 def write_file(path: Path, data: bytes) -> None:
     """Put ``data`` under ``path``, whole or not at all, replacing what was there.
 
@@ -407,7 +433,15 @@ def sync_directory(path: Path) -> None:
     """
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        with _full_disk_is_insufficient_storage():
-            os.fsync(fd)
+        sync_directory_fd(fd)
     finally:
         os.close(fd)
+
+
+def sync_directory_fd(directory_fd: int) -> None:
+    """The same of an open folder.
+
+    :raises InsufficientStorage: the disk is full.
+    """
+    with _full_disk_is_insufficient_storage():
+        os.fsync(directory_fd)

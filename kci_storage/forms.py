@@ -24,12 +24,19 @@ LONGEST_PADDING = 64  # blanks after a boundary, which RFC 2046, 5.1.1 allows an
 class Body(Protocol):
     """A request body that never ends silently short."""
 
+    length: int | None  # bytes; None: it is not known
+
     def readinto(self, buffer: memoryview) -> int:
         """Put the next bytes at the beginning of ``buffer``.
 
         :returns: how many, at least one; 0: the body has ended.
         :raises ClientDisconnected: it ended too early.
         """
+
+
+def new_buffer(body: Body, margin: int = 0) -> bytearray:
+    """A buffer for a body that is received in pieces, or at once if it is small, behind a margin of so many bytes."""
+    return bytearray(margin + min(READ_SIZE, READ_SIZE if body.length is None else body.length))
 
 
 def form_events(body: Body, boundary: bytes, max_bytes: int) -> Iterator[Event]:
@@ -42,7 +49,7 @@ def form_events(body: Body, boundary: bytes, max_bytes: int) -> Iterator[Event]:
     :raises UploadTooLarge: it is too large.
     """
     try:
-        yield from _Form(boundary).events(body, max_bytes)
+        yield from _Form(body, boundary).events(max_bytes)
     except RequestEntityTooLarge:
         raise BadForm("the form has too many parts, or a part whose headers are too long") from None
     except UnicodeDecodeError:
@@ -58,18 +65,19 @@ class _Form:
     front of the pieces, where it is put before that one: so both are searched, and handed on, as one.
     """
 
-    def __init__(self, boundary: bytes):
+    def __init__(self, body: Body, boundary: bytes):
+        self._body = body
         self._boundary = boundary
         self._mark = b"--" + boundary
         self._margin = len(b"\r\n" + self._mark)  # bytes
         self._decoder = MultipartDecoder(boundary, max_form_memory_size=FORM_MEMORY, max_parts=MOST_PARTS)
-        self._buffer = bytearray(self._margin + READ_SIZE)
+        self._buffer = new_buffer(body, self._margin)
         self._view = memoryview(self._buffer)
 
-    def events(self, body: Body, max_bytes: int) -> Iterator[Event]:
+    def events(self, max_bytes: int) -> Iterator[Event]:
         """As of :func:`form_events`, with the decoder's own errors."""
         received = 0
-        while size := body.readinto(self._view[self._margin :]):
+        while size := self._body.readinto(self._view[self._margin :]):
             received += size
             if received > max_bytes + FORM_OVERHEAD:
                 raise too_large(max_bytes)

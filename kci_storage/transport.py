@@ -134,7 +134,7 @@ class RequestBody(io.RawIOBase):
         :raises ClientDisconnected: as of :meth:`read`.
         """
         if self.chunked or self._connection is None:
-            data = self.read(len(buffer) if self.received else FIRST_READ_SIZE)
+            data = self.read(len(buffer) if self.received else min(len(buffer), FIRST_READ_SIZE))
             buffer[: len(data)] = data
             return len(data)
         if self._at_end:

@@ -546,7 +546,7 @@ def test_a_sweep_takes_nothing_from_those_who_write(driver, root):
 
 def test_a_sweep_waits_for_the_commit_that_has_written_its_record(driver, root, monkeypatch):
     """The record comes before the content that it is of: for a moment it looks like an orphan."""
-    place = driver._place
+    place = driver._place_content
     swept = []
 
     def slow_place(*args: object) -> None:
@@ -558,7 +558,7 @@ def test_a_sweep_waits_for_the_commit_that_has_written_its_record(driver, root, 
         threads.append(sweeping)
 
     threads: list[threading.Thread] = []
-    monkeypatch.setattr(driver, "_place", slow_place)
+    monkeypatch.setattr(driver, "_place_content", slow_place)
     put(driver, "a", b"content", "text/plain")
     threads[0].join()
     assert swept == [0]
@@ -566,7 +566,10 @@ def test_a_sweep_waits_for_the_commit_that_has_written_its_record(driver, root, 
 
 
 def test_what_is_committed_is_on_the_disk_in_the_right_order(driver, root, monkeypatch):
-    """The content and its times, then the record, then the content's name; and new folders in those above them."""
+    """The contents and their times, then the record's name, then the object's, then the folders that say so.
+
+    And a new folder in the one above it, before there is anything in it.
+    """
     done = []
 
     def name_of(fd: int) -> str:
@@ -585,11 +588,16 @@ def test_what_is_committed_is_on_the_disk_in_the_right_order(driver, root, monke
         ),
     )
     put(driver, "folder/a", b"1")
-    assert done[0] == ("fsync", "temporary")
-    record, content = done.index(("rename", "record")), done.index(("rename", "folder"))
-    assert done.index(("fdatasync", "temporary")) < record < done.index(("fsync", "record"), record) < content
-    assert done.index(("fsync", ".")) < content
-    assert done.index(("fsync", "folder")) > content
+    new_folders = [("fsync", ".kci"), ("fsync", ".kci/meta"), ("fsync", ".")]
+    in_order = [
+        ("fsync", "temporary"), ("fdatasync", "temporary"),
+        ("rename", "record"), ("rename", "folder"),
+        ("fsync", "record"), ("fsync", "folder"),
+    ]  # fmt: skip
+    assert done == new_folders[:2] + in_order[:3] + new_folders[2:] + in_order[3:]
+    done.clear()
+    put(driver, "folder/a", b"2")
+    assert done == in_order
     done.clear()
     driver.delete("folder/a")
     assert done == [("fsync", "folder")]

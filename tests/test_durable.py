@@ -81,12 +81,14 @@ class TestNewFile:
         with NewFile.unnamed(tmp_path / "a/b") as file:
             assert file.path.parent == tmp_path / "a/b"
 
-    def test_it_can_be_published_into_an_open_folder(self, tmp_path: Path) -> None:
+    def test_it_can_take_a_name_in_an_open_folder(self, tmp_path: Path) -> None:
         (tmp_path / "folder").mkdir()
         fd = os.open(tmp_path / "folder", os.O_RDONLY)
         try:
             with NewFile(tmp_path / "temporary") as file:
-                file.publish(b"final", fd)
+                assert not file.named
+                file.take_name(b"final", fd)
+                assert file.named
         finally:
             os.close(fd)
         assert names(tmp_path / "folder") == ["final"]

@@ -240,16 +240,46 @@ class LocalDriver(Driver):
             self._check_expectation(info.key, expected)
             previous = self._identity(info.key)
             identity = Identity.of(file.stamp())
-            info = self._records.write(info, identity)
-            try:
-                self._place(file, info.key)
-            except BaseException:
-                self._records.remove(info.key, identity)
-                self._tree.prune(info.key)
-                raise
+            info = replace(info, last_modified=identity.mtime_ns // 10**9)
+            with self._records.new(info, identity) as record:
+                durable.flush_together(file, record.file)
+                self._place(file, record, info.key)
             if previous is not None:
                 self._records.remove(info.key, previous)
         return info
+
+    def _place(self, file: durable.NewFile, record: _NewRecord, key: str) -> None:
+        """Give an object's record and its content their names, for good.
+
+        In this order, in which the disk keeps them too: no file system that has a journal lets a later change of
+        names outlive a loss of power without an earlier one. So one wait is enough for both.
+        """
+        record.file.take_name(record.name, record.folder_fd)
+        try:
+            self._place_content(file, record, key)
+        except BaseException:
+            if not file.named:
+                record.remove()
+                self._tree.prune(key)
+            raise
+
+    def _place_content(self, file: durable.NewFile, record: _NewRecord, key: str) -> None:
+        """Rename the content to its key, making the folders it needs; then wait for the disk."""
+        folder, _, name = key.rpartition("/")
+        for _ in range(TRIES):
+            with contextlib.ExitStack() as stack:
+                try:
+                    fd = stack.enter_context(self._tree.folder(folder, make=True))
+                    file.take_name(name.encode(), fd)
+                except FileNotFoundError:  # a deletion of the last file in a folder removed it
+                    continue
+                except (IsADirectoryError, NotADirectoryError):
+                    self._check_place(key)  # removes empty folders that are in the way
+                    continue
+                durable.sync_directory_fd(record.folder_fd)
+                durable.sync_directory_fd(fd)
+                return
+        raise _busy()
 
     def _check_expectation(self, key: str, expected: str | Expectation) -> None:
         if expected is Expectation.ANYTHING:
@@ -260,20 +290,6 @@ class LocalDriver(Driver):
             etag = Expectation.NOTHING
         if etag != expected:
             raise PreconditionFailed("the stored version is not the expected one")
-
-    def _place(self, file: durable.NewFile, key: str) -> None:
-        """Rename a temporary file to its key, making the folders it needs."""
-        folder, _, name = key.rpartition("/")
-        for _ in range(TRIES):
-            try:
-                with self._tree.folder(folder, make=True) as fd:
-                    file.publish(name.encode(), fd)
-                return
-            except FileNotFoundError:  # a deletion of the last file in a folder removed it
-                continue
-            except (IsADirectoryError, NotADirectoryError):
-                self._check_place(key)  # removes empty folders that are in the way
-        raise _busy()
 
 
 class _Reader(ObjectReader):
@@ -335,6 +351,19 @@ class _Writer(ObjectWriter):
             self._file.discard()
 
 
+class _NewRecord(NamedTuple):
+    """A record on its way in."""
+
+    file: durable.NewFile
+    name: bytes  # that it is to get, in the folder
+    folder_fd: int
+
+    def remove(self) -> None:
+        """Take it away again, name and all. Never raises: a sweep gets what is left."""
+        with contextlib.suppress(OSError):
+            durable.remove_from(self.folder_fd, self.name)
+
+
 class _Records:
     """What is known of files beyond what they say themselves, one small file each, and the latest ones in memory.
 
@@ -364,17 +393,13 @@ class _Records:
             if len(self._memory) > REMEMBERED:
                 self._memory.popitem(last=False)
 
-    def write(self, info: ObjectInfo, identity: Identity) -> ObjectInfo:
-        """Keep a record, durably.
-
-        :returns: the properties with the time, which is the identity's, filled in.
-        """
-        info = replace(info, last_modified=identity.mtime_ns // 10**9)
+    @contextlib.contextmanager
+    def new(self, info: ObjectInfo, identity: Identity) -> Iterator[_NewRecord]:
+        """A record that has been written, but has no name yet; gone at the end of the block unless it has one."""
         folder, _, name = self._path(info.key, identity).rpartition("/")
         with durable.NewFile.unnamed(self._temporary) as file, self._tree.folder(folder, make=True) as fd:
             file.write(json.dumps(info.to_fields()).encode())
-            file.publish(name.encode(), fd)
-        return info
+            yield _NewRecord(file, name.encode(), fd)
 
     def remove(self, key: str, identity: Identity) -> None:
         """Forget a record. Never raises: a sweep gets what is left."""
