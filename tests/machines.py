@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -53,9 +52,10 @@ http {{
     uwsgi_temp_path {folder}/unused;
     scgi_temp_path {folder}/unused;
     include {folder}/balancer.conf;
+    {beside}
 }}
 """
-_SERVER = re.compile(r"^( +server )[0-9.]+:[0-9]+(?= )", re.M)
+_SERVER = re.compile(r"^( +server )[0-9.]+:[0-9]+( .*\n)", re.M)
 _LOGGED = re.compile(r" to=(?P<to>.*?) upstream_status=.* request_id=(?P<request_id>\S+)$", re.M)
 
 
@@ -65,9 +65,10 @@ def configuration(addresses: Sequence[str], port: int, log: Path, **numbers: int
     :param numbers: what else shall be different: ``max_conns=2``.
     """
     text = BALANCER_CONF.read_text()
-    names = iter(addresses)
-    text, count = _SERVER.subn(lambda match: match[1] + next(names), text)
-    assert count == len(addresses)
+    first, *others = _SERVER.finditer(text)
+    assert len(others) == MACHINES - 1
+    lines = "".join(f"{first[1]}{address}{first[2]}" for address in addresses)
+    text = text[: first.start()] + lines + text[others[-1].end() :]
     for old, new in (("listen 80;", f"listen 127.0.0.1:{port};"), ("/var/log/nginx/kci-storage.log", str(log))):
         assert text.count(old) == 1
         text = text.replace(old, new)
@@ -78,13 +79,21 @@ def configuration(addresses: Sequence[str], port: int, log: Path, **numbers: int
 
 
 class Balancer:
-    """A running nginx; it can be asked as if it were the server."""
+    """A running nginx; it can be asked as if it were the server.
 
-    def __init__(self, folder: Path, servers: Sequence[Server], **numbers: int):
+    :param folder: for its files.
+    :param addresses: of the servers.
+    :param servers: those of them that are known, to say which one has answered.
+    :param beside: what nginx shall be beside that, in its own language.
+    """
+
+    def __init__(self, folder: Path, addresses: Sequence[str], servers: Sequence[Server] = (), beside: str = ""):
+        folder.mkdir()
         self.folder = folder
         self.log_path = folder / "access.log"
         self.servers = servers
-        self._numbers = numbers
+        self.addresses = list(addresses)
+        self._beside = beside
         self._reserved = reserve_port()
         self.port: int = self._reserved.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
@@ -99,17 +108,17 @@ class Balancer:
     def start(self) -> None:
         """Back when it answers."""
         user = "user root;" if os.getuid() == 0 else ""  # else its workers could not write into the folder
-        (self.folder / "nginx.conf").write_text(_MAIN.format(folder=self.folder, user=user))
+        (self.folder / "nginx.conf").write_text(_MAIN.format(folder=self.folder, user=user, beside=self._beside))
         self._configure()
         command = [_nginx(), "-p", self.folder, "-c", self.folder / "nginx.conf", "-e", self.folder / "error.log"]
         self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
         wait_until(self._is_up, START_SECONDS, "nginx's start")
 
-    def _configure(self, down: Server | None = None) -> None:
-        addresses = [f"127.0.0.1:{server.port}" for server in self.servers]
-        text = configuration(addresses, self.port, self.log_path, **self._numbers)
+    def _configure(self, down: str | None = None, **numbers: int) -> None:
+        text = configuration(self.addresses, self.port, self.log_path, **numbers)
         if down is not None:
-            text = text.replace(f"server 127.0.0.1:{down.port} ", f"server 127.0.0.1:{down.port} down ")
+            assert text.count(f" {down} ") == 1
+            text = text.replace(f" {down} ", f" {down} down ")
         (self.folder / "balancer.conf").write_text(text)
 
     def _is_up(self) -> bool:
@@ -119,13 +128,13 @@ class Balancer:
             return requests.get(f"{self.url}/metrics", timeout=5).status_code == 404
         return False
 
-    def reload(self, down: Server | None = None) -> None:
-        """Take a server out of rotation, or all into it; back when none of the old workers is left.
+    def reload(self, down: str | None = None, **numbers: int) -> None:
+        """Take an address out of rotation, or all into it, maybe with other numbers; back when no old worker is left.
 
         Old workers first bring to an end what they have begun, so that nobody asks that server any more then.
         """
         old = psutil.Process(self.pid).children()
-        self._configure(down)
+        self._configure(down, **numbers)
         os.kill(self.pid, signal.SIGHUP)
         _, alive = psutil.wait_procs(old, STOP_SECONDS)
         assert not alive, "nginx still has old workers"
@@ -154,16 +163,17 @@ class Balancer:
         return wait_until(lambda: self._tried().get(wanted), SECONDS, "the request in nginx's log")
 
     def _tried(self) -> dict[str, list[Server]]:
-        by_address = {f"127.0.0.1:{server.port}": server for server in self.servers}
+        by_address = {address_of(server): server for server in self.servers}
         lines = _LOGGED.finditer(self.log_path.read_text())
         return {
             line["request_id"]: [by_address[address] for address in line["to"].split(", ") if address in by_address]
             for line in lines
         }
 
-    def answered(self) -> Counter[int]:
-        """How many requests each server has answered, by its place."""
-        return Counter(self.servers.index(tried[-1]) for tried in self._tried().values() if tried)
+
+def address_of(server: Server) -> str:
+    """Where it listens."""
+    return f"127.0.0.1:{server.port}"
 
 
 def _nginx() -> str:
@@ -210,13 +220,10 @@ def has_copy(server: Server, key: str) -> bool:
 
 
 @contextlib.contextmanager
-def cluster(
-    azurite: Azurite, folder: Path, options: dict[str, Any] | None = None, **numbers: int
-) -> Iterator[Cluster]:
+def cluster(azurite: Azurite, folder: Path, options: dict[str, Any] | None = None) -> Iterator[Cluster]:
     """Machines during the block; those that run at its end must be clean.
 
     :param options: sections of the servers' configuration.
-    :param numbers: of the balancer's configuration.
     """
     name = azurite.new_container()
     with ExitStack() as stack:
@@ -230,9 +237,7 @@ def cluster(
             place = folder / f"machine{number}"
             place.mkdir()
             servers.append(stack.enter_context(running(Server(place, document))))
-        place = folder / "nginx"
-        place.mkdir()
-        balancer = Balancer(place, servers, **numbers)
+        balancer = Balancer(folder / "nginx", [address_of(server) for server in servers], servers)
         stack.callback(balancer.close)
         balancer.start()
         yield Cluster(servers, balancer, proxy, container)

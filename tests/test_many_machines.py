@@ -5,7 +5,9 @@ The figures in docs/scaling.md are what ``pytest -s tests/test_many_machines.py`
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import http.client
 import itertools
 import random
 import threading
@@ -22,8 +24,8 @@ import requests
 from tests.azurite import Azurite
 from tests.cold import MIB, crowd, figure, in_background, some_bytes
 from tests.faultproxy import CONTENT, OTHER, PROPERTIES, PUT, Hold, Stall
-from tests.harness import Server, wait_until
-from tests.machines import MACHINES, Balancer, Cluster, cluster, has_copy, seconds_until
+from tests.harness import Server, reserve_port, wait_until
+from tests.machines import MACHINES, Balancer, Cluster, address_of, cluster, has_copy, seconds_until
 from tests.wire import (
     FORM_TYPE,
     SECONDS,
@@ -602,49 +604,122 @@ def test_the_list_is_whole(machines: Cluster) -> None:
 # An object that everybody wants
 
 
-def test_a_hot_object_spreads_when_its_server_is_full(azurite: Azurite, tmp_path: Path) -> None:
+def test_a_hot_object_spreads_when_its_server_is_full(machines: Cluster) -> None:
     most = 4
-    with cluster(azurite, tmp_path, max_conns=most) as machines:
-        content = some_bytes(16 * MIB)
-        key = machines.store(content)
-        owner = machines.owner(key)
-        assert get(machines.balancer, key).content == content
-        wires = [Wire(machines.balancer, receive_buffer=64 * 1024) for _ in range(most)]
-        for wire in wires:
-            wire.send(request("GET", f"/{key}"))
-            assert wire.head().status == 200
-        answer = get(machines.balancer, key)
-        assert answer.content == content
-        assert machines.balancer.tried(answer)[-1] is not owner
-        for wire in wires:
-            wire.close()
-        assert fetches(machines, {key: content}) == {key: 2.0}
-        tidy(machines)
-        assert len(machines.holders(key)) == 2
-        assert has_copy(owner, key)
+    content = some_bytes(16 * MIB)
+    key = machines.store(content)
+    owner = machines.owner(key)
+    assert get(machines.balancer, key).content == content
+    machines.balancer.reload(max_conns=most)
+    wires = [Wire(machines.balancer, receive_buffer=64 * 1024) for _ in range(most)]
+    for wire in wires:
+        wire.send(request("GET", f"/{key}"))
+        assert wire.head().status == 200
+    answer = get(machines.balancer, key)
+    for wire in wires:
+        wire.close()
+    machines.balancer.reload()
+    assert answer.content == content
+    assert machines.balancer.tried(answer)[-1] is not owner
+    assert fetches(machines, {key: content}) == {key: 2.0}
+    tidy(machines)
+    assert len(machines.holders(key)) == 2
+    assert has_copy(owner, key)
+
+
+# A hundred machines
+
+
+MANY = 100
+ASKED = [f"/builds/{number}/Image" for number in range(6000)]
+
+
+@pytest.fixture(scope="module")
+def ring(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Balancer]:
+    """The balancer in front of a hundred servers, which are nginx's own and answer with their address."""
+    with contextlib.closing(reserve_port()) as reserved:
+        port = reserved.getsockname()[1]
+        stub = f'server {{ listen 0.0.0.0:{port}; access_log off; return 200 "$server_addr:$server_port"; }}'
+        addresses = [f"127.0.1.{number}:{port}" for number in range(1, MANY + 1)]
+        balancer = Balancer(tmp_path_factory.mktemp("ring") / "nginx", addresses, beside=stub)
+        try:
+            balancer.start()
+            yield balancer
+        finally:
+            balancer.close()
+
+
+def owners(balancer: Balancer) -> dict[str, str]:
+    """The address to which each path goes."""
+    found = {}
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", balancer.port, timeout=SECONDS)) as connection:
+        for path in ASKED:
+            connection.request("GET", path)
+            found[path] = connection.getresponse().read().decode()
+    return found
+
+
+def test_a_hundred_machines_have_about_the_same_to_do(ring: Balancer) -> None:
+    shares = Counter(owners(ring).values())
+    mean = len(ASKED) / MANY
+    assert set(shares) == set(ring.addresses)
+    assert max(shares.values()) < 2 * mean
+    figure(f"shares of {MANY} machines", most=max(shares.values()) / mean, least=min(shares.values()) / mean)
+
+
+def test_of_a_hundred_machines_one_leaves_and_one_comes(ring: Balancer) -> None:
+    before = owners(ring)
+    down = ring.addresses[40]
+    ring.reload(down=down)
+    without = owners(ring)
+    moved = [path for path in ASKED if before[path] != without[path]]
+    assert set(moved) == {path for path in ASKED if before[path] == down}
+    heirs = Counter(without[path] for path in moved)
+    assert max(heirs.values()) < len(moved) / 3, "its share goes to many"
+    new = ring.addresses[0].replace("127.0.1.1:", "127.0.2.1:")
+    ring.addresses.append(new)
+    ring.reload()
+    with_it = owners(ring)
+    came = {path for path in ASKED if before[path] != with_it[path]}
+    assert 0 < len(came) < 3 * len(ASKED) / MANY
+    assert {with_it[path] for path in came} == {new}
+    figure(f"of {len(ASKED)} keys, moved", one_leaves=len(moved), to_machines=len(heirs), one_comes=len(came))
+
+
+def test_a_second_balancer_with_the_same_file_does_the_same(machines: Cluster, tmp_path: Path) -> None:
+    second = Balancer(tmp_path / "nginx", machines.balancer.addresses, machines.servers)
+    try:
+        second.start()
+        for number in range(20):
+            answer = requests.head(f"{second.url}/some/{number}", timeout=SECONDS)
+            assert second.tried(answer) == [machines.owner(f"some/{number}")]
+    finally:
+        second.close()
 
 
 # Nobody notices an upgrade
 
 
-def test_machines_are_restarted_one_after_the_other(azurite: Azurite, tmp_path: Path) -> None:
+def test_machines_are_restarted_one_after_the_other(machines: Cluster) -> None:
     """As docs/scaling.md has it: out of rotation, drained, restarted, back. Not one request fails."""
-    with cluster(azurite, tmp_path) as machines:
-        objects = stored(machines, OBJECTS, 50_000)
-        with Load(machines.balancer, objects) as load:
-            load.wait_for(200)
-            for server in machines.servers:
-                machines.balancer.reload(down=server)
-                server.restart()
-                machines.balancer.reload()
-                load.wait_for(100)
-        assert load.wrong == []
-        assert load.cut == 0
-        tidy(machines)
-        figure(
-            "3 machines restarted in turn under load",
-            answers=load.answered,
-            failed=0,
-            cut=load.cut,
-            fetches_per_object=sum(fetches(machines, objects).values()) / OBJECTS,
-        )
+    objects = stored(machines, OBJECTS, 50_000)
+    restarted = machines.servers[:2]
+    with Load(machines.balancer, objects) as load:
+        load.wait_for(200)
+        for server in restarted:
+            machines.balancer.reload(down=address_of(server))
+            server.restart()
+            machines.balancer.reload()
+            load.wait_for(100)
+    assert load.wrong == []
+    assert load.cut == 0
+    tidy(machines)
+    times = fetches(machines, objects)
+    assert set(times.values()) <= {1.0, 2.0, 3.0}
+    figure(
+        f"{len(restarted)} of {MACHINES} machines restarted in turn under load",
+        answers=load.answered,
+        failed=len(load.wrong),
+        cut=load.cut,
+        fetches_per_object=sum(times.values()) / OBJECTS,
+    )
