@@ -4,7 +4,8 @@ One thread over all workers sees to it, elected by a lock; when its worker dies,
 at the limits now and then, which costs three system calls, and has the directory walked only when one is crossed. A
 fill that needs room asks for it at once (:meth:`Housekeeper.make_room`).
 
-Every walk is a job: a process of its own (:mod:`kci_storage.jobs`), which holds the elected thread's lock, too.
+A walk is a job, a process of its own (:mod:`kci_storage.jobs`), which holds the elected thread's lock, too; but for
+that of a small cache for a fill, which would wait longer for a process than for the walk.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -37,6 +39,7 @@ PAUSE = 0.002  # seconds: a fill's own evicting gives way to requests after each
 ELECTION_INTERVAL = 5  # seconds between two tries to become the one who does it
 SWEEP_INTERVAL = 24 * 3600  # seconds; a sweep also finds what workers left that died while the server ran
 ROOM_TIMEOUT = 3  # seconds that a fill waits for room, and so do its clients; then it does without the cache
+SMALL = 1000  # files that are looked at in less time than a process needs to start
 REMEMBERED = 10_000  # candidates of one walk that are kept for the next fills; about 0.4 KiB each
 INODES = 2  # of one copy: its record and its content
 ROOM_LOCK, LEADER_LOCK = "room.lock", "housekeeping.lock"
@@ -154,22 +157,19 @@ class Evictor:
         """Evict as much as is missing, from the end of the list; what went."""
         total = Usage(0, 0)
         while candidates and missing:
-            freed = self._evict_some(missing, candidates)
-            total = Usage(total.files + freed.files, total.size + freed.size)
-            missing = Shortfall(missing.files - freed.files, missing.size - freed.size)
-            yield freed
+            # All of these must go, so their order does not matter; a disk is done with them sooner folder by folder.
+            chosen = sorted(_taken(missing, candidates), key=attrgetter("content"))
+            for start in range(0, len(chosen), STEP):
+                freed = self._evict_some(chosen[start : start + STEP])
+                total = Usage(total.files + freed.files, total.size + freed.size)
+                missing = Shortfall(missing.files - freed.files, missing.size - freed.size)
+                yield freed
         return total
 
-    def _evict_some(self, missing: Shortfall, candidates: list[Candidate]) -> Usage:
-        """Evict of the last few candidates as many as must go; what went."""
-        files = size = 0
-        for _ in range(min(STEP, len(candidates))):
-            if files >= missing.files and size >= missing.size:
-                break
-            candidate = candidates.pop()
-            if self._cache.evict(Path(candidate.content), candidate.used):
-                files, size = files + 1, size + candidate.size
-        return Usage(files, size)
+    def _evict_some(self, chosen: list[Candidate]) -> Usage:
+        """Evict those that may still go; what went."""
+        gone = [one for one in chosen if self._cache.evict(Path(one.content), one.used)]
+        return Usage(len(gone), sum(one.size for one in gone))
 
     def least_recently_used(self, count: int) -> list[Candidate]:
         """So many of them, the least recently used last. The cache's usage is corrected on the way."""
@@ -187,6 +187,17 @@ class Evictor:
         chosen = heapq.nsmallest(count, candidates())
         self._cache.correct_usage(before, seen)
         return chosen[::-1]
+
+
+def _taken(missing: Shortfall, candidates: list[Candidate]) -> list[Candidate]:
+    """As many from the end of the list as are missing, if all of them may still go; they are no longer in it."""
+    files, size, first = missing.files, missing.size, len(candidates)
+    while first and (files > 0 or size > 0):
+        first -= 1
+        files, size = files - 1, size - candidates[first].size
+    taken = candidates[first:]
+    del candidates[first:]
+    return taken
 
 
 class Housekeeper:
@@ -326,4 +337,6 @@ class Housekeeper:
     def _choose(self) -> list[Candidate]:
         # A full cache needs room for each object that comes: not each can be worth a walk.
         count = min(self._limits.cleanup_chunk_size, REMEMBERED)
+        if self._cache.usage.read()[0] <= SMALL:
+            return self._evictor.least_recently_used(count)
         return [candidate for some in self._job(least_recently_used, self._limits, count) for candidate in some]

@@ -22,7 +22,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO
 
-NICENESS = 19  # the least of all claims to a processor that still is one: a job may hold a lock that others wait for
+NICENESS = 10  # a tenth of a processor when requests take all they can; less would prolong the locks that it takes
 GRACE = 2  # seconds that a job has for its present step when it is to stop
 IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGHUP)  # whole groups get them; it heeds its parent
 REPORT, DONE, FAILED = "report", "done", "failed"

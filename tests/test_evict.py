@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -35,6 +36,7 @@ def cache(tmp_path: Path) -> Iterator[Cache]:
     """A cache with which nothing may be wrong in the end."""
     made = Cache(tmp_path / "cache")
     yield made
+    wait_until(lambda: "room" not in thread_names(), TIMEOUT, "the end of making room")
     assert made.check() == []
 
 
@@ -349,6 +351,26 @@ class TestMakingRoom:
         assert len(walks) == 1
         assert keys(cache, *map(str, range(50))) == "".join(map(str, range(20, 50)))
 
+    def test_the_walk_of_a_large_cache_is_a_job(self, cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+        for number in range(50):
+            store(cache, str(number), used_ago=HOUR - number)
+        keeper = housekeeper(cache, max_bytes=50 * KIB)
+        monkeypatch.setattr(evict, "SMALL", 49)
+        monkeypatch.setattr(evict, "ROOM_TIMEOUT", TIMEOUT)
+        monkeypatch.setattr(cache, "contents", None)  # this process does not walk
+        assert keeper.make_room(45 * KIB)
+        assert keys(cache, *map(str, range(50))) == "4546474849"
+        assert keeper.make_room(47 * KIB)  # the job found all of them
+        assert keys(cache, *map(str, range(50))) == "474849"
+
+    def test_that_of_a_small_one_is_not(self, cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+        for number in range(50):
+            store(cache, str(number), used_ago=HOUR - number)
+        monkeypatch.setattr(evict, "SMALL", 50)
+        monkeypatch.setattr(evict, "Job", None)
+        assert housekeeper(cache, max_files=50).make_room(0)
+        assert keys(cache, *map(str, range(50))).startswith("12")
+
     def test_candidates_that_are_gone_or_used_by_now_are_passed_over(self, cache: Cache) -> None:
         for number, key in enumerate("abcdef"):
             store(cache, key, used_ago=HOUR - number)
@@ -493,6 +515,30 @@ class TestTheThread:
             store(cache, key)
         wait_until(lambda: cache.usage.read()[0] == 1, TIMEOUT, "the new lead")
 
+    def test_the_driver_is_swept_too_in_another_process(self, cache: Cache, caplog: pytest.LogCaptureFixture) -> None:
+        keeper = Housekeeper(cache, settings(cache), Metrics(cache, []), partial(sweep_driver, os.getpid()))
+        caplog.set_level("INFO")
+        cache.new_part("dead").close()
+        try:
+            keeper.start()
+            wait_until(lambda: "event=swept" in caplog.text, TIMEOUT, "a sweep")
+        finally:
+            keeper.stop()
+        assert "removed=8 " in caplog.text
+
+    def test_a_stop_ends_a_job(
+        self, cache: Cache, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Its lock is free when the worker is gone, and nothing is reported that was not done."""
+        begun = tmp_path / "begun"
+        keeper = Housekeeper(cache, settings(cache), Metrics(cache, []), partial(hang, begun))
+        keeper.start()
+        wait_until(begun.exists, TIMEOUT, "the sweep of the driver")
+        assert len(set(leaders(cache.directory))) == 2
+        keeper.stop()
+        wait_until(lambda: not leaders(cache.directory), TIMEOUT, "the end of the lead")
+        assert caplog.text == ""
+
     def test_an_election_that_fails_is_not_the_last(
         self, cache: Cache, started: Callable[..., Housekeeper], monkeypatch: pytest.MonkeyPatch,
         caplog: pytest.LogCaptureFixture,
@@ -512,6 +558,19 @@ def leading(cache: Cache) -> Iterator[None]:
     assert durable.try_lock(fd)
     yield
     os.close(fd)
+
+
+def sweep_driver(parent: int) -> int:
+    """For a job: find seven files to remove."""
+    assert os.getppid() == parent
+    return 7
+
+
+def hang(begun: Path) -> int:
+    """For a job: sweep a driver's store that is large."""
+    begun.touch()
+    time.sleep(10 * TIMEOUT)
+    return 0
 
 
 def thread_names() -> list[str]:
