@@ -1,7 +1,8 @@
 """The floor of this kind of server: a function that opens a file and hands it to gunicorn, and nothing else.
 
-It answers ``GET`` with one range or a condition, and ``PUT``, below the folder that ``BENCH_FILES`` names. It checks
-nothing, counts nothing and is not fit to be used.
+It answers ``GET`` with one range or a condition, and ``PUT``, below the folder that ``BENCH_FILES`` names. With
+``BENCH_FSYNC``, a file is on the disk before the answer is sent. It checks nothing, counts nothing and is not fit for
+use.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 FOLDER = os.environ.get("BENCH_FILES", ".")
+FSYNC = bool(os.environ.get("BENCH_FSYNC"))
 BLOCK = 256 * 1024  # bytes
 
 
@@ -59,6 +61,19 @@ def put(path: str, environ: dict[str, Any], start_response: Callable[..., Any]) 
     with open(temporary, "wb", buffering=0) as file:
         while block := body.read(BLOCK):
             file.write(block)
+        if FSYNC:
+            os.fsync(file.fileno())
     os.rename(temporary, path)
+    if FSYNC:
+        fsync_folder(os.path.dirname(path))
     start_response("201 Created", [("Content-Length", "0")])
     return []
+
+
+def fsync_folder(path: str) -> None:
+    """Have the names in a folder on the disk."""
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

@@ -10,6 +10,7 @@ from benchmarks.measuring import Row
 
 COLOURS = {  # which can be told apart by those who see few
     "gunicorn": "#0072b2",
+    "gunicorn, fsync": "#003f66",
     "our worker": "#56b4e9",
     "nginx": "#009e73",
     "nginx, tuned": "#e69f00",
@@ -61,7 +62,7 @@ def position(ratio: float, ticks: Sequence[float]) -> float:
 
 def _legend(systems: Iterable[str]) -> Iterator[str]:
     for index, system in enumerate(systems):
-        x = LABELS + 90 * index
+        x = 20 + 105 * index
         yield f'<circle cx="{x}" cy="34" r="5" fill="{COLOURS[system]}"/>'
         yield _text(x + 9, 38, system)
 

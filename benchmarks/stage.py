@@ -103,9 +103,14 @@ class Stage:
         """Our worker with the same function."""
         return self._bare("our worker", "kci_storage.worker.Worker")
 
-    def _bare(self, name: str, worker_class: str) -> Program:
-        folder = self.new_folder(name.replace(" ", "-"))
-        return self._stack.enter_context(yardsticks.bare_gunicorn(name, worker_class, folder, self.files))
+    @cached_property
+    def durable_gunicorn(self) -> Program:
+        """gunicorn's own threaded worker with a bare function that waits for the disk."""
+        return self._bare("gunicorn, fsync", "gthread", fsync=True)
+
+    def _bare(self, name: str, worker_class: str, fsync: bool = False) -> Program:
+        folder = self.new_folder(name.replace(", ", "-").replace(" ", "-"))
+        return self._stack.enter_context(yardsticks.bare_gunicorn(name, worker_class, folder, self.files, fsync))
 
     @cached_property
     def nginx(self) -> Program | None:

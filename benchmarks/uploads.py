@@ -43,7 +43,8 @@ class _Local:
         self._server = stage.local_server
         self._source = stage.folder / "upload-large.bin"
         random_file(self._source, stage.scale.large)
-        yardsticks: dict[str, Target | None] = {"gunicorn": stage.gunicorn, "nginx": stage.nginx}
+        bare: dict[str, Target | None] = {"gunicorn": stage.gunicorn, "gunicorn, fsync": stage.durable_gunicorn}
+        yardsticks = {**bare, "nginx": stage.nginx}
         self._yardsticks = {name: target for name, target in yardsticks.items() if target is not None}
 
     # Large files

@@ -116,8 +116,11 @@ accesslog = "{folder}/access.log"
 
 
 @contextlib.contextmanager
-def bare_gunicorn(name: str, worker_class: str, folder: Path, files: Path) -> Iterator[Program]:
-    """gunicorn, set as the server sets it, with a function that does nothing else than open a file."""
+def bare_gunicorn(name: str, worker_class: str, folder: Path, files: Path, fsync: bool = False) -> Iterator[Program]:
+    """gunicorn, set as the server sets it, with a function that does nothing else than open a file.
+
+    :param fsync: whether it has what it stores on the disk before it answers.
+    """
     with _free_port() as port:
         shared = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
         settings = folder / "settings.py"
@@ -133,7 +136,8 @@ def bare_gunicorn(name: str, worker_class: str, folder: Path, files: Path) -> It
             )
         )
         command = [sys.executable, "-m", "gunicorn", "--config", settings, "benchmarks.bare:app"]
-        with running(name, command, port, folder / "log", BENCH_FILES=str(files)) as program:
+        environ = {"BENCH_FILES": str(files), "BENCH_FSYNC": "1" if fsync else ""}
+        with running(name, command, port, folder / "log", **environ) as program:
             yield program
 
 
