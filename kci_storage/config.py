@@ -342,7 +342,7 @@ def load(path: Path | None = None, environ: Mapping[str, str] = os.environ) -> C
     :param environ: where ``KCI_STORAGE_CONFIG`` and ``KCI_STORAGE_PORT`` are looked up; an empty one counts as unset.
     :raises ConfigError: the file cannot be read, or something in it is wrong.
     """
-    file = _File(Path(path or environ.get(CONFIG_VARIABLE) or DEFAULT_FILE))
+    file = _File(Path(path or environ.get(CONFIG_VARIABLE) or DEFAULT_FILE), environ)
     config = file.config()
     port = environ.get(PORT_VARIABLE)
     if port:
@@ -359,12 +359,17 @@ def _with_port(server: ServerConfig, port: str) -> ServerConfig:
     return dataclasses.replace(server, bind=bind)
 
 
+_FILE = "_file"  # after a secret's name: the file that holds it
+_CREDENTIALS = "$CREDENTIALS_DIRECTORY"  # where systemd puts what LoadCredential names
+
+
 class _File:
     """The configuration file on its way into the dataclasses."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, environ: Mapping[str, str]):
         self.path = path
         self.folder = path.absolute().parent
+        self.credentials = environ.get("CREDENTIALS_DIRECTORY", "")
 
     def fail(self, key: str, problem: str) -> NoReturn:
         raise ConfigError(f"{self.path}: {key}: {problem}")
@@ -446,6 +451,7 @@ class _File:
     def _values(self, section: type[Any], prefix: str, table: dict[str, Any]) -> dict[str, Any]:
         known = settings(section)
         hints = get_type_hints(section)
+        table = self._with_secrets_from_files(known, prefix, table)
         for key in table:
             if key not in known:
                 self._fail_unknown(prefix, key, known)
@@ -453,6 +459,30 @@ class _File:
             key: self._value(prefix + key, hints[key], known[key].metadata["setting"], value)
             for key, value in table.items()
         }
+
+    def _with_secrets_from_files(
+        self, known: Mapping[str, Any], prefix: str, table: dict[str, Any]
+    ) -> dict[str, Any]:
+        """The table, in which ``key_file = "path"`` has become ``key = "what the file holds"``."""
+        table = dict(table)
+        for key in [key for key, item in known.items() if item.metadata["setting"].secret]:
+            path = table.pop(key + _FILE, None)
+            if path is not None:
+                if key in table:
+                    self.fail(prefix + key, f"expected either {key} or {key}{_FILE}, got both")
+                table[key] = self._secret(prefix + key + _FILE, path)
+        return table
+
+    def _secret(self, name: str, path: object) -> str:
+        """What a secret's file holds, without the line's end."""
+        if not isinstance(path, str) or not path:
+            self.fail(name, f"expected a path, got {_shown(path)}")
+        expanded = path.replace(_CREDENTIALS, self.credentials) if self.credentials else path
+        try:
+            return (self.folder / expanded).read_text(encoding="utf-8").rstrip("\r\n")
+        except (OSError, UnicodeDecodeError) as exc:
+            problem = exc.strerror if isinstance(exc, OSError) else "not UTF-8"
+            self.fail(name, f"expected a file that can be read, got {_shown(path)}: {problem}")
 
     def _fail_unknown(self, prefix: str, key: str, known: Mapping[str, Any]) -> NoReturn:
         names = [*known, *([] if prefix else [*SECTIONS, "users"])]

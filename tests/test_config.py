@@ -260,6 +260,60 @@ def test_a_port_for_a_unix_socket_is_refused(write):
     assert failure(path, KCI_STORAGE_PORT="80").startswith("KCI_STORAGE_PORT: expected a server.bind that has a port")
 
 
+# Secrets in files of their own
+
+
+def test_a_secret_may_stand_in_a_file(write, tmp_path):
+    (tmp_path / "jwt").write_text("from a file\n")
+    (tmp_path / "sas").write_text("sv=1&sig=abc")
+    config = load(
+        write(
+            f"""jwt_secret_file = "jwt"
+            [azure]
+            account = "kernelci"
+            container = "artifacts"
+            sastoken_file = "{tmp_path}/sas"
+            """
+        ),
+        {},
+    )
+    assert (config.jwt_secret, config.azure.sastoken) == ("from a file", "sv=1&sig=abc")
+    assert "from a file" not in repr(config) and "sig=abc" not in repr(config)
+
+
+def test_systemd_says_where_a_secrets_file_is(write, tmp_path):
+    credentials = tmp_path / "credentials"
+    credentials.mkdir()
+    (credentials / "jwt").write_text("a credential")
+    path = write('driver = "local"\njwt_secret_file = "$CREDENTIALS_DIRECTORY/jwt"')
+    assert load(path, {"CREDENTIALS_DIRECTORY": str(credentials)}).jwt_secret == "a credential"
+    assert "No such file" in failure(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (f'{LOCAL}jwt_secret_file = "jwt"', "jwt_secret: expected either jwt_secret or jwt_secret_file, got both"),
+        ('jwt_secret_file = "none"', 'jwt_secret_file: expected a file that can be read, got "none": No such file'),
+        ('jwt_secret_file = "."', 'jwt_secret_file: expected a file that can be read, got ".": Is a directory'),
+        ('jwt_secret_file = "binary"', 'jwt_secret_file: expected a file that can be read, got "binary": not UTF-8'),
+        ("jwt_secret_file = 1", "jwt_secret_file: expected a path, got 1"),
+        ('jwt_secret_file = ""', 'jwt_secret_file: expected a path, got ""'),
+        ('jwt_secret_file = "empty"', "jwt_secret: expected text that is not empty"),
+        (f'{LOCAL}bind_file = "x"', "bind_file: unknown key"),
+        (f'{LOCAL}[server]\nbind_file = "x"', "server.bind_file: unknown key"),
+        (f'{SECRET}[azure]\nkey_file = "wrong"', "azure.key: expected base64 text"),
+    ],
+)
+def test_secrets_files_that_are_refused(write, tmp_path, content, problem):
+    (tmp_path / "binary").write_bytes(b"\xff")
+    (tmp_path / "empty").write_bytes(b"\n")
+    (tmp_path / "wrong").write_text("not base64: a secret")
+    message = failure(write(content))
+    assert f"config.toml: {problem}" in message
+    assert "a secret" not in message
+
+
 # Bind
 
 

@@ -19,7 +19,7 @@ SAMPLE = (ROOT / "config.toml.sample").read_text()
 DOCUMENT = (ROOT / "docs" / "configuration.md").read_text()
 ALL_SECTIONS: dict[str, type[Any]] = {"": Config, **SECTIONS, "users": User}
 HEADINGS = {"Top level": "", "`[[users]]`": "users", **{f"`[{name}]`": name for name in SECTIONS}}
-VARIABLE = re.compile(r"(?:KCI_)?STORAGE_[A-Z_]+")
+VARIABLE = re.compile(r"(?:KCI_)?STORAGE_[A-Z_]+|CREDENTIALS_DIRECTORY")
 
 
 # The sample
