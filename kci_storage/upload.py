@@ -186,6 +186,7 @@ class Upload:
             return
         try:
             self._part.write(data)
+            self._part.begin_writeback()
         except InsufficientStorage:  # no copy then; the upload itself needs none
             self._part.discard()
             self._part = None

@@ -262,6 +262,17 @@ class DriverContract:
             writer.commit(digests_of(content))
         assert get(driver, "a") == content
 
+    def test_what_was_written_may_be_overwritten_by_its_owner(self, driver):
+        content = content_of(SOME)
+        buffer = bytearray(50_000)
+        with driver.writer("a", "text/plain") as writer:
+            for data in in_pieces(content, len(buffer)):
+                buffer[: len(data)] = data
+                writer.write(memoryview(buffer)[: len(data)])
+            buffer[:] = bytes(len(buffer))
+            writer.commit(digests_of(content))
+        assert get(driver, "a") == content
+
     @pytest.mark.parametrize("size", [100, SOME])
     def test_a_commit_of_another_size_than_was_written_is_refused(self, driver, size):
         content = content_of(size)

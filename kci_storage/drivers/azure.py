@@ -14,13 +14,13 @@ import contextlib
 import io
 import logging
 import os
-import queue
 import re
 import secrets
+import threading
 import time
 from base64 import b64decode
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -63,13 +63,16 @@ from kci_storage.keys import MAX_CHARACTERS, is_valid
 
 BLOCK_SIZE = 8 * 1024 * 1024  # bytes; at most 50,000 blocks make an object, so 390 GiB
 BLOCKS_IN_FLIGHT = 4  # of one upload; it holds one block more in memory
-READ_SIZE = 8 * 1024 * 1024  # bytes of each request of a download
-READS_AHEAD = 2  # of one download; it may hold as many ranges in memory
+READ_SIZE = 16 * 1024 * 1024  # bytes of each request of a download
+READS_AHEAD = 2  # of one download, beside the one that is read
+HELD_SIZE = 8 * 1024 * 1024  # bytes of each of them that may wait in memory
 RETRIES = 2  # of a request that found no connection, or a failing server
 RETRY_WAIT = 0.5  # seconds before each of them, give or take a half
 RETRY_AFTER = 5  # seconds, when a throttling backend does not say it itself
 SEND_SIZE = 256 * 1024  # bytes given to the socket at a time
-RECEIVE_SIZE = 256 * 1024  # bytes taken from the socket at a time, at most
+RECEIVE_SIZE = 64 * 1024  # bytes taken from the socket at a time, at most; malloc() would map each larger one anew
+BATCH_SIZE = 512 * 1024  # bytes that one thread hands to another at a time, unless they are slow to come
+BATCH_SECONDS = 0.005  # that they may wait for more of them
 THREADS = 128  # of one process, for blocks and for reading ahead
 CONNECTIONS = 128  # kept for later use, of one process
 LIST_SIZE, NAMES_SIZE = 1000, 5000  # entries in one page of a listing; 0.2 ms and 0.04 ms of work each
@@ -151,7 +154,9 @@ class AzureDriver(Driver):
             raise ObjectChanged("the object was replaced")
         return info, answer
 
-    def pieces(self, info: ObjectInfo, start: int, stop: int, answer: HttpResponse | None = None) -> Iterator[bytes]:
+    def pieces(
+        self, info: ObjectInfo, start: int, stop: int, answer: HttpResponse | None = None
+    ) -> Generator[bytes, None, None]:
         """One range of one version as it arrives, taken up where it breaks off, a few times.
 
         :param answer: what it comes with at first; None: it is asked for.
@@ -312,20 +317,30 @@ class _Reader(ObjectReader):
         self.info = info
         self._driver = driver
         self._answer = answer
-        self._first = driver.pieces(info, start, min(start + READ_SIZE, stop), answer) if answer else iter(())
+        self._first = driver.pieces(info, start, min(start + READ_SIZE, stop), answer)
         self._starts = iter(range(start + READ_SIZE, stop, READ_SIZE))
+        self._size = stop - start
         self._stop = stop
         self._ahead: deque[_Ahead] = deque()
 
     def __iter__(self) -> Iterator[bytes]:
-        for piece in self._first:
-            yield piece
-            self._read_ahead()  # not before: starting requests would keep the first bytes from leaving at once
+        if self._answer is not None:  # else the range is empty
+            yield from self._begin()
+        self._read_ahead()
         while self._ahead:
             arriving = self._ahead.popleft()
             self._read_ahead()
             with contextlib.closing(arriving):
                 yield from arriving
+
+    def _begin(self) -> Iterator[bytes]:
+        """The first bytes, at once: threads and further requests would keep them from leaving."""
+        for piece in self._first:
+            yield piece
+            if self._size > BATCH_SIZE:
+                self._answer = None  # which is now another thread's, to close it too
+                self._ahead.append(_Ahead(self._driver, self._first))
+                break
 
     def _read_ahead(self) -> None:
         while len(self._ahead) < READS_AHEAD and (start := next(self._starts, None)) is not None:
@@ -341,30 +356,80 @@ class _Reader(ObjectReader):
 
 
 class _Ahead:
-    """A range that one of the process's threads receives while an earlier one is read."""
+    """A range that the process's threads receive while another thread reads what has come of it.
 
-    def __init__(self, driver: AzureDriver, pieces: Iterator[bytes]):
+    They hand over many pieces at a time: to wake a thread costs more than to copy them. While enough of them wait, no
+    thread is held: a client that reads a range slowly must not keep the others from theirs.
+    """
+
+    def __init__(self, driver: AzureDriver, pieces: Generator[bytes, None, None]):
+        self._driver = driver
         self._pieces = pieces
-        self._arrived: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        self._closed = False
-        self._received = driver.submit(self._receive)
-        self._received.add_done_callback(lambda _: self._arrived.put(None))
+        self._arrived: deque[bytes] = deque()
+        self._size = 0  # bytes in them
+        self._wanted = BATCH_SIZE  # bytes that the reader is to be woken for
+        self._paused = self._ended = self._closed = False
+        self._changed = threading.Condition()
+        self._go_on()
 
-    def _receive(self) -> None:
-        for piece in self._pieces:
+    def _go_on(self) -> None:
+        self._paused = False
+        self._received = self._driver.submit(self._receive)
+        self._received.add_done_callback(self._end)
+
+    def _receive(self) -> bool:
+        """Receive until enough waits, or nobody wants it; whether it was all."""
+        return all(map(self._add, self._pieces))
+
+    def _add(self, piece: bytes) -> bool:
+        """Take the next piece in; whether more is wanted now."""
+        with self._changed:
+            self._arrived.append(piece)
+            self._size += len(piece)
+            if self._size >= self._wanted:
+                self._changed.notify()
+            if self._size >= HELD_SIZE or self._closed:
+                self._paused = True
+            return not self._paused
+
+    def _end(self, received: Future[bool]) -> None:
+        with self._changed:
             if self._closed:
-                break
-            self._arrived.put(piece)
+                self._pieces.close()
+            if received.cancelled() or received.exception() is not None or received.result():
+                self._ended = True
+                self._changed.notify()
 
     def __iter__(self) -> Iterator[bytes]:
-        while (piece := self._arrived.get()) is not None:
-            yield piece
+        while batch := self._take():
+            yield batch
         self._received.result()
+
+    def _take(self) -> bytes:
+        """The next bytes: a batch, or what has come in :data:`BATCH_SECONDS`, or later; empty: that was all."""
+        pieces, size = [], 0
+        with self._changed:
+            self._wait_for(BATCH_SIZE, BATCH_SECONDS)
+            self._wait_for(1, None)
+            while self._arrived and size < BATCH_SIZE:
+                pieces.append(self._arrived.popleft())
+                size += len(pieces[-1])
+            self._size -= size
+            if self._paused and self._size < HELD_SIZE // 2:
+                self._go_on()
+        return b"".join(pieces)
+
+    def _wait_for(self, size: int, seconds: float | None) -> None:
+        self._wanted = size
+        self._changed.wait_for(lambda: self._size >= size or self._ended, seconds)
 
     def close(self) -> None:
         """Receive no more."""
-        self._closed = True
-        self._received.cancel()
+        with self._changed:
+            self._closed = True
+            self._received.cancel()
+            if self._received.done():
+                self._pieces.close()
 
 
 class _BlocksLost(Exception):
@@ -384,41 +449,34 @@ class _Writer(ObjectWriter):
     def _begin(self, block_id_size: int) -> None:
         self._block_id_size = block_id_size
         self._size = 0  # bytes written
-        self._pieces: list[bytes | memoryview] = []  # of the block that is being filled
-        self._filled = 0  # bytes in them
+        self._block = io.BytesIO()  # the one that is being filled
         self._blocks: list[BlobBlock] = []
         self._in_flight: deque[Future[None]] = deque()
         self._lost = False
 
     def write(self, data: bytes | memoryview) -> None:
         self._size += len(data)
-        rest = memoryview(bytes(data))
-        while self._filled + len(rest) > self._driver.block_size:
-            room = self._driver.block_size - self._filled
-            self._pieces.append(rest[:room])
+        rest = memoryview(data)
+        while self._block.tell() + len(rest) > self._driver.block_size:
+            room = self._driver.block_size - self._block.tell()
+            self._block.write(rest[:room])
             rest = rest[room:]
             self._stage()
-        self._pieces.append(rest)
-        self._filled += len(rest)
+        self._block.write(rest)
 
     @property
     def held(self) -> int:
-        return self._filled
+        return self._block.tell()
 
     def flush(self) -> None:
-        if self._filled:
+        if self.held:
             self._stage()
         while self._in_flight:  # what is on its way is in memory too
             self._settle()
 
-    def _take(self) -> bytes:
-        data = b"".join(self._pieces)
-        self._pieces, self._filled = [], 0
-        return data
-
     def _stage(self) -> None:
         """Send what is in memory as one block, as soon as few enough others are under way."""
-        data = self._take()
+        data, self._block = self._block.getvalue(), io.BytesIO()  # without a copy
         while len(self._in_flight) >= BLOCKS_IN_FLIGHT:
             self._settle()
         if not self._lost:
@@ -481,10 +539,8 @@ class _Writer(ObjectWriter):
         }
         blob = self._driver.blob(self._key)
         if not self._blocks and not self._lost:
-            self._pieces = [self._take()]
-            self._filled = self._size
-            return blob.upload_blob(self._pieces[0], length=self._size, overwrite=True, **options)
-        if self._filled:
+            return blob.upload_blob(self._block.getvalue(), length=self._size, overwrite=True, **options)
+        if self.held:
             self._stage()
         while self._in_flight:
             self._settle()
@@ -511,7 +567,7 @@ class _Writer(ObjectWriter):
     def abort(self) -> None:
         while self._in_flight:
             self._in_flight.pop().cancel()
-        self._pieces, self._filled = [], 0
+        self._block = io.BytesIO()
 
 
 def _others_block_id_size(blob: BlobClient) -> int | None:
