@@ -29,22 +29,25 @@ class Progress:
         self._lock = threading.Lock()
         self._total = 0  # bytes
         self._done = 0
+        self._closed = False
 
     def expect(self, size: int) -> None:
         """So many bytes more are to come than was known."""
         with self._lock:
             self._total += size
-            self._show()
+            if not self._closed:
+                self._show()
 
     def add(self, size: int) -> None:
         """So many bytes have come; fewer than none: what has come does not count."""
         with self._lock:
             self._done += size
-            self._show()
+            if not self._closed:
+                self._show()
 
     def note(self, text: str) -> None:
         """Tell something that is no failure."""
-        if not self._quiet:
+        if not self._quiet and not self._closed:
             self.failure(text)
 
     def failure(self, text: str) -> None:
@@ -56,7 +59,13 @@ class Progress:
         self._print(text, sys.stdout)
 
     def close(self) -> None:
-        """Nothing more comes."""
+        """Transfers that still run, after an interruption, show nothing any more."""
+        with self._lock:
+            self._closed = True
+            self._end()
+
+    def _end(self) -> None:
+        """Called with the lock, at the end."""
 
     def _show(self) -> None:
         """Called with the lock, when a number has changed."""
@@ -95,10 +104,9 @@ class Bar(Progress):
         with self._lock:
             tqdm.write(text, file=to)
 
-    def close(self) -> None:
-        with self._lock:
-            self._bar.refresh()
-            self._bar.close()
+    def _end(self) -> None:
+        self._bar.refresh()
+        self._bar.close()
 
 
 def progress(quiet: bool) -> Progress:

@@ -36,9 +36,11 @@ def upload(storage: Storage, file: LocalFile, attempts: Attempts, progress: Prog
                 return storage.upload(file.key, body, size, sha256, absent=absent)
             except ClientError as exc:
                 body.take_back()
-                if exc.status == 412 and doubtful and (stored := _stored(storage, file.key, sha256)) is not None:
-                    progress.add(size)
-                    return stored
+                if exc.status == 412 and doubtful:
+                    there = attempts.run(lambda: storage.properties(file.key))
+                    if there.sha256 == sha256:
+                        progress.add(size)
+                        return there
                 doubtful = doubtful or exc.status is None or exc.status >= 500
                 attempts.failed(exc)
 
@@ -48,12 +50,6 @@ def _digest(content: BinaryIO, size: int) -> str:
     for piece in FileBody(content, size):
         sha256.update(piece)
     return sha256.hexdigest()
-
-
-def _stored(storage: Storage, key: str, sha256: str) -> Properties | None:
-    """What is stored, if it is this content."""
-    there = storage.properties(key)
-    return there if there.sha256 == sha256 else None
 
 
 class FileBody:
