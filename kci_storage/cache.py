@@ -579,8 +579,7 @@ def _status(file: Path | os.DirEntry[str]) -> os.stat_result | None:
 
 def _looked_at(files: Iterable[os.DirEntry[str]]) -> Iterator[tuple[os.DirEntry[str], os.stat_result]]:
     """The files and their status, but for those that are gone by now."""
-    # A disk gives inodes that it has to read many times faster in their own order.
-    for file in sorted(files, key=os.DirEntry.inode):
+    for file in files:
         if (status := _status(file)) is not None:
             yield file, status
 

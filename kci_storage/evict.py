@@ -18,7 +18,6 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from functools import partial
-from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -157,19 +156,22 @@ class Evictor:
         """Evict as much as is missing, from the end of the list; what went."""
         total = Usage(0, 0)
         while candidates and missing:
-            # All of these must go, so their order does not matter; a disk is done with them sooner folder by folder.
-            chosen = sorted(_taken(missing, candidates), key=attrgetter("content"))
-            for start in range(0, len(chosen), STEP):
-                freed = self._evict_some(chosen[start : start + STEP])
-                total = Usage(total.files + freed.files, total.size + freed.size)
-                missing = Shortfall(missing.files - freed.files, missing.size - freed.size)
-                yield freed
+            freed = self._evict_some(missing, candidates)
+            total = Usage(total.files + freed.files, total.size + freed.size)
+            missing = Shortfall(missing.files - freed.files, missing.size - freed.size)
+            yield freed
         return total
 
-    def _evict_some(self, chosen: list[Candidate]) -> Usage:
-        """Evict those that may still go; what went."""
-        gone = [one for one in chosen if self._cache.evict(Path(one.content), one.used)]
-        return Usage(len(gone), sum(one.size for one in gone))
+    def _evict_some(self, missing: Shortfall, candidates: list[Candidate]) -> Usage:
+        """Evict of the last few candidates as many as must go; what went."""
+        files = size = 0
+        for _ in range(min(STEP, len(candidates))):
+            if files >= missing.files and size >= missing.size:
+                break
+            candidate = candidates.pop()
+            if self._cache.evict(Path(candidate.content), candidate.used):
+                files, size = files + 1, size + candidate.size
+        return Usage(files, size)
 
     def least_recently_used(self, count: int) -> list[Candidate]:
         """So many of them, the least recently used last. The cache's usage is corrected on the way."""
@@ -187,17 +189,6 @@ class Evictor:
         chosen = heapq.nsmallest(count, candidates())
         self._cache.correct_usage(before, seen)
         return chosen[::-1]
-
-
-def _taken(missing: Shortfall, candidates: list[Candidate]) -> list[Candidate]:
-    """As many from the end of the list as are missing, if all of them may still go; they are no longer in it."""
-    files, size, first = missing.files, missing.size, len(candidates)
-    while first and (files > 0 or size > 0):
-        first -= 1
-        files, size = files - 1, size - candidates[first].size
-    taken = candidates[first:]
-    del candidates[first:]
-    return taken
 
 
 class Housekeeper:
