@@ -1,0 +1,187 @@
+"""The units in ``deploy/systemd``, and what systemd does to the server: its socket, its signals, its patience."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import requests
+
+import kci_storage
+from tests.harness import Server, running, wait_until
+from tests.wire import SECONDS, Wire, new_folder, put, request
+
+MIB = 1 << 20
+UNITS = Path(kci_storage.__file__).parent.parent / "deploy/systemd"
+WORST_EXPOSURE = 2.0
+
+# What systemd does before it starts a service that has a socket (sd_listen_fds(3)).
+_ACTIVATE = """
+import os, sys
+os.dup2(int(sys.argv[1]), 3)
+os.environ.update(LISTEN_FDS="1", LISTEN_PID=str(os.getpid()))
+os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
+"""
+
+
+def systemd_analyze(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    program = shutil.which("systemd-analyze")
+    if program is None:
+        pytest.skip("systemd-analyze is not installed; on Debian: apt-get install systemd")
+    return subprocess.run([program, *arguments], capture_output=True, text=True, timeout=SECONDS, check=False)
+
+
+def test_the_units_are_valid(tmp_path: Path):
+    for name in ("kci-storage.service", "kci-storage.socket"):
+        text = (UNITS / name).read_text()
+        assert name != "kci-storage.service" or "ExecStart=/opt/kci-storage/bin/kci-storage serve" in text
+        (tmp_path / name).write_text(text.replace("/opt/kci-storage/bin/kci-storage", sys.executable))
+    found = systemd_analyze("verify", "--man=no", *sorted(tmp_path.iterdir()))
+    assert (found.returncode, found.stdout + found.stderr) == (0, "")
+
+
+def test_the_service_is_shut_off_from_the_machine():
+    found = systemd_analyze("security", "--offline=true", "--no-pager", UNITS / "kci-storage.service")
+    level = re.search(r"Overall exposure level for kci-storage.service: ([0-9.]+)", found.stdout)
+    assert level is not None, found.stdout + found.stderr
+    assert float(level[1]) <= WORST_EXPOSURE
+
+
+class Activated(Server):
+    """A server whose listening socket is somebody else's, as systemd's is."""
+
+    def listen(self) -> None:
+        """Take the address."""
+        self._reserved.listen(2048)
+
+    def start(self) -> None:
+        plain = subprocess.Popen
+
+        def activated(command: list[str], **options: object) -> subprocess.Popen[bytes]:
+            fd = self._reserved.fileno()
+            return plain([sys.executable, "-c", _ACTIVATE, str(fd), *command[1:]], pass_fds=[fd], **options)  # type: ignore[call-overload, no-any-return]
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(subprocess, "Popen", activated)
+            super().start()
+
+
+@pytest.fixture
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Activated]:
+    """A server with a socket of systemd's."""
+    server = Activated(tmp_path_factory.mktemp("activated"), {"server": {"workers": 2, "threads": 8}})
+    server.listen()
+    with running(server):
+        yield server
+
+
+class Load:
+    """Clients that ask without a pause, some on connections of their own for each request, some on one for all."""
+
+    def __init__(self, url: str, content: bytes):
+        self._url = url
+        self._content = content
+        self._done = threading.Event()
+        self.answered = 0
+        self.failures: list[str] = []
+        self._threads = [threading.Thread(target=self._run, args=(keep,)) for keep in (True, True, False, False)]
+
+    def _run(self, keep: bool) -> None:
+        with requests.Session() as session:
+            get: Callable[..., requests.Response] = session.get if keep else requests.get
+            while not self._done.is_set():
+                try:
+                    assert get(self._url, timeout=SECONDS).content == self._content
+                    self.answered += 1
+                except (requests.RequestException, AssertionError) as exc:
+                    self.failures.append(repr(exc))
+
+    def wait_for_more(self, count: int = 50) -> None:
+        """Until so many more requests have been answered."""
+        wanted = self.answered + count
+        wait_until(lambda: self.answered >= wanted or self.failures, SECONDS, "answers")
+
+    def __enter__(self) -> Load:
+        for thread in self._threads:
+            thread.start()
+        self.wait_for_more()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._done.set()
+        for thread in self._threads:
+            thread.join()
+
+
+@contextlib.contextmanager
+def slow_download(server: Server) -> Iterator[Callable[[], None]]:
+    """A download that has begun; the function reads the rest, all of which must come."""
+    content = os.urandom(MIB) * 16
+    key = f"{new_folder()}/large"
+    assert put(server, key, content).status_code == 201
+    with Wire(server, receive_buffer=64 * 1024) as wire:
+        wire.send(request("GET", f"/{key}"))
+        wire.head()
+        begun = wire.read(MIB)
+
+        def finish() -> None:
+            assert begun + wire.read(len(content) - MIB) == content
+
+        yield finish
+
+
+def test_a_reload_loses_nothing(server: Activated):
+    key = f"{new_folder()}/small"
+    put(server, key, b"content")
+    with slow_download(server) as finish, Load(f"{server.url}/{key}", b"content") as load:
+        old = set(server.worker_pids())
+        server.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: len(set(server.worker_pids()) - old) == 2, SECONDS, "new workers")
+        load.wait_for_more()
+        finish()
+        wait_until(lambda: not old & set(server.worker_pids()), SECONDS, "the end of the old workers")
+        load.wait_for_more()
+    assert load.failures == []
+
+
+def test_a_restart_refuses_nobody_and_ends_what_has_begun(server: Activated):
+    key = f"{new_folder()}/small"
+    put(server, key, b"content")
+    with slow_download(server) as finish:
+        server.process.terminate()
+        waiting = Wire(server)  # it comes while the server ends, and is answered by the next one
+        waiting.send(request("GET", f"/{key}"))
+        finish()
+    with waiting:
+        server.restart()
+        assert waiting.answer().body == b"content"
+
+
+def test_restarts_under_load(server: Activated):
+    """Clients notice nothing, whether or not they keep their connections."""
+    key = f"{new_folder()}/small"
+    put(server, key, b"content")
+    with Load(f"{server.url}/{key}", b"content") as load:
+        for _ in range(2):
+            server.restart()
+            load.wait_for_more()
+    assert load.failures == []
+
+
+def test_readiness_is_told_to_systemd(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notified:
+        notified.bind(str(tmp_path / "notify"))
+        notified.settimeout(SECONDS)
+        environ = {"NOTIFY_SOCKET": str(tmp_path / "notify")}
+        with running(Server(tmp_path_factory.mktemp("server"), {}, environ)):
+            assert b"READY=1" in notified.recv(4096)
