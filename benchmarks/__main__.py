@@ -12,7 +12,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pytest
@@ -26,14 +26,16 @@ GROUPS = {"hits": hits.workloads, "uploads": uploads.workloads, "cold": cold.wor
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the groups, print the table, write the files; the exit code."""
+    """Run the groups, print the table, write the files; the exit code.
+
+    What was measured is shown even if the bench does not come to its end, but the files are written only then.
+    """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
     try:
         groups, scale = chosen(arguments), chosen_scale()
         with stage(scale) as found:
-            rows = [row for group in groups for row in run(group, found)]
-        print(report.table(rows, scale, found.left_out))
+            rows = run(groups, found)
         write(rows, found)
     except (BenchError, pytest.skip.Exception) as exc:  # the tests' Azurite is what skips
         print(f"bench: {exc}", file=sys.stderr)
@@ -70,11 +72,15 @@ def chosen_scale() -> Scale:
     return SCALES[name]
 
 
-def run(group: str, found: Stage) -> list[Row]:
-    """All rows of a group."""
+def run(groups: Iterable[str], found: Stage) -> list[Row]:
+    """All rows of some groups, which are printed, too."""
     rows: list[Row] = []
-    for workload in GROUPS[group](found):
-        rows += measuring.run(workload, found.scale.rounds, found.progress)
+    try:
+        for workload in (workload for group in groups for workload in GROUPS[group](found)):
+            rows += measuring.run(workload, found.scale.rounds, found.progress)
+    finally:
+        if rows:
+            print(report.table(rows, found.scale, found.left_out), flush=True)
     return rows
 
 

@@ -18,7 +18,7 @@ from benchmarks.measuring import BenchError
 from benchmarks.scale import MIB, Scale
 from benchmarks.yardsticks import MissingProgram, Program, find
 from tests.azurite import Azurite, running_azurite
-from tests.harness import Server
+from tests.harness import Server, unexpected
 
 
 class Stage:
@@ -146,7 +146,19 @@ def _running(server: Server) -> Iterator[Server]:
         with contextlib.suppress(AssertionError):  # it is killed if it does not end by itself
             server.stop(yardsticks.STOP_SECONDS)
         raise
-    server.close()
+    _close(server)
+
+
+def _close(server: Server) -> None:
+    """Stop a server, whose figures count only if all was well.
+
+    :raises BenchError: it was not. The folder with the log will be gone, so that the message has what counts.
+    """
+    try:
+        server.close()
+    except AssertionError as exc:
+        trouble = unexpected(server.log()) or str(exc).splitlines()
+        raise BenchError(f"the server was not clean at its end: {len(trouble)} times {trouble[:3]}") from None
 
 
 @contextlib.contextmanager

@@ -21,11 +21,13 @@ import psutil
 import pytest
 
 import benchmarks
+from benchmarks import __main__ as main
 from benchmarks import chart, load, measuring, report, yardsticks
 from benchmarks import stage as stages
 from benchmarks.measuring import OURS, BenchError, Measure, Row, Sample, Workload
 from benchmarks.scale import SCALES
 from tests.azurite import Azurite
+from tests.harness import Server
 
 ROOT = Path(benchmarks.__file__).parent.parent
 TINY = SCALES["tiny"]
@@ -278,6 +280,24 @@ def test_bodies_where_none_should_be_are_noticed():
     assert load._checked_rate(summary, 1, 4096).per_second == 10
     with pytest.raises(BenchError):
         load._checked_rate(summary, 1, 0)
+
+
+def test_a_server_that_had_trouble_is_no_measurement(tmp_path):
+    with pytest.raises(BenchError, match=r"not clean at its end: 1 times \['\[ERROR\] made up'\]"):
+        with stages._running(Server(tmp_path, {})) as server:
+            with server.log_path.open("a") as log:
+                log.write("[ERROR] made up\n")
+
+
+def test_what_was_measured_before_it_failed_is_shown(tmp_path, monkeypatch, capsys):
+    def workloads(stage: stages.Stage) -> Iterator[Workload]:
+        yield Workload("hits", "4 KiB", (Measure("s"),), {OURS: lambda: Sample((1.5,))})
+        raise BenchError("no more")
+
+    monkeypatch.setitem(main.GROUPS, "hits", workloads)
+    with ExitStack() as stack, pytest.raises(BenchError, match="no more"):
+        main.run(["hits"], stages.Stage(TINY, tmp_path, stack))
+    assert re.search(r"^4 KiB +s +1\.50$", capsys.readouterr().out, flags=re.M)
 
 
 # What becomes of the figures
