@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import logging
 import time
 from collections.abc import Iterable, Iterator
 
+from kci_storage.digests import RunningDigests
 from kci_storage.drivers.base import Driver, ObjectInfo, ObjectReader
 from kci_storage.errors import BackendError, ObjectChanged
 
@@ -83,17 +84,17 @@ def verified(info: ObjectInfo, pieces: Iterable[bytes], before: Iterable[bytes] 
     :param before: what comes before them, and is not given again.
     :raises CorruptObject: it is not.
     """
-    digests = Digests(info)
-    missing = info.size
-    for data in before:
-        digests.update(data)
-        missing -= len(data)
-    for data in pieces:
-        digests.update(data)
-        missing -= len(data)
-        if missing == 0:
-            digests.check()
-        yield data
+    with contextlib.closing(Digests(info)) as digests:
+        missing = info.size
+        for data in before:
+            digests.update(data)
+            missing -= len(data)
+        for data in pieces:
+            digests.update(data)
+            missing -= len(data)
+            if missing == 0:
+                digests.check()
+            yield data
 
 
 class Digests:
@@ -101,22 +102,24 @@ class Digests:
 
     def __init__(self, info: ObjectInfo):
         self._info = info
-        self._sha256 = hashlib.sha256() if info.sha256 else None
         # MD5 is half as fast, and says nothing that SHA-256 does not.
-        self._md5 = hashlib.md5(usedforsecurity=False) if info.md5 and not info.sha256 else None
+        names = ["sha256"] if info.sha256 else ["md5"] if info.md5 else []
+        self._running = RunningDigests(*names)
 
     def update(self, data: bytes) -> None:
         """Take the next piece in."""
-        for digest in (self._sha256, self._md5):
-            if digest is not None:
-                digest.update(data)
+        self._running.update(data)
 
     def check(self) -> None:
         """Compare, at the end.
 
         :raises CorruptObject: the content is wrong.
         """
-        if self._sha256 is not None and self._sha256.hexdigest() != self._info.sha256:
+        if self._running.digest("sha256") not in (None, bytes.fromhex(self._info.sha256 or "")):
             raise CorruptObject("the backend sent a damaged object", detail=f"SHA-256 of {self._info.key!r}")
-        if self._md5 is not None and self._md5.digest() != self._info.md5:
+        if self._running.digest("md5") not in (None, self._info.md5):
             raise CorruptObject("the backend sent a damaged object", detail=f"MD5 of {self._info.key!r}")
+
+    def close(self) -> None:
+        """Let go of what computes them. Idempotent."""
+        self._running.close()
