@@ -176,7 +176,7 @@ def test_a_backend_that_is_silent_from_the_beginning_is_an_error(impatient: Benc
 @pytest.mark.parametrize("fault", [Cut(100_000), Lie(1000), Refuse(), Say(503, "ServerBusy")], ids=repr)
 @pytest.mark.parametrize("headers", [{}, {"Range": "bytes=9000000-"}], ids=["whole", "range"])
 def test_what_passes_the_cache_is_taken_up_too(uncached_bench: Bench, fault: Fault, headers: dict[str, str]) -> None:
-    content = some_bytes(20 * MIB)
+    content = some_bytes(40 * MIB)
     key = uncached_bench.store(content)
     rule = uncached_bench.proxy.inject(fault, key=key, skip=2, times=1)
     answer = get(uncached_bench.server, key, headers)
@@ -278,7 +278,7 @@ def test_a_version_that_is_gone_cuts_those_who_have_some_of_it(bench: Bench, cha
 
 
 def test_a_refused_condition_in_the_middle_cuts_too(bench: Bench) -> None:
-    content = some_bytes(32 * MIB)
+    content = some_bytes(48 * MIB)
     key = bench.store(content)
     rule = bench.proxy.inject(Say(412, "ConditionNotMet"), key=key, skip=2)
     visits = crowd(bench.server, key, 6, content)
