@@ -245,8 +245,11 @@ class Upload:
     def commit_new_or_replaced(self) -> Stored:
         """As :meth:`commit`, over whatever is there, and say whether there was something.
 
-        It tries the commit as a new object first: that costs the backend a request more only where there was one.
+        Where there is a cached copy, there was something. Else it tries the commit as a new object first, which costs
+        the backend more requests only where there was one after all.
         """
+        if self._cache.slot(self.key).record.exists():
+            return Stored(self.commit(), self.sha256)
         try:
             return Stored(self.commit(Expectation.NOTHING), self.sha256, created=True)
         except PreconditionFailed:

@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from io import BufferedReader
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 from tests.azurite import Azurite
 
@@ -37,6 +37,7 @@ class Request:
     start: int  # bytes; of a range
     stop: int | None  # bytes; None: the end
     if_match: str | None = None  # the version that alone is wanted
+    operation: str = ""  # the method and, for Azure's further operations, what the query calls them
     started: float = field(default_factory=time.monotonic)
     body_bytes: int = 0  # of the answer, so far
 
@@ -454,7 +455,8 @@ def _request(lines: list[bytes]) -> Request:
     kind = kinds.get(method, OTHER) if key and "comp=" not in url.query.replace("comp=block", "") else OTHER
     asked = re.fullmatch(r"bytes=(\d+)-(\d*)", _header(lines, "x-ms-range") or _header(lines, "range") or "")
     start, stop = (int(asked[1]), int(asked[2]) + 1 if asked[2] else None) if asked else (0, None)
-    return Request(kind, key, start, stop, _header(lines, "if-match"))
+    operation = " ".join([method, *parse_qs(url.query).get("comp", [])])
+    return Request(kind, key, start, stop, _header(lines, "if-match"), operation)
 
 
 def _shut(sock: socket.socket) -> None:
