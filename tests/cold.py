@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -306,12 +306,16 @@ def _stands_still(pid: int) -> bool:
 
 def from_each_worker(server: Server, ask: Callable[[], T]) -> list[T]:
     """What is got from each worker in turn, while the others stand still: with what they hold, such as locks."""
-    pids = server.worker_pids()
     got = []
-    for asked in pids:
-        with frozen(*(pid for pid in pids if pid != asked)):
+    for pid in server.worker_pids():
+        with only(server, pid):
             got.append(ask())
     return got
+
+
+def only(server: Server, pid: int) -> AbstractContextManager[None]:
+    """One worker serves whoever connects during the block."""
+    return frozen(*(other for other in server.worker_pids() if other != pid))
 
 
 def in_background(function: Callable[..., T], *args: Any) -> Future[T]:
