@@ -1,0 +1,85 @@
+"""The container's files. Whether they build is seen with Docker only; here, that what they hold is right."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import kci_storage
+from kci_storage.config import load
+from tests.harness import Server
+from tests.wire import SECONDS
+
+FOLDER = Path(kci_storage.__file__).parent.parent / "deploy/container"
+DOCKERFILE = (FOLDER / "Dockerfile").read_text()
+
+
+@pytest.fixture(scope="module")
+def compose() -> Any:
+    """The compose file."""
+    return yaml.safe_load((FOLDER / "compose.yaml").read_text())
+
+
+def instruction(name: str) -> list[str]:
+    """The arguments of an instruction of the last stage, lines joined."""
+    stage = DOCKERFILE.rpartition("\nFROM ")[2].replace("\\\n", " ")
+    return re.findall(rf"^{name} +(.*)$", stage, re.M)
+
+
+def health_check(port: int) -> int:
+    """The exit code of the health check, for a server on this port."""
+    _, command = instruction("HEALTHCHECK")[0].split("CMD ")
+    _, *arguments = json.loads(command.replace(":3000/", f":{port}/"))
+    return subprocess.run([sys.executable, *arguments], stderr=subprocess.DEVNULL, timeout=SECONDS).returncode
+
+
+def test_the_health_check_sees_whether_it_lives(server: Server):
+    assert health_check(server.port) == 0
+    assert health_check(1) != 0
+
+
+def test_it_does_not_run_as_root():
+    assert instruction("USER") == ["kci-storage"]
+
+
+def test_the_configuration_to_try_it_is_valid(compose: Any, tmp_path: Path):
+    (tmp_path / "config.toml").write_text(compose["configs"]["storage"]["content"])
+    config = load(tmp_path / "config.toml", {})
+    [volume] = compose["services"]["storage"]["volumes"]
+    assert str(config.cache.directory) == volume.partition(":")[2]
+    assert config.server.bind.startswith("0.0.0.0:")
+    connection = compose["services"]["container"]["environment"]["AZURE_STORAGE_CONNECTION_STRING"]
+    parts = dict(part.split("=", 1) for part in connection.rstrip(";").split(";"))
+    azure = config.azure
+    assert (parts["AccountName"], parts["AccountKey"], parts["BlobEndpoint"]) == (
+        azure.account,
+        azure.key,
+        azure.endpoint,
+    )
+
+
+def test_the_container_is_made_before_the_server_starts(compose: Any, tmp_path: Path, azurite: Any):
+    """The script runs against a real Azurite, twice: the second time the container is there already."""
+    command = compose["services"]["container"]["command"]
+    connection = (
+        f"DefaultEndpointsProtocol=http;AccountName={azurite.account};AccountKey={azurite.key};"
+        f"BlobEndpoint={azurite.endpoint};"
+    )
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, *command[1:]],
+            env={"AZURE_STORAGE_CONNECTION_STRING": connection},
+            capture_output=True,
+            timeout=SECONDS,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+    with azurite.client("artifacts") as container:
+        assert container.exists()
