@@ -122,7 +122,7 @@ class AzureDriver(Driver):
 
     def stat(self, key: str) -> ObjectInfo:
         with _own_errors():
-            return _info(key, self.blob(key).get_blob_properties())
+            return _info(key, self.blob(key).get_blob_properties(client_request_id=_request_id()))
 
     def read(self, key: str, start: int = 0, stop: int | None = None, etag: str | None = None) -> ObjectReader:
         first_stop = start + READ_SIZE if stop is None else min(stop, start + READ_SIZE)
@@ -148,7 +148,7 @@ class AzureDriver(Driver):
                 # The version is another one, or there is none; or ``start`` is not below the size, which may be 0.
                 if _code(exc) not in ("ConditionNotMet", "InvalidRange"):
                     raise
-            info = _info_of_range(key, answer) if answer else _info(key, self.blob(key).get_blob_properties())
+            info = _info_of_range(key, answer) if answer else self.stat(key)
         # Azurite takes the headers later than the content, and does not compare them with the condition.
         if etag not in (None, info.etag) or (answer is None and start < min(stop, info.size)):
             raise ObjectChanged("the object was replaced")
@@ -600,10 +600,18 @@ def _ask(blob: BlobClient, start: int, stop: int, etag: str | None) -> HttpRespo
     :param blob: a client with :func:`_leave`.
     """
     try:
-        blob.download_blob(start, stop - start, max_concurrency=1, **_pinned(etag))
+        blob.download_blob(start, stop - start, max_concurrency=1, client_request_id=_request_id(), **_pinned(etag))
     except _Answered as answered:
         return answered.answer
     raise BackendError("the backend's answer makes no sense")
+
+
+def _request_id() -> str:
+    """A name for a request, as the backend's logs will have it.
+
+    The SDK's own is a UUID of the system's time, for which all threads of all processes queue at one locked file.
+    """
+    return secrets.token_hex(16)
 
 
 def _leave(response: Any) -> None:
