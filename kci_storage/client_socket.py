@@ -24,7 +24,8 @@ from kci_storage.transport import SentFile, SentSegments
 if TYPE_CHECKING:
     from kci_storage.pool import Pool
 
-SLOW_SECONDS = 0.05  # who lets a thread wait longer than this is slow
+SLOW_SECONDS = 0.05  # who lets a thread wait longer than this is slow,
+QUICK_RATE = 1024 * 1024  # unless it has brought so many bytes a second for that
 GRACE_SECONDS = 30.0  # for which anybody may be slower than this:
 LEAST_RATE = 4096  # bytes a second; below it, a client goes when there is no room for others
 LOOKS = 4  # at what a client has taken, in the time for which it may stand still
@@ -106,6 +107,8 @@ class ClientSocket(socket.socket):
         self._pool = pool
         self._gone = 0  # bytes handed to the kernel or got from it
         self._queued = array.array("i", [0])
+        self._allowance = SLOW_SECONDS  # seconds for which a thread may yet wait for it at its place
+        self._allowed_at = 0  # bytes that had gone then
         self._awaits_input = False
         self.pace = Pace(min(GRACE_SECONDS, patience))
         self.rest: Rest | None = None  # of the response, which its reader was too slow for
@@ -192,7 +195,7 @@ class ClientSocket(socket.socket):
                     break  # the file is shorter; its owner sees to that
                 if sent is not None:
                     position += sent
-                elif isinstance(file, SentFile) and not self.is_ready(select.POLLOUT, SLOW_SECONDS):
+                elif isinstance(file, SentFile) and not self._is_ready_soon(select.POLLOUT):
                     self.rest = Rest(file, position, stop)
                     file.keep()
                     break
@@ -261,7 +264,7 @@ class ClientSocket(socket.socket):
 
         :raises ConnectionResetError: it stands still.
         """
-        if self.is_ready(event, min(SLOW_SECONDS, self._time_out)):
+        if self._is_ready_soon(event):
             return
         self.begin_waiting(for_input=event == select.POLLIN)
         with self._pool.lend(self):
@@ -269,6 +272,16 @@ class ClientSocket(socket.socket):
                 if self.look() >= self._time_out:
                     raise _stalled()
             self.look()
+
+    def _is_ready_soon(self, event: int) -> bool:
+        """Whether the client lets itself be waited for no longer than a quick one; else it is slow."""
+        earned = (self._gone - self._allowed_at) / QUICK_RATE
+        allowance = min(SLOW_SECONDS, self._time_out, self._allowance + earned)
+        started = time.monotonic()
+        ready = self.is_ready(event, allowance)
+        self._allowance = max(0.0, allowance - (time.monotonic() - started))
+        self._allowed_at = self._gone
+        return ready
 
     def is_ready(self, event: int, seconds: float) -> bool:
         """Whether the client gives something (``POLLIN``) or takes something (``POLLOUT``) within so long."""

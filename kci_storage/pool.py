@@ -66,6 +66,11 @@ class Pool:
         return 2 * (self._threads - self._spare - self.lent) <= self.size
 
     @property
+    def places(self) -> int:
+        """How many may be at work now: fewer than usual when most threads wait for slow clients."""
+        return min(self.size, self.most - self.lent)
+
+    @property
     def is_exhausted(self) -> bool:
         """Whether there can be no more threads, and none is idle."""
         return self._spare <= 0 and self._threads >= self.most

@@ -7,7 +7,7 @@ It leans on gunicorn's internals, so gunicorn is pinned to a minor version in se
 - The application can close a connection (its ``Connection`` header is dropped by gunicorn), so that the rest of a
   body that was refused is not taken for the next request.
 - A connection costs a thread only while something is done for it. Its request's head is collected by the main loop
-  (:class:`Connection`), the end of a file goes to a slow reader from the background
+  (:class:`~kci_storage.connection.Connection`), the end of a file goes to a slow reader from the background
   (:class:`~kci_storage.background.Sending`), connections are closed there too, and a thread that has to wait for a
   slow client lends its place to another one (:class:`~kci_storage.pool.Pool`).
 - A client that stands still for ``send_timeout`` seconds is dropped. One that is slow is served, unless there is no
@@ -19,22 +19,22 @@ It leans on gunicorn's internals, so gunicorn is pinned to a minor version in se
 from __future__ import annotations
 
 import contextlib
-import itertools
-import re
 import select
 import selectors
 import socket
 import time
+from collections import deque
 from functools import partial
 from typing import Any
 
 from gunicorn.http import errors, message, wsgi
 from gunicorn.http.body import LengthReader
-from gunicorn.workers.gthread import TConn, ThreadWorker
+from gunicorn.workers.gthread import ThreadWorker
 
 from kci_storage import logs
-from kci_storage.background import Background, Lingering, Sending
+from kci_storage.background import Background, Sending
 from kci_storage.client_socket import ClientSocket
+from kci_storage.connection import Connection, Waiting, WorkerConnection
 from kci_storage.pool import Pool
 from kci_storage.response import Response
 from kci_storage.transport import CONNECTION, new_request_id
@@ -58,137 +58,11 @@ _REFUSALS = {
     431: ("Request Header Fields Too Large", "the headers are too long"),
     501: ("Not Implemented", "the only transfer coding is chunked"),
 }
-_END_OF_HEAD = re.compile(rb"\r\n\r\n|(?:^|[^\r])\n")  # its own, or a bare LF, at which no head goes on
 
 HEAD_SECONDS = 10.0  # from a request's first byte until its head must be there
-HEAD_SIZE = 16 * 1024  # bytes that are read at a time, of a head and what comes with it
 STAY_SECONDS = 0.02  # for which a thread waits for the next request before it is free for other connections
 LONGEST_HEAD = 64 * 1024  # bytes
 SLOW_PER_THREAD = 4  # how many threads may wait for slow clients, for each of those that work
-
-
-class WorkerConnection:
-    """What the application may do to its connection (:class:`kci_storage.transport.Connection`)."""
-
-    def __init__(self, request: Any, sock: socket.socket, expects_continue: bool):
-        self._request = request
-        self._sock = sock
-        self._expects_continue = expects_continue
-
-    def continue_body(self) -> None:
-        """Send 100 Continue if the client waits for it (RFC 9110, 10.1.1)."""
-        if self._expects_continue:
-            self._expects_continue = False
-            self._sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-
-    def receive_into(self, buffer: memoryview) -> int:
-        """The next bytes of a body of known length; how many; 0 at its end, or when the client went away.
-
-        They come straight from the socket once what was read together with the head is used up: gunicorn's own
-        reader copies each byte four times, into memory that is new each time.
-        """
-        body = self._request.body
-        ahead = body.buf.tell() or body.reader.unreader.buf.getbuffer().nbytes
-        if ahead:
-            data = body.read(min(ahead, len(buffer)))
-            buffer[: len(data)] = data
-            return len(data)
-        size = self._sock.recv_into(buffer[: body.reader.length])
-        body.reader.length -= size
-        return size
-
-    def close_afterwards(self) -> None:
-        """Say ``Connection: close`` and mean it."""
-        self._request.force_close()
-
-
-class Connection(TConn):
-    """A client's connection. Its request's head is collected before a thread sees it.
-
-    :param background: closes it gracefully.
-    """
-
-    sock: ClientSocket
-
-    def __init__(self, cfg: Any, sock: ClientSocket, address: Any, server: Any, background: Background):
-        super().__init__(cfg, sock, address, server)
-        self._background = background
-        self.data_ready = True  # gunicorn need not wait for it
-        self.head = b""  # and what has come after it
-        self._searched = 0  # how much of it, for its end
-        self.keep = False  # whether there may be another request
-
-    def init(self) -> None:
-        """Give the parser what has come."""
-        super().init()
-        self.parser.unreader.unread(self.head)
-        self.head, self._searched = b"", 0
-
-    def take_unread(self) -> None:
-        """Take back what came after the request that has been answered."""
-        if self.parser is not None:
-            self.head += self.parser.unreader.take_buffered()
-
-    @property
-    def has_begun(self) -> bool:
-        """Whether a request has begun. An empty line before it is none (RFC 9112, 2.2)."""
-        return self.head not in (b"", b"\r", b"\r\n")
-
-    @property
-    def has_head(self) -> bool:
-        """Whether the parser needs no more to know what the request is, or that it is none."""
-        if self.head.endswith(b"\r\n\r\n"):
-            return True
-        start, self._searched = max(0, self._searched - 3), len(self.head)
-        return _END_OF_HEAD.search(self.head, start) is not None
-
-    def close(self, graceful: bool = False) -> None:
-        """Close; gracefully: so that the client gets all that was sent to it, without the caller waiting for that."""
-        if graceful:
-            with contextlib.suppress(OSError):  # the client has closed it already
-                self._background.add(Lingering(self.sock))
-                return
-        super().close()
-
-
-class Waiting:
-    """Connections that wait for the client's next request, each for so long.
-
-    :param seconds: how long.
-    """
-
-    def __init__(self, seconds: float):
-        self._seconds = seconds
-        self._connections: dict[Connection, None] = {}  # by deadline
-
-    def __len__(self) -> int:
-        return len(self._connections)
-
-    def __contains__(self, conn: Connection) -> bool:
-        return conn in self._connections
-
-    def add(self, conn: Connection) -> None:
-        """It waits from now on."""
-        conn.timeout = time.monotonic() + self._seconds
-        self._connections[conn] = None
-
-    def remove(self, conn: Connection) -> None:
-        """It does not wait any more."""
-        self._connections.pop(conn, None)
-
-    def oldest(self) -> Connection:
-        """The one that has waited the longest."""
-        return next(iter(self._connections))
-
-    def expired(self, now: float) -> list[Connection]:
-        """Those whose time is over."""
-        return list(itertools.takewhile(lambda conn: conn.timeout <= now, self._connections))
-
-    def shorten(self, seconds: float) -> None:
-        """From now on nobody waits for longer than this."""
-        self._seconds = min(self._seconds, seconds)
-        for conn in self._connections:
-            conn.timeout = min(conn.timeout, time.monotonic() + self._seconds)
 
 
 class Worker(ThreadWorker):
@@ -200,6 +74,7 @@ class Worker(ThreadWorker):
         super().__init__(*args, **kwargs)
         self._idle = Waiting(self.cfg.keepalive)  # nothing of a request has come
         self._heads = Waiting(min(HEAD_SECONDS, self.send_timeout))  # a part of its head has come
+        self._ready: deque[Connection] = deque()  # a request's head is there, and no thread has it yet
         self._sending: set[Connection] = set()  # the rest of a response goes out in the background
         self._shed_at = 0.0
 
@@ -208,13 +83,16 @@ class Worker(ThreadWorker):
     @property
     def worker_connections(self) -> int:
         """So many connections that a thread is free for one more: another worker may have a free one."""
-        without_thread = len(self._idle) + len(self._heads) + len(self._sending) + self.tpool.lent
-        at_work = self.nr_conns - without_thread
-        return self.nr_conns + 1 if at_work < self.cfg.threads and self._has_room() else 0
+        return self.nr_conns + 1 if self._has_free_thread() and self._has_room() else 0
 
     @worker_connections.setter
     def worker_connections(self, value: int) -> None:
         pass  # gunicorn's own number, which counts connections that wait for a thread
+
+    def _has_free_thread(self) -> bool:
+        """Whether fewer requests are at work, or wait for a thread, than may be at work."""
+        without_thread = len(self._idle) + len(self._heads) + len(self._ready) + len(self._sending) + self.tpool.lent
+        return self.nr_conns - without_thread < self.tpool.places
 
     def _has_room(self) -> bool:
         """Whether there may be one more connection, if need be in the place of one that waits."""
@@ -245,7 +123,7 @@ class Worker(ThreadWorker):
     def _await_request(self, conn: Connection) -> None:
         """Have the next request collected, of which there may be something."""
         if conn.has_begun and conn.has_head:
-            self.enqueue_req(conn)
+            self._ready.append(conn)
             return
         (self._heads if conn.has_begun else self._idle).add(conn)
         self.poller.register(conn.sock, selectors.EVENT_READ, partial(self._collect, conn))
@@ -254,19 +132,11 @@ class Worker(ThreadWorker):
         """Something has come on a connection that waits."""
         if conn not in self._idle and conn not in self._heads:
             return  # it was dropped while the event was on its way
-        try:
-            data = conn.sock.recv_now(HEAD_SIZE)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        if not data:
+        if not conn.receive():
             self._drop(conn)
-            return
-        conn.head = conn.head + data if conn.head else data
-        if conn.has_head:
+        elif conn.has_head:
             self._stop_waiting(conn)
-            self.enqueue_req(conn)
+            self._ready.append(conn)
         elif len(conn.head) > LONGEST_HEAD:
             self._refuse(conn, 431)
         elif conn in self._idle and conn.has_begun:
@@ -294,10 +164,20 @@ class Worker(ThreadWorker):
         conn.close(graceful=True)
 
     def wait_for_and_dispatch_events(self, timeout: float) -> None:
-        """As gunicorn's. A worker that stops does not keep its clients longer than it has to."""
-        if not self.alive and self._idle:
+        """As gunicorn's; then those requests get a thread for which there was one before.
+
+        The others wait here, and not for a thread: each time that one is free, a new client is let in first.
+        A worker that stops does not keep its clients longer than it has to.
+        """
+        free = self._has_free_thread()
+        if free and self._ready:
+            timeout = 0.0
+        elif not self.alive and self._idle:
             timeout = max(0.0, min(timeout, self._idle.oldest().timeout - time.monotonic()))
         super().wait_for_and_dispatch_events(timeout)
+        while free and self._ready:
+            self.enqueue_req(self._ready.popleft())
+            free = self._has_free_thread()
 
     def murder_keepalived(self, force: bool = False) -> None:
         """Close those that have been waited for in vain."""
@@ -341,15 +221,14 @@ class Worker(ThreadWorker):
         """Whether this thread may as well answer the next request, which spares the way over the main loop.
 
         A client in a hurry sends it as soon as it has the answer; that is waited for while there are threads enough.
+        Else those come first who have waited for a thread, and not who sends one request after the other.
         """
-        if conn.sock.rest is not None or not self.alive:
+        if conn.sock.rest is not None or not self.alive or not self.tpool.has_plenty:
             return False
         conn.take_unread()
-        if not conn.has_begun and self.tpool.has_plenty and conn.sock.is_ready(select.POLLIN, STAY_SECONDS):
-            data = conn.sock.recv_now(HEAD_SIZE)
-            conn.keep = bool(data)  # else the client has closed the connection
-            conn.head += data
-        return conn.has_begun and conn.has_head
+        if not conn.has_begun and conn.sock.is_ready(select.POLLIN, STAY_SECONDS):
+            conn.keep = conn.receive()
+        return conn.keep and conn.has_begun and conn.has_head
 
     def _answered(self, conn: Connection) -> None:
         """On the main loop: a request's thread is done with it."""

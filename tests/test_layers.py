@@ -44,7 +44,7 @@ OWNERS = {
     "prometheus_flask_exporter": {"metrics"},
     "jwt": {"auth"},
     "portalocker": {"durable"},
-    "gunicorn": {"worker", "response"},
+    "gunicorn": {"worker", "connection", "response"},
     "tqdm": {"client.progress"},
     "shtab": {"client.completion"},
 }
