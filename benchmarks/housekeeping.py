@@ -45,7 +45,8 @@ HOT = 500  # the entries that hits ask for
 PROCESSES = os.cpu_count() or 1
 MIB = 1024 * 1024
 HOUR, MONTH = 3600, 30 * 24 * 3600  # seconds
-WAIT = 1800  # seconds for which a sweep or an eviction is waited for
+IDLE_WINDOWS = 50  # at most
+WAIT = 3600  # seconds for which a sweep or an eviction is waited for
 # Nobody listens there: a hit asks no backend.
 NO_BACKEND = {"account": "nobody", "key": "bm9uZQ==", "endpoint": "http://127.0.0.1:9/nobody", "container": "none"}
 
@@ -159,7 +160,9 @@ def cost_of(task: str, directory: Path, entries: int, files: int) -> Cost:
     command = [sys.executable, "-m", "benchmarks.housekeeping", "--task", task, "--directory", str(directory)]
     command += ["--entries", str(entries), "--evict", str(files)]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return Cost(task, *json.loads(output))
+    cost = Cost(task, *json.loads(output))
+    print(cost, file=sys.stderr, flush=True)
+    return cost
 
 
 # What hits notice
@@ -227,9 +230,9 @@ def event_time(log: str, event: str) -> float | None:
 
 
 def windows(server: Server, arguments: argparse.Namespace) -> Iterator[Window]:
-    """Hits until the server has swept and evicted, and as often again, at least five times."""
+    """Hits until the server has swept and evicted, and as often again, but for not too long."""
     deadline, busy, idle = time.monotonic() + WAIT, 0, 0
-    while idle < max(5, busy):
+    while idle < min(max(5, busy), IDLE_WINDOWS):
         assert time.monotonic() < deadline, server.log()[-2000:]
         if event_time(server.log(), "evicted") is None:
             busy += 1

@@ -87,6 +87,15 @@ def begin_job(file: Path, lock: Path) -> int:
     return job.pid
 
 
+def begin_reports() -> int:
+    """Begin a job whose reports fill the pipe; the id of its process."""
+    job = Job(report_for_ever)
+    reports = iter(job)
+    next(reports)
+    _running.append(reports)
+    return job.pid
+
+
 def is_gone(pid: int) -> bool:
     with contextlib.suppress(psutil.NoSuchProcess):
         return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
@@ -165,6 +174,16 @@ class TestItsEnd:
         wait_until(lambda: is_gone(pid), TIMEOUT, "the end of the job")
         assert file.read_text() == "cleared up"
         assert holders(lock) == []
+
+
+    def test_it_says_nothing_of_a_parent_that_is_killed_while_it_reports(
+        self, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        with peers(1) as [peer]:
+            pid = peer.call(begin_reports)
+            peer.kill()
+        wait_until(lambda: is_gone(pid), TIMEOUT, "the end of the job")
+        assert capfd.readouterr().err == ""
 
 
 def kill_unnoticed(peer: Peer, pid: int, lock: Path) -> None:
