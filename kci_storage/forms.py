@@ -24,19 +24,12 @@ LONGEST_PADDING = 64  # blanks after a boundary, which RFC 2046, 5.1.1 allows an
 class Body(Protocol):
     """A request body that never ends silently short."""
 
-    length: int | None  # bytes; None: it is not known
-
     def readinto(self, buffer: memoryview) -> int:
         """Put the next bytes at the beginning of ``buffer``.
 
         :returns: how many, at least one; 0: the body has ended.
         :raises ClientDisconnected: it ended too early.
         """
-
-
-def new_buffer(body: Body, margin: int = 0) -> bytearray:
-    """A buffer for a body that is received in pieces, or at once if it is small, behind a margin of so many bytes."""
-    return bytearray(margin + min(READ_SIZE, READ_SIZE if body.length is None else body.length))
 
 
 def form_events(body: Body, boundary: bytes, max_bytes: int) -> Iterator[Event]:
@@ -71,7 +64,7 @@ class _Form:
         self._mark = b"--" + boundary
         self._margin = len(b"\r\n" + self._mark)  # bytes
         self._decoder = MultipartDecoder(boundary, max_form_memory_size=FORM_MEMORY, max_parts=MOST_PARTS)
-        self._buffer = new_buffer(body, self._margin)
+        self._buffer = bytearray(self._margin + READ_SIZE)
         self._view = memoryview(self._buffer)
 
     def events(self, max_bytes: int) -> Iterator[Event]:

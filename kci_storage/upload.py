@@ -30,7 +30,7 @@ from kci_storage.errors import (
     PreconditionFailed,
     StorageError,
 )
-from kci_storage.forms import READ_SIZE, Body, form_events, new_buffer, too_large
+from kci_storage.forms import READ_SIZE, Body, form_events, too_large
 from kci_storage.misses import Misses
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ class Uploads:
         """
         with contextlib.closing(self.begin(key, content_type, md5=digests.md5 is not None)) as upload:
             expected = self._expectation(key, may_replace) if may_replace else None
-            buffer = memoryview(new_buffer(body))
+            buffer = memoryview(bytearray(READ_SIZE))
             while size := body.readinto(buffer):
                 upload.write(buffer[:size])
             upload.verify(digests)

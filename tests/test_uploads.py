@@ -260,7 +260,6 @@ class Pieces:
 
     def __init__(self, *pieces: bytes):
         self._pieces = [piece for piece in pieces if piece]
-        self.length = sum(map(len, pieces))
 
     def readinto(self, buffer: memoryview) -> int:
         piece = self._pieces.pop(0) if self._pieces else b""
