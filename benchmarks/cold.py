@@ -216,4 +216,5 @@ class _Load:
         self._turn(ours, [CROWDED] * FOLLOWERS, FOLLOWERS, scale.crowded, rate=False)  # starts all threads
         with PrivateMemory(self._stage.azure_server.worker_pids()) as memory:
             sample = self._turn(ours, [FOLLOWED] * FOLLOWERS, FOLLOWERS, scale.followed, rate=False)
+        ours.forget([FOLLOWED])  # the filler may still publish when its followers have everything
         return Sample((memory.growth / MIB,), FOLLOWERS, sample.cpu_seconds)

@@ -17,6 +17,7 @@ from benchmarks import yardsticks
 from benchmarks.measuring import BenchError
 from benchmarks.scale import MIB, Scale
 from benchmarks.yardsticks import MissingProgram, Program, find
+from kci_storage.cache import Cache
 from tests.azurite import Azurite, running_azurite
 from tests.harness import Server, unexpected
 
@@ -157,7 +158,7 @@ def _close(server: Server) -> None:
     try:
         server.close()
     except AssertionError as exc:
-        trouble = unexpected(server.log()) or str(exc).splitlines()
+        trouble = unexpected(server.log()) or Cache(server.cache_directory).check() or str(exc).splitlines()
         raise BenchError(f"the server was not clean at its end: {len(trouble)} times {trouble[:3]}") from None
 
 
