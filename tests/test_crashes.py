@@ -45,6 +45,14 @@ def find_drivers(folder: Path) -> None:
     sys.path.extend(install(folder).split(os.pathsep))
 
 
+class Body(io.BytesIO):
+    """A request's body that has all come."""
+
+    def __init__(self, content: bytes):
+        super().__init__(content)
+        self.length = len(content)
+
+
 class World:
     """A server's folders, with a backend of files behind the cache, and the parts of a worker."""
 
@@ -74,11 +82,11 @@ class World:
         return Cache(self.cache_directory)
 
     def put(self, content: bytes) -> None:
-        self.services.uploads.put(KEY, "text/plain", io.BytesIO(content), ExpectedDigests(), None)
+        self.services.uploads.put(KEY, "text/plain", Body(content), ExpectedDigests(), None)
 
     def put_form(self, *parts: bytes) -> None:
         plan = FormPlan(admit=lambda key: None, content_type=lambda key: "text/plain")
-        self.services.uploads.store_form(io.BytesIO(form(*parts)), BOUNDARY.encode(), plan)
+        self.services.uploads.store_form(Body(form(*parts)), BOUNDARY.encode(), plan)
 
     def delete(self) -> None:
         self.services.objects.delete(KEY)
