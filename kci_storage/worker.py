@@ -108,17 +108,20 @@ class Worker(ThreadWorker):
         most = self.cfg.threads * (1 + SLOW_PER_THREAD)
         return Pool(self.cfg.threads, most, changed=lambda: self.method_queue.defer(_nothing))
 
-    def accept(self, listener: Any) -> None:
-        """Accept a connection, which costs a thread only once a request's head has come."""
+    def accept(self, listener: Any) -> bool:
+        """Accept a connection, which costs a thread only once a request's head has come; whether there was one."""
         try:
             sock, address = listener.accept()
-        except (BlockingIOError, ConnectionAbortedError):
-            return
+        except ConnectionAbortedError:
+            return True
+        except BlockingIOError:
+            return False
         self.nr_conns += 1
         if self.nr_conns > self.cfg.worker_connections and (waiting := self._idle or self._heads):
             self._drop(waiting.oldest())
         sock = ClientSocket(sock, self.send_timeout, self.tpool)
         self._await_request(Connection(self.cfg, sock, address, listener.getsockname(), self._background))
+        return True
 
     def _await_request(self, conn: Connection) -> None:
         """Have the next request collected, of which there may be something."""
@@ -198,7 +201,14 @@ class Worker(ThreadWorker):
                     sock.give_up()
 
     def _cap_keepalive(self, deadline: float) -> None:
-        """The worker stops."""
+        """The worker stops: who has come is served, who comes is not left waiting for as long as that takes.
+
+        A port that nobody holds open any more refuses them, and a balancer asks another server at once.
+        """
+        for listener in self.sockets:
+            while self.accept(listener):
+                pass
+            listener.close()
         self._idle.shorten(deadline - time.monotonic())
 
     # Requests, on threads

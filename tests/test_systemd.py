@@ -178,6 +178,24 @@ def test_restarts_under_load(server: Activated):
     assert load.failures == []
 
 
+def test_without_systemds_socket_who_comes_at_the_end_is_refused_at_once(tmp_path_factory: pytest.TempPathFactory):
+    """Nobody waits for the end of others' downloads, only to be cut off then."""
+    with running(Server(tmp_path_factory.mktemp("server"), {})) as server:
+        with slow_download(server) as finish:
+            server.process.terminate()
+            wait_until(lambda: is_refused(server), SECONDS, "the port to be closed")
+            finish()
+
+
+def is_refused(server: Server) -> bool:
+    """Whether nobody listens."""
+    try:
+        Wire(server).close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
 def test_readiness_is_told_to_systemd(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory):
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notified:
         notified.bind(str(tmp_path / "notify"))
