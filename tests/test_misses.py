@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import requests
 
+from kci_storage.cache import Cache
 from kci_storage.misses import LIFETIME, REMEMBERED, Misses
 from tests.cold import Bench, figure, from_each_worker, in_background, only
 from tests.faultproxy import CONTENT, PROPERTIES, Hold
@@ -153,8 +154,16 @@ def test_an_upload_ends_what_each_worker_remembers(bench: Bench) -> None:
         with only(bench.server, pid):
             assert get(bench.server, key).status_code == 404
         assert put(bench.server, key, b"content").status_code == 201
+        evict(bench, key)  # what is cached is found without a look into the memory of misses
         with only(bench.server, pid):
             assert get(bench.server, key).content == b"content"
+
+
+def evict(bench: Bench, key: str) -> None:
+    """Remove the copy, but not the backend's object."""
+    cache = Cache(bench.server.cache_directory)
+    with cache.writing(key, SECONDS):
+        assert cache.remove(key)
 
 
 def test_an_upload_by_another_program_is_seen_soon(bench: Bench) -> None:
