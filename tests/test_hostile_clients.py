@@ -39,7 +39,7 @@ KIB, MIB = 1024, 1024 * 1024
 WORKERS, THREADS = 2, 2
 ATTACKERS = 4 * WORKERS * THREADS
 LARGE = 32 * MIB  # more than the kernel takes in for a reader that does not read
-READERS = 12 * WORKERS * THREADS  # more than there may be threads, those that wait for slow clients included
+MANY = 12 * WORKERS * THREADS  # more than there may be threads, those that wait for slow clients included
 DRIP_SECONDS = 0.03  # between two bytes: less than what a thread waits before it counts as waiting for a slow client
 PAUSE_SECONDS = 0.1  # between two requests of the innocent, or two steps of somebody slow
 BEARABLE = 0.5  # seconds, at the median, beside what the machine's other load costs
@@ -125,23 +125,23 @@ def hold_closed_connections_open(scene: Scene, stack: ExitStack) -> None:
 
 
 def say_nothing(scene: Scene, stack: ExitStack) -> None:
-    scene.wires(stack)
+    scene.wires(stack, MANY)
 
 
 def stop_in_a_head(scene: Scene, stack: ExitStack) -> None:
-    for wire in scene.wires(stack):
+    for wire in scene.wires(stack, MANY):
         wire.send(b"GET /")
         wire.wait_until_taken()
 
 
 def stop_in_a_later_head(scene: Scene, stack: ExitStack) -> None:
-    for wire in scene.wires(stack):
+    for wire in scene.wires(stack, MANY):
         wire.send(request("GET", f"/{scene.small}"), b"GET /")
         assert wire.answer().body == scene.content
 
 
 def drip_a_head(scene: Scene, stack: ExitStack) -> None:
-    wires = scene.wires(stack)
+    wires = scene.wires(stack, MANY)
     for wire in wires:
         wire.send(b"GET /")
     stack.enter_context(dripping(wires, send_byte))
@@ -200,7 +200,7 @@ def send_requests_without_end(scene: Scene, stack: ExitStack) -> None:
 
 
 def begin_to_read(
-    scene: Scene, stack: ExitStack, headers: dict[str, str] | None = None, count: int = READERS
+    scene: Scene, stack: ExitStack, headers: dict[str, str] | None = None, count: int = MANY
 ) -> list[Wire]:
     """Ask for the large object, and read the head."""
     wires = scene.wires(stack, count, receive_buffer=8 * KIB)
