@@ -20,6 +20,8 @@ MODULES = {
 PURE = {"keys", "http_semantics", "media", "errors", "problems"}
 SERVICES = {
     "upload",
+    "forms",
+    "digests",
     "objects",
     "fill",
     "fetch",
