@@ -78,7 +78,7 @@ def make_cache(directory: Path, entries: int) -> Cache:
     bounds = [entries * number // PROCESSES for number in range(PROCESSES + 1)]
     with ProcessPoolExecutor(PROCESSES) as pool:
         made = sum(pool.map(make_entries, *zip(*((directory, *pair) for pair in pairwise(bounds)), strict=True)))
-    cache.usage.add(made, made * SIZE)
+    cache.usage.add(made, made * SIZE, 0)
     return cache
 
 

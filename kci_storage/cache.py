@@ -28,6 +28,7 @@ import json
 import os
 import re
 import secrets
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -114,6 +115,13 @@ class Usage(NamedTuple):
 
     files: int
     size: int  # bytes
+    changes: int = 0  # how often it has changed
+
+
+class _Own(threading.local):
+    """How often this thread has changed the usage."""
+
+    changes = 0
 
 
 class Cache:
@@ -127,6 +135,7 @@ class Cache:
         self.spool_directory = directory / SPOOL
         self.locks = KeyLocks(directory / LOCKS)
         self.usage = durable.SharedCounters(directory / "usage", len(Usage._fields))
+        self._own = _Own()
         self._remembered: dict[str, Record] = {}
         durable.make_directory(self.spool_directory)
 
@@ -397,8 +406,9 @@ class Cache:
         return there
 
     def _count(self, files: int, size: int) -> None:
+        self._own.changes += 1
         with contextlib.suppress(InsufficientStorage):  # the next walk corrects it
-            self.usage.add(files, size)
+            self.usage.add(files, size, 1)
 
     def _clear(self, slot: Slot) -> int:
         """Remove the files of a key that no record names and nobody holds; how many. The caller holds its lock."""
@@ -470,22 +480,25 @@ class Cache:
     def sweeping(self) -> Iterator[int]:
         """The same in steps, one for each folder; how many files each has removed."""
         self.recover_locks()
-        before, files, size = Usage(*self.usage.read()), 0, 0
+        before, files, size, own = Usage(*self.usage.read()), 0, 0, self._own.changes
         yield sum(durable.remove_if_unlocked(path) for path in self._spools())
         for folder in FOLDERS:
             found = list(self._scan(folder))
             for _, status in _looked_at(file for file in found if file.name.endswith(CONTENT)):
                 files, size = files + 1, size + status.st_size
             yield self._sweep_folder(found)
-        self.correct_usage(before, Usage(files, size))
+        self.correct_usage(before, Usage(files, size, self._own.changes - own))
 
     def correct_usage(self, before: Usage, seen: Usage) -> None:
-        """Have :attr:`usage` say what a walk saw.
+        """Have :attr:`usage` say what a walk saw, unless what others have changed meanwhile may be the difference.
 
-        :param before: what it said before the walk. What has come and gone since is about right then, and what the
-            walk itself has removed after it saw it is exactly so.
+        :param before: what it said before the walk.
+        :param seen: what the walk saw, and how many changes after that are its own: those are right already.
         """
-        self._count(seen.files - before.files, seen.size - before.size)
+        others = self.usage.read()[2] - before.changes - seen.changes
+        files, size = seen.files - before.files, seen.size - before.size
+        if (files or size) and (abs(files) > others or not others):
+            self._count(files, size)
 
     def _spools(self) -> list[Path]:
         with contextlib.suppress(FileNotFoundError):
@@ -524,8 +537,8 @@ class Cache:
             wrong += self._check_slot(self._slot_of_digest(digest), group)
         for _, status in self.contents():
             files, size = files + 1, size + status.st_size
-        if (files, size) != self.usage.read():
-            wrong.append(f"usage says {self.usage.read()}, but there are {files} files, {size} bytes")
+        if (files, size) != self.usage.read()[:2]:
+            wrong.append(f"usage says {self.usage.read()[:2]}, but there are {files} files, {size} bytes")
         return wrong
 
     def _check_slot(self, slot: Slot, names: list[str]) -> list[str]:

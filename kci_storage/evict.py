@@ -116,7 +116,7 @@ class Evictor:
 
         :param on_disk: what has to go for the disk's sake.
         """
-        files, size = self._cache.usage.read()
+        files, size, _ = self._cache.usage.read()
         too_many_files = files + more.files - self._limits.max_files
         too_many_bytes = size + more.size - self._limits.max_bytes if self._limits.max_bytes else 0
         return Shortfall(max(too_many_files, on_disk.files), max(too_many_bytes, on_disk.size))
@@ -268,7 +268,7 @@ class Housekeeper:
     def _sweep(self, lock: int) -> None:
         started = time.monotonic()
         removed = sum(self._job(sweep, self._limits.directory, self._sweep_driver, lock=lock))
-        files, size = self._cache.usage.read()
+        files, size, _ = self._cache.usage.read()
         log.info(
             "event=swept removed=%d files=%d bytes=%d seconds=%.3f",
             removed, files, size, time.monotonic() - started,
@@ -290,7 +290,7 @@ class Housekeeper:
         started, files, size = time.monotonic(), 0, 0
         try:
             for freed in steps:
-                self._metrics.evicted(*freed)
+                self._metrics.evicted(freed.files, freed.size)
                 files, size = files + freed.files, size + freed.size
                 time.sleep(pause)
         finally:

@@ -196,6 +196,10 @@ class Server:
         """Whether an upload holds a key's lock. The lock's file alone says less: it is there a moment before."""
         return any(durable.is_locked(path) for path in (self.cache_directory / "locks").iterdir())
 
+    def wait_until_swept(self) -> None:
+        """Wait for the end of the walk at its latest start, which finds what the dead have left."""
+        wait_until(lambda: "event=swept" in self.log().rpartition("Starting gunicorn")[2], START_SECONDS, "the sweep")
+
     def worker_pids(self) -> list[int]:
         """The process ids of the workers that live."""
         with contextlib.suppress(psutil.NoSuchProcess):

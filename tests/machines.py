@@ -237,16 +237,11 @@ def cluster(azurite: Azurite, folder: Path, options: dict[str, Any] | None = Non
             place = folder / f"machine{number}"
             place.mkdir()
             servers.append(stack.enter_context(running(Server(place, document))))
-            wait_until_swept(servers[-1])
+            servers[-1].wait_until_swept()
         balancer = Balancer(folder / "nginx", [address_of(server) for server in servers], servers)
         stack.callback(balancer.close)
         balancer.start()
         yield Cluster(servers, balancer, proxy, container)
-
-
-def wait_until_swept(server: Server) -> None:
-    """Wait for the end of the walk at its start: what comes into the cache meanwhile may be counted twice."""
-    wait_until(lambda: "event=swept" in server.log().rpartition("Starting gunicorn")[2], 60, "the sweep at the start")
 
 
 def seconds_until(condition: Any, what: str, patience: float = 60) -> float:

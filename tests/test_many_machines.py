@@ -25,7 +25,7 @@ from tests.azurite import Azurite
 from tests.cold import MIB, crowd, figure, in_background, some_bytes
 from tests.faultproxy import CONTENT, OTHER, PROPERTIES, PUT, Hold, Stall
 from tests.harness import Server, reserve_port, wait_until
-from tests.machines import MACHINES, Balancer, Cluster, address_of, cluster, has_copy, seconds_until, wait_until_swept
+from tests.machines import MACHINES, Balancer, Cluster, address_of, cluster, has_copy, seconds_until
 from tests.wire import (
     FORM_TYPE,
     SECONDS,
@@ -73,7 +73,7 @@ def machines(shared_machines: Cluster) -> Iterator[Cluster]:
     for server in shared_machines.servers:
         if server._process is None:
             server.start()
-        wait_until_swept(server)
+        server.wait_until_swept()
     wait_until(lambda: all_in_rotation(shared_machines), SECONDS, "all servers in rotation")
 
 
@@ -728,7 +728,7 @@ def test_machines_are_restarted_one_after_the_other(machines: Cluster) -> None:
         for server in restarted:
             machines.balancer.reload(down=address_of(server))
             server.restart()
-            wait_until_swept(server)
+            server.wait_until_swept()
             machines.balancer.reload()
             load.wait_for(100)
     assert load.wrong == []

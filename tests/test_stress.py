@@ -269,6 +269,7 @@ def leave_nothing(server: Server) -> None:
     server.stop()
     Cache(server.cache_directory).sweep()
     server.start()
+    server.wait_until_swept()
     server.stop()
     assert temporary_files(server) == []
 
