@@ -12,7 +12,7 @@ from typing import Any
 from flask import Flask
 from werkzeug.middleware.proxy_fix import ProxyFix
 
-from kci_storage import drivers, logs
+from kci_storage import drivers, logs, memory
 from kci_storage.auth import Authenticator, Permissions
 from kci_storage.blueprints import admin, auth, browse, downloads, failures, uploads
 from kci_storage.blueprints.routing import KeyConverter
@@ -144,6 +144,7 @@ def transport(app: Callable[..., Any], services: Services) -> Callable[..., Any]
     def finished(exchange: Exchange) -> None:
         services.metrics.request_finished(exchange)
         logs.log_access(exchange)
+        memory.give_back(max(exchange.sent, exchange.body.received))
 
     wrapped: Callable[..., Any] = Transport(Hits(app, services.objects, services.responder), finished)
     proxies = services.config.server.trusted_proxies

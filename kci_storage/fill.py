@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from kci_storage import durable
+from kci_storage import durable, memory
 from kci_storage.cache import Cache, Slot
 from kci_storage.drivers.base import Driver, ObjectInfo, ObjectReader
 from kci_storage.errors import InsufficientStorage, Overloaded, StorageError
@@ -372,6 +372,7 @@ class Fills:
         finally:
             self._forget(fill)
             fill.end(error)
+            memory.give_back(fill.info.size if fill.info is not None else 0)
 
     def _forget(self, fill: Fill) -> None:
         with self._mutex:
