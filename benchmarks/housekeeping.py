@@ -4,9 +4,9 @@
 
 A cache of that many entries is made (sparse, so that it needs little more than inodes: two for each entry, and about
 5 KiB of disk), walked, swept and evicted from, each in a fresh process. Then a server is started on it with a limit
-of files that it exceeds; it sweeps, evicts and is idle, one after the other, and all that time a moderate load of
-hits (wrk) is measured in short windows. With one worker, so that every hit is answered by the process that keeps
-house.
+of files that it exceeds; it sweeps and evicts, and a moderate load of hits (wrk) is measured meanwhile, in short
+windows; between every two of them housekeeping is suspended for another one. With one worker, so that every hit is
+answered by the process whose housekeeping it is.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from kci_storage.cache import FOLDERS, Cache, Record
 from kci_storage.config import CacheConfig
@@ -45,8 +46,6 @@ HOT = 500  # the entries that hits ask for
 PROCESSES = os.cpu_count() or 1
 MIB = 1024 * 1024
 HOUR, MONTH = 3600, 30 * 24 * 3600  # seconds
-IDLE_WINDOWS = 50  # at most
-WAIT = 3600  # seconds for which a sweep or an eviction is waited for
 # Nobody listens there: a hit asks no backend.
 NO_BACKEND = {"account": "nobody", "key": "bm9uZQ==", "endpoint": "http://127.0.0.1:9/nobody", "container": "none"}
 
@@ -172,8 +171,6 @@ def cost_of(task: str, directory: Path, entries: int, files: int) -> Cost:
 class Window:
     """A few seconds of hits; latencies in milliseconds."""
 
-    begin: float
-    end: float  # seconds since the epoch
     requests: int
     errors: int
     p50: float
@@ -218,58 +215,60 @@ def load(server: Server, seconds: int, connections: int) -> Window:
     script.write_text(LOAD)
     paths.write_text("".join(f"/{key_of(number)}\n" for number in range(HOT)))
     command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "-s", str(script), server.url]
-    begin = time.time()
     run = subprocess.run(command, env={**os.environ, "PATHS": str(paths)}, capture_output=True, text=True, check=True)
-    return Window(begin, time.time(), **json.loads(run.stderr))
+    return Window(**json.loads(run.stderr))
 
 
-def event_time(log: str, event: str) -> float | None:
-    """When a log says that something was done, in seconds since the epoch."""
-    found = re.search(rf"^ts=(\S+) .*\bevent={event}\b", log, re.M)
-    return datetime.fromisoformat(found[1]).timestamp() if found else None
+def job_of(server: Server) -> psutil.Process | None:
+    """The process that sweeps or evicts now."""
+    for process in psutil.Process(server.process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if "kci_storage.jobs" in process.cmdline():
+                return process
+    return None
 
 
-def windows(server: Server, arguments: argparse.Namespace) -> Iterator[Window]:
-    """Hits until the server has swept and evicted, and as often again, but for not too long."""
-    deadline, busy, idle = time.monotonic() + WAIT, 0, 0
-    while idle < min(max(5, busy), IDLE_WINDOWS):
-        assert time.monotonic() < deadline, server.log()[-2000:]
-        if event_time(server.log(), "evicted") is None:
-            busy += 1
-        else:
-            idle += 1
-        yield load(server, arguments.window, arguments.connections)
+def paired_windows(server: Server, arguments: argparse.Namespace) -> Iterator[tuple[str, Window, Window]]:
+    """While the server sweeps and then evicts, and it is at its limits: hits while it does, and while that pauses.
+
+    One after the other, since what else happens on the machine changes from minute to minute.
+
+    :returns: what was done, the hits meanwhile, and those while it paused.
+    """
+    load(server, arguments.window, arguments.connections)  # each worker knows the records then
+    while "event=evicted" not in server.log():
+        phase = "evict" if "event=swept" in server.log() else "sweep"
+        job = job_of(server)
+        if job is None:
+            time.sleep(0.01)
+            continue
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended
+            busy = load(server, arguments.window, arguments.connections)
+            job.suspend()
+            idle = load(server, arguments.window, arguments.connections)
+            job.resume()
+            yield phase, busy, idle
 
 
-def by_phase(log: str, measured: Sequence[Window]) -> dict[str, list[Window]]:
-    """The windows that lie in one phase of housekeeping as a whole."""
-    swept, evicted = event_time(log, "swept"), event_time(log, "evicted")
-    assert swept and evicted
-    phases = {"sweep": (0.0, swept), "evict": (swept, evicted), "idle": (evicted, float("inf"))}
-    return {
-        phase: [window for window in measured if begin <= window.begin and window.end <= end]
-        for phase, (begin, end) in phases.items()
-    }
-
-
-def report_hits(arguments: argparse.Namespace, cache: Cache, folder: Path) -> dict[str, Any]:
-    """Several rounds of a server's start, sweep, eviction and rest."""
+def report_hits(arguments: argparse.Namespace, directory: Path, folder: Path) -> dict[str, Any]:
+    """Several rounds of a server's start, sweep and eviction."""
     first_hits, logged = [], []
-    phases: dict[str, list[Window]] = {"sweep": [], "evict": [], "idle": []}
+    pairs: dict[str, list[tuple[Window, Window]]] = {"sweep": [], "evict": []}
     for number in range(arguments.rounds):
-        make_cache(cache.directory, arguments.entries)
+        cache = make_cache(directory, arguments.entries)
+        os.sync()
         max_files = arguments.entries - arguments.evict
         with serving(folder / str(number), cache, max_files, arguments.workers) as (server, seconds):
             first_hits.append(seconds)
-            measured = list(windows(server, arguments))
-            for phase, found in by_phase(server.log(), measured).items():
-                phases[phase] += found
+            for phase, *pair in paired_windows(server, arguments):
+                pairs[phase].append((pair[0], pair[1]))
             logged += re.findall(r"event=(?:swept|evicted)\b.*", server.log())
-    return {
-        "first_hit_seconds": statistics.median(first_hits),
-        "log": logged,
-        "phases": {phase: summary(found) for phase, found in phases.items() if found},
-    }
+    rows = {}
+    for phase, found in pairs.items():
+        if found:
+            busy, idle = zip(*found, strict=True)
+            rows |= {phase: summary(busy), f"{phase}, paused": summary(idle)}
+    return {"first_hit_seconds": statistics.median(first_hits), "log": logged, "hits": rows}
 
 
 def summary(measured: Sequence[Window]) -> dict[str, float]:
@@ -290,10 +289,11 @@ def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--entries", type=int, default=100_000, help="of the cache")
     parser.add_argument("--evict", type=int, default=0, help="how many to evict; else a tenth")
     parser.add_argument("--directory", type=Path, help="of the cache, which stays; else a temporary one")
-    parser.add_argument("--rounds", type=int, default=3, help="of the server's start, sweep, eviction and rest")
+    parser.add_argument("--rounds", type=int, default=3, help="of the server's start, sweep and eviction")
+    parser.add_argument("--hits-only", action="store_true", help="leave out the tasks on their own")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--connections", type=int, default=8)
-    parser.add_argument("--window", type=int, default=2, help="seconds of load that are measured as one")
+    parser.add_argument("--window", type=int, default=1, help="seconds of load that are measured as one")
     parser.add_argument("--json", type=Path, help="where to write the figures, too")
     parser.add_argument("--task", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
@@ -321,10 +321,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def measure(arguments: argparse.Namespace, directory: Path, folder: Path) -> dict[str, Any]:
     """All figures."""
-    cache = make_cache(directory, arguments.entries)
-    tasks = ("look at the limits", "count", "sweep", "evict")
+    make_cache(directory, arguments.entries)
+    tasks = () if arguments.hits_only else ("look at the limits", "count", "sweep", "evict")
     costs = [cost_of(task, directory, arguments.entries, arguments.evict) for task in tasks]
-    hits = report_hits(arguments, cache, folder)
+    hits = report_hits(arguments, directory, folder)
     return {"entries": arguments.entries, "evicted": arguments.evict, "tasks": [vars(cost) for cost in costs], **hits}
 
 
@@ -335,11 +335,12 @@ def print_table(figures: dict[str, Any]) -> None:
     for cost in figures["tasks"]:
         print(f"{cost['task']:20}{cost['seconds']:10.4f}{cost['processor']:10.4f}{cost['memory']:8.1f}")
     print(f"first hit after the server's start: {figures['first_hit_seconds']:.2f} s")
-    idle = figures["phases"]["idle"]["p99"]
-    print(f"{'hits while':12}{'windows':>8}{'requests':>10}{'errors':>8}{'p50 ms':>10}{'p99 ms':>10}{'of idle':>9}")
-    for phase, row in figures["phases"].items():
+    print(f"{'hits while':16}{'windows':>8}{'requests':>10}{'errors':>8}{'p50 ms':>10}{'p99 ms':>10}{'ratio':>8}")
+    for phase, row in figures["hits"].items():
         counts = f"{row['windows']:8}{row['requests']:10}{row['errors']:8}"
-        print(f"{phase:12}{counts}{row['p50']:10.2f}{row['p99']:10.2f}{row['p99'] / idle:9.2f}")
+        paused = figures["hits"].get(f"{phase}, paused")
+        ratio = f"{row['p99'] / paused['p99']:8.2f}" if paused else ""
+        print(f"{phase:16}{counts}{row['p50']:10.2f}{row['p99']:10.2f}{ratio}")
 
 
 if __name__ == "__main__":
