@@ -191,6 +191,10 @@ class Upload:
             self._part.discard()
             self._part = None
 
+    def end(self) -> None:
+        """All of it has come; it may wait for its commit. The threads and buffers of its digests are not kept."""
+        self._digests.close()
+
     @property
     def held(self) -> int:
         """Bytes that are kept in memory until the commit."""
@@ -336,10 +340,12 @@ class FormReceiver:
         if self._path_text is not None:
             self._set_path(bytes(self._path_text))
             self._path_text = None
-        self._relieve_memory()
+        elif self._files and isinstance(self._files[-1], Upload):
+            self._end_upload(self._files[-1])
 
-    def _relieve_memory(self) -> None:
+    def _end_upload(self, upload: Upload) -> None:
         """Small files wait in memory to be committed by one request each; many of them must not."""
+        upload.end()
         waiting = [file for file in self._files if isinstance(file, Upload)]
         if sum(upload.held for upload in waiting) > FORM_HELD:
             for upload in waiting:
@@ -428,7 +434,8 @@ class FormReceiver:
         """The files, of which those that were spooled are uploaded only now."""
         for place, file in enumerate(self._files):
             if isinstance(file, Spooled):
-                self._files[place] = self._upload_spooled(file)
+                self._files[place] = upload = self._upload_spooled(file)
+                self._end_upload(upload)
         return [file for file in self._files if isinstance(file, Upload)]
 
     def _upload_spooled(self, spooled: Spooled) -> Upload:
