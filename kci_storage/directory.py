@@ -15,7 +15,6 @@ from kci_storage.http_semantics import etag_header, http_date
 
 TOP = "/v1/browse/"  # since / is the status line
 _DIGITS = re.compile(r"([0-9]+)")
-_UNITS = ("KiB", "MiB", "GiB", "TiB")
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,17 +133,3 @@ def natural(name: str) -> list[tuple[int, int | str]]:
         if part:
             parts.append((0, int(part)) if part.isdigit() and part.isascii() and len(part) < 100 else (1, part))
     return [*parts, (2, name)]
-
-
-def readable_size(size: int) -> str:
-    """A number of bytes, as people read it.
-
-    >>> readable_size(999), readable_size(1536), readable_size(5 * 2**30)
-    ('999 B', '1.5 KiB', '5.0 GiB')
-    """
-    if size < 1024:
-        return f"{size} B"
-    amount, unit = size / 1024, 0
-    while amount >= 1024 and unit < len(_UNITS) - 1:
-        amount, unit = amount / 1024, unit + 1
-    return f"{amount:.1f} {_UNITS[unit]}"

@@ -9,7 +9,8 @@ from urllib.parse import unquote
 import pytest
 import requests
 
-from kci_storage.directory import Directory, Folder, readable_size
+from kci_storage.directory import Directory, Folder
+from kci_storage.sizes import readable_size
 
 MARKUP = '<img src=x onerror="alert(1)">&amp;.txt'
 FILES = (

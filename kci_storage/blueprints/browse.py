@@ -8,9 +8,10 @@ from flask import Blueprint, Response, jsonify, render_template, request
 
 from kci_storage import keys
 from kci_storage.blueprints.routing import exchange, services
-from kci_storage.directory import TOP, browse, readable_size
+from kci_storage.directory import TOP, browse
 from kci_storage.errors import BadKey, ObjectNotFound
 from kci_storage.http_semantics import prefers_json
+from kci_storage.sizes import readable_size
 
 blueprint = Blueprint("browse", __name__)
 

@@ -20,11 +20,12 @@ from typing import Any, TypeVar
 from kci_storage.client import paths, settings
 from kci_storage.client.downloads import download
 from kci_storage.client.errors import ClientError, Refused, UsageError
-from kci_storage.client.progress import Progress, progress, readable
+from kci_storage.client.progress import Progress, progress
 from kci_storage.client.retries import Attempts
 from kci_storage.client.storage import Level, Properties, Storage, printable
 from kci_storage.client.transfers import at_once
 from kci_storage.client.uploads import upload
+from kci_storage.sizes import readable_size
 
 T = TypeVar("T")
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130  # exit codes
@@ -117,7 +118,7 @@ def _guarded(action: str, key: str, file: str | None, task: Callable[[], Result]
 
 
 def _sentence(result: Result) -> str:
-    size = "" if result.size is None else f"  {readable(result.size)}"
+    size = "" if result.size is None else f"  {readable_size(result.size)}"
     if result.action == "upload":
         return f"{result.file} -> {result.key}{size}"
     if result.action == "download":
@@ -244,7 +245,7 @@ def _print_properties(properties: Properties, session: Session) -> None:
         session.progress.line(json.dumps(fields))
         return
     for name, value in fields.items():
-        shown = f"{value} ({readable(value)})" if name == "size" and value >= 1024 else value
+        shown = f"{value} ({readable_size(value)})" if name == "size" and value >= 1024 else value
         session.progress.line(printable(f"{name.replace('_', ' '):14} {'unknown' if shown is None else shown}"))
 
 
@@ -311,7 +312,7 @@ def _listed(file: Properties) -> dict[str, Any]:
 def _row(fields: dict[str, Any]) -> str:
     if fields["type"] == "folder":
         return printable(f"{'-':>10}  {'':16}  {fields['path']}")
-    return printable(f"{readable(fields['size']):>10}  {_date(fields['last_modified']):16}  {fields['path']}")
+    return printable(f"{readable_size(fields['size']):>10}  {_date(fields['last_modified']):16}  {fields['path']}")
 
 
 def _date(http_date: str | None) -> str:

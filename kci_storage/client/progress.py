@@ -8,6 +8,7 @@ import time
 from typing import TextIO
 
 from kci_storage.client.storage import printable
+from kci_storage.sizes import readable_size
 
 try:
     from tqdm import tqdm
@@ -15,7 +16,6 @@ except ImportError:  # the extra "client" is not installed: lines will do
     tqdm = None
 
 INTERVAL = 30.0  # seconds between two lines
-_UNITS = ("KiB", "MiB", "GiB", "TiB")
 
 
 class Progress:
@@ -86,7 +86,8 @@ class Lines(Progress):
     def _show(self) -> None:
         if time.monotonic() >= self._next:
             self._next = time.monotonic() + self._interval
-            print(f"kci-storage: {readable(self._done)} of {readable(self._total)}", file=sys.stderr, flush=True)
+            done, total = readable_size(self._done), readable_size(self._total)
+            print(f"kci-storage: {done} of {total}", file=sys.stderr, flush=True)
 
 
 class Bar(Progress):
@@ -114,17 +115,3 @@ def progress(quiet: bool) -> Progress:
     if quiet:
         return Progress(quiet=True)
     return Bar() if tqdm is not None and sys.stderr.isatty() else Lines()
-
-
-def readable(size: int) -> str:
-    """A number of bytes, as people read it.
-
-    >>> readable(999), readable(1536), readable(5 * 2**30)
-    ('999 B', '1.5 KiB', '5.0 GiB')
-    """
-    if size < 1024:
-        return f"{size} B"
-    amount, unit = size / 1024, 0
-    while amount >= 1024 and unit < len(_UNITS) - 1:
-        amount, unit = amount / 1024, unit + 1
-    return f"{amount:.1f} {_UNITS[unit]}"
