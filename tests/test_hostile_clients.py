@@ -38,6 +38,7 @@ from tests.wire import (
 KIB, MIB = 1024, 1024 * 1024
 WORKERS, THREADS = 2, 2
 ATTACKERS = 4 * WORKERS * THREADS
+LENT = 4 * THREADS  # threads that one worker can spare for slow bodies: all attackers may have come to the same one
 LARGE = 32 * MIB  # more than the kernel takes in for a reader that does not read
 MANY = 12 * WORKERS * THREADS  # more than there may be threads, those that wait for slow clients included
 DRIP_SECONDS = 0.03  # between two bytes: less than what a thread waits before it counts as waiting for a slow client
@@ -149,20 +150,20 @@ def drip_a_head(scene: Scene, stack: ExitStack) -> None:
 
 def stop_in_a_body(scene: Scene, stack: ExitStack) -> None:
     folder = new_folder()
-    for number, wire in enumerate(scene.wires(stack)):
+    for number, wire in enumerate(scene.wires(stack, LENT)):
         wire.send(upload_head(scene.server, f"{folder}/{number}", LARGE), b"x")
         wire.wait_until_taken()
 
 
 def drip_a_body(scene: Scene, stack: ExitStack) -> None:
-    folder, wires = new_folder(), scene.wires(stack)
+    folder, wires = new_folder(), scene.wires(stack, LENT)
     for number, wire in enumerate(wires):
         wire.send(upload_head(scene.server, f"{folder}/{number}", LARGE), b"x")
     stack.enter_context(dripping(wires, send_byte))
 
 
 def drip_a_chunk(scene: Scene, stack: ExitStack) -> None:
-    folder, wires = new_folder(), scene.wires(stack)
+    folder, wires = new_folder(), scene.wires(stack, LENT)
     for number, wire in enumerate(wires):
         head = request("PUT", f"/{folder}/{number}", {**scene.server.headers(), "Transfer-Encoding": "chunked"})
         wire.send(head, b"1000000\r\n")
@@ -174,7 +175,7 @@ def do_not_read(scene: Scene, stack: ExitStack) -> None:
 
 
 def do_not_read_several_ranges(scene: Scene, stack: ExitStack) -> None:
-    begin_to_read(scene, stack, {"Range": f"bytes=0-{LARGE // 2},{LARGE // 2 + 2}-"}, ATTACKERS)
+    begin_to_read(scene, stack, {"Range": f"bytes=0-{LARGE // 2},{LARGE // 2 + 2}-"}, LENT)
 
 
 def read_a_kib_per_second(scene: Scene, stack: ExitStack) -> None:
