@@ -6,7 +6,6 @@ import contextlib
 import os
 import re
 import secrets
-import shutil
 import signal
 import subprocess
 import time
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import pytest
 import requests
 from azure.storage.blob import ContainerClient
 
@@ -27,34 +25,12 @@ from tests.azurite import Azurite
 from tests.cold import Bench
 from tests.faultproxy import FaultProxy, fault_proxy
 from tests.harness import START_SECONDS, STOP_SECONDS, Server, reserve_port, running, wait_until
+from tests.nginx import main_configuration, program
 from tests.wire import SECONDS
 
 BALANCER_CONF = Path(kci_storage.__file__).parent.parent / "deploy/nginx/balancer.conf"
 MACHINES = 3
 
-# What surrounds the file on a machine. Debian's own nginx.conf compresses, too.
-_MAIN = """
-daemon off;
-{user}
-worker_processes 2;
-worker_rlimit_nofile 8192;
-pid {folder}/pid;
-error_log {folder}/error.log;
-events {{ worker_connections 4096; }}
-http {{
-    gzip on;
-    gzip_types *;
-    gzip_min_length 1;
-    gzip_proxied any;
-    client_body_temp_path {folder}/body;
-    proxy_temp_path {folder}/proxy;
-    fastcgi_temp_path {folder}/unused;
-    uwsgi_temp_path {folder}/unused;
-    scgi_temp_path {folder}/unused;
-    include {folder}/balancer.conf;
-    {beside}
-}}
-"""
 _SERVER = re.compile(r"^( +server )[0-9.]+:[0-9]+( .*\n)", re.M)
 _LOGGED = re.compile(r" to=(?P<to>.*?) upstream_status=.* request_id=(?P<request_id>\S+)$", re.M)
 
@@ -107,10 +83,9 @@ class Balancer:
 
     def start(self) -> None:
         """Back when it answers."""
-        user = "user root;" if os.getuid() == 0 else ""  # else its workers could not write into the folder
-        (self.folder / "nginx.conf").write_text(_MAIN.format(folder=self.folder, user=user, beside=self._beside))
+        (self.folder / "nginx.conf").write_text(main_configuration(self.folder, "balancer.conf", beside=self._beside))
         self._configure()
-        command = [_nginx(), "-p", self.folder, "-c", self.folder / "nginx.conf", "-e", self.folder / "error.log"]
+        command = [program(), "-p", self.folder, "-c", self.folder / "nginx.conf", "-e", self.folder / "error.log"]
         self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
         wait_until(self._is_up, START_SECONDS, "nginx's start")
 
@@ -174,14 +149,6 @@ class Balancer:
 def address_of(server: Server) -> str:
     """Where it listens."""
     return f"127.0.0.1:{server.port}"
-
-
-def _nginx() -> str:
-    # Debian puts it into a folder that is not in everybody's PATH.
-    path = shutil.which("nginx", path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
-    if path is None:
-        pytest.skip("nginx is not installed")
-    return path
 
 
 @dataclass

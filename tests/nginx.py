@@ -19,16 +19,17 @@ from tests.harness import START_SECONDS, STOP_SECONDS, Server, reserve_port, wai
 
 DEPLOYED = Path(kci_storage.__file__).parent.parent / "deploy/nginx"
 
-# What surrounds the site on a machine. Debian's own nginx.conf compresses, too.
+# What surrounds a site on a machine. Debian's own nginx.conf compresses, too.
 _MAIN = """
 daemon off;
 {user}
 worker_processes 2;
+worker_rlimit_nofile 8192;
 pid {folder}/pid;
 error_log {folder}/error.log;
-events {{ worker_connections 1024; }}
+events {{ worker_connections 4096; }}
 http {{
-    access_log {folder}/access.log;
+    access_log {folder}/common.log;
     gzip on;
     gzip_types *;
     gzip_min_length 1;
@@ -38,9 +39,22 @@ http {{
     fastcgi_temp_path {folder}/unused;
     uwsgi_temp_path {folder}/unused;
     scgi_temp_path {folder}/unused;
-    include {folder}/site.conf;
+    include {folder}/{site};
+    {beside}
 }}
 """
+
+
+def main_configuration(folder: Path, site: str, *, user: str = "root", beside: str = "") -> str:
+    """nginx.conf for a site.
+
+    :param folder: for all of nginx's files.
+    :param site: the name of the site's file there.
+    :param user: whom the workers run as, if they may choose; root, since another one could not write into the folder.
+    :param beside: what else is to stand at the http level.
+    """
+    as_user = f"user {user};" if os.getuid() == 0 else ""
+    return _MAIN.format(folder=folder, site=site, user=as_user, beside=beside)
 
 
 def site(server: Server, port: int, tls_port: int, redirected_port: int, certificate: Path, cache: Path) -> str:
@@ -90,8 +104,7 @@ def nginx(folder: Path, server: Server, cache: Path | None = None, user: str = "
         sockets = [stack.enter_context(contextlib.closing(reserve_port())) for _ in range(3)]
         ports = [reserved.getsockname()[1] for reserved in sockets]
         frontend = Frontend(server, *ports, self_signed(folder))
-        as_user = f"user {user};" if os.getuid() == 0 else ""
-        (folder / "nginx.conf").write_text(_MAIN.format(folder=folder, user=as_user))
+        (folder / "nginx.conf").write_text(main_configuration(folder, "site.conf", user=user))
         shutil.copy(DEPLOYED / "kci-storage-proxy.conf", folder)
         (folder / "site.conf").write_text(
             site(server, *ports, frontend.certificate, cache or server.cache_directory)
