@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 SLOW_SECONDS = 0.05  # who lets a thread wait longer than this is slow,
 QUICK_RATE = 1024 * 1024  # unless it has brought so many bytes a second for that
 GRACE_SECONDS = 30.0  # for which anybody may be slower than this:
-LEAST_RATE = 4096  # bytes a second; below it, a client goes when there is no room for others
+LEAST_RATE = 4096  # bytes a second; below it, a client goes when there are too many
 LOOKS = 4  # at what a client has taken, in the time for which it may stand still
 
 

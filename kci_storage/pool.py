@@ -11,22 +11,23 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
+SLOW_PER_THREAD = 4  # threads that wait for slow clients, for each of those that work: beyond, the slowest have to go
+
 
 class Pool:
     """Threads that work, so many at a time, and beside them those that wait for slow clients.
 
     A thread that waits for its client does nothing else, and needs no processor: it lends its place to another one,
     and takes it back when the client has moved. So clients that are slow by intent or by their link hold up nobody
-    else, until there are ``most`` threads.
+    else. There may be as many as connections: with a limit of their own, a worker that has reached it would hold the
+    requests that it has accepted, while another one has threads to spare.
 
     :param size: how many work at a time.
-    :param most: how many there are at most.
     :param changed: called by any thread when a place has become free, or is no longer.
     """
 
-    def __init__(self, size: int, most: int, changed: Callable[[], None]):
+    def __init__(self, size: int, changed: Callable[[], None]):
         self.size = size
-        self.most = most
         self.lent = 0  # threads that wait for a client
         self._changed = changed
         self._queue: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -66,14 +67,9 @@ class Pool:
         return 2 * (self._threads - self._spare - self.lent) <= self.size
 
     @property
-    def places(self) -> int:
-        """How many may be at work now: fewer than usual when most threads wait for slow clients."""
-        return min(self.size, self.most - self.lent)
-
-    @property
-    def is_exhausted(self) -> bool:
-        """Whether there can be no more threads, and none is idle."""
-        return self._spare <= 0 and self._threads >= self.most
+    def is_crowded(self) -> bool:
+        """Whether more threads wait for slow clients than are worth their memory, or there can be no more threads."""
+        return self.lent > SLOW_PER_THREAD * self.size or self._spare < 0
 
     def waited_for(self) -> list[Any]:
         """The clients for whom threads wait."""
@@ -85,7 +81,7 @@ class Pool:
 
     def _fill(self) -> None:
         """Start a thread if one is wanted and there is a place for it."""
-        if self._spare < 0 and self._threads - self.lent < self.size and self._threads < self.most:
+        if self._spare < 0 and self._threads - self.lent < self.size:
             try:
                 threading.Thread(target=self._run, name="request", daemon=True).start()
             except RuntimeError:  # the system has none to give; those that are there go on

@@ -10,8 +10,8 @@ It leans on gunicorn's internals, so gunicorn is pinned to a minor version in se
   (:class:`~kci_storage.connection.Connection`), the end of a file goes to a slow reader from the background
   (:class:`~kci_storage.background.Sending`), connections are closed there too, and a thread that has to wait for a
   slow client lends its place to another one (:class:`~kci_storage.pool.Pool`).
-- A client that stands still for ``send_timeout`` seconds is dropped. One that is slow is served, unless there is no
-  room left for others (:class:`~kci_storage.client_socket.Pace`).
+- A client that stands still for ``send_timeout`` seconds is dropped. One that is slow is served, unless there
+  are too many of them (:class:`~kci_storage.client_socket.Pace`).
 - A connection is accepted only while a thread is free for it: another worker may have a free one.
 - What is no HTTP is answered and logged like every other error. gunicorn would quote it, and so could show a token.
 """
@@ -62,7 +62,6 @@ _REFUSALS = {
 HEAD_SECONDS = 10.0  # from a request's first byte until its head must be there
 STAY_SECONDS = 0.02  # for which a thread waits for the next request before it is free for other connections
 LONGEST_HEAD = 64 * 1024  # bytes
-SLOW_PER_THREAD = 4  # how many threads may wait for slow clients, for each of those that work
 
 
 class Worker(ThreadWorker):
@@ -92,7 +91,7 @@ class Worker(ThreadWorker):
     def _has_free_thread(self) -> bool:
         """Whether fewer requests are at work, or wait for a thread, than may be at work."""
         without_thread = len(self._idle) + len(self._heads) + len(self._ready) + len(self._sending) + self.tpool.lent
-        return self.nr_conns - without_thread < self.tpool.places
+        return self.nr_conns - without_thread < self.tpool.size
 
     def _has_room(self) -> bool:
         """Whether there may be one more connection, if need be in the place of one that waits."""
@@ -105,8 +104,7 @@ class Worker(ThreadWorker):
 
     def get_thread_pool(self) -> Pool:
         """The threads."""
-        most = self.cfg.threads * (1 + SLOW_PER_THREAD)
-        return Pool(self.cfg.threads, most, changed=lambda: self.method_queue.defer(_nothing))
+        return Pool(self.cfg.threads, changed=lambda: self.method_queue.defer(_nothing))
 
     def accept(self, listener: Any) -> bool:
         """Accept a connection, which costs a thread only once a request's head has come; whether there was one."""
@@ -191,9 +189,9 @@ class Worker(ThreadWorker):
             self._refuse(conn, 408)
 
     def murder_pending(self) -> None:
-        """Drop those who are too slow, if there is no room for others."""
+        """Drop those who are too slow, if there are too many of them."""
         now = time.monotonic()
-        full = self.tpool.is_exhausted or not self._has_room()
+        full = self.tpool.is_crowded or not self._has_room()
         if full and now >= self._shed_at:
             self._shed_at = now + 1
             for sock in (*self.tpool.waited_for(), *(conn.sock for conn in self._sending)):
