@@ -17,7 +17,7 @@ from kci_storage.auth import Authenticator, Permissions
 from kci_storage.blueprints import admin, auth, browse, downloads, failures, uploads
 from kci_storage.blueprints.routing import KeyConverter
 from kci_storage.cache import Cache
-from kci_storage.config import Config, load
+from kci_storage.config import DEBUG_VARIABLES, Config, load
 from kci_storage.drivers.base import Driver, LocalObjects, Sweepable
 from kci_storage.evict import Housekeeper
 from kci_storage.fill import Fills
@@ -62,7 +62,7 @@ def create_app(config: Config | None = None) -> Flask:
     :raises ConfigError: it cannot be used.
     """
     config = config or load()
-    logs.configure(debug=bool(os.environ.get("STORAGE_DEBUG")))
+    logs.configure(debug=any(map(os.environ.get, DEBUG_VARIABLES)))
     services = build_services(config)
 
     app = Flask("kci_storage", static_folder=None)

@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 
 CONFIG_VARIABLE = "KCI_STORAGE_CONFIG"
 PORT_VARIABLE = "KCI_STORAGE_PORT"
-DEBUG_VARIABLE = "STORAGE_DEBUG"  # not empty: debug logging
+DEBUG_VARIABLES = ("STORAGE_DEBUG", "STORAGE_VERBOSE")  # one of them not empty: debug logging
 DEFAULT_FILE = "config.toml"
 
 _DAY = 86_400  # seconds
@@ -171,11 +171,11 @@ class AzureConfig:
         "", "the storage account", expects="3 to 24 lower-case letters and digits", accepts=_is_account
     )
     key: str = _setting(
-        "", "the account key; either this or sastoken", expects="base64 text", accepts=_is_base64, secret=True
+        "", "the account key; this or sastoken", expects="base64 text", accepts=_is_base64, secret=True
     )
     sastoken: str = _setting(
         "",
-        'a SAS token, with or without its "?"; either this or key',
+        'a SAS token, with or without its "?"; used where there is no key',
         expects='a token that holds "sig="',
         accepts=_is_sas_token,
         secret=True,
@@ -509,9 +509,8 @@ class _File:
         for key in ("account", "container"):
             if not getattr(azure, key):
                 self.fail(f"azure.{key}", "expected with the azure driver, it is missing")
-        if bool(azure.key) == bool(azure.sastoken):
-            got = "both" if azure.key else "neither"
-            self.fail("azure.key", f"expected either azure.key or azure.sastoken, got {got}")
+        if not azure.key and not azure.sastoken:
+            self.fail("azure.key", "expected azure.key or azure.sastoken, both are missing")
 
     def _check_cache(self, cache: CacheConfig) -> None:
         if cache.low_disk_percent > cache.recover_disk_percent:

@@ -28,7 +28,7 @@ STOP_SECONDS = 30
 _TROUBLE = re.compile(
     r"Traceback \(most recent call last\)|\[(?:ERROR|CRITICAL)\]|\blevel=(?:error|critical)\b", re.I
 )
-_ENVIRONMENT = ("KCI_STORAGE_", "STORAGE_DEBUG", "PROMETHEUS_", "GUNICORN_")
+_ENVIRONMENT = ("KCI_STORAGE_", "STORAGE_DEBUG", "STORAGE_VERBOSE", "PROMETHEUS_", "GUNICORN_")
 
 
 def toml(document: Mapping[str, Any]) -> str:

@@ -285,7 +285,8 @@ def test_no_token_is_ever_logged(start_server: Callable[..., Server]):
 
 
 def test_debug_logging_tells_where_an_error_comes_from(start_server: Callable[..., Server]):
-    for environ, expected in (({}, False), ({"STORAGE_DEBUG": ""}, False), ({"STORAGE_DEBUG": "1"}, True)):
+    on = ({"STORAGE_VERBOSE": "1"}, {"STORAGE_DEBUG": "1"})
+    for environ, expected in (({}, False), ({"STORAGE_DEBUG": ""}, False), *((environ, True) for environ in on)):
         server = start_server(environ=environ)
         server.expected_errors.append("level=debug")
         access(server, get(server, "none"))

@@ -28,6 +28,7 @@ from typing import NamedTuple
 
 from kci_storage import durable
 from kci_storage.config import Config
+from kci_storage.drivers import side_files
 from kci_storage.drivers.base import Digests, Driver, Expectation, ObjectInfo, ObjectReader, ObjectWriter, Page
 from kci_storage.drivers.tree import ABSENT, Tree
 from kci_storage.errors import (
@@ -88,6 +89,7 @@ class LocalDriver(Driver):
 
         On the path of every download: one open, one fstat, and a look into memory.
         """
+        _check_visible(key)
         for _ in range(TRIES):
             fd = -1
             try:
@@ -104,6 +106,7 @@ class LocalDriver(Driver):
         raise _busy()
 
     def stat(self, key: str) -> ObjectInfo:
+        _check_visible(key)
         with _own_errors():
             for _ in range(TRIES):
                 info = self._describe(key, self._tree.call(os.stat, key))
@@ -122,12 +125,16 @@ class LocalDriver(Driver):
         """Begin a new version.
 
         :raises KeyConflict: a file or folder is in the way; said before the body is sent.
+        :raises BadKey: it is among the side files.
         """
+        if side_files.is_hidden(key):
+            raise BadKey(f'"{side_files.FOLDER}/" is reserved, for what an earlier server has left there')
         with _own_errors(_write_error):
             self._check_place(key)
             return _Writer(self, key, content_type, durable.NewFile.unnamed(self._temporary))
 
     def delete(self, key: str) -> None:
+        _check_visible(key)
         folder, _, name = key.rpartition("/")
         with _own_errors(), self._locked(key):
             identity = self._identity(key)
@@ -178,7 +185,8 @@ class LocalDriver(Driver):
         identity = Identity.of(status)
         info = self._records.get(key, identity, remember)
         if info is None and self._identity(key) == identity:  # else its record may have gone with it
-            info = ObjectInfo(key, identity.size, str(identity), identity.mtime_ns // 10**9)
+            content_type = side_files.content_type(self._tree.root, key)
+            info = ObjectInfo(key, identity.size, str(identity), identity.mtime_ns // 10**9, content_type)
             if remember:
                 self._records.remember(key, identity, info)
         return info
@@ -471,6 +479,11 @@ def _own_errors(error: Callable[[OSError], StorageError] = _read_error) -> Itera
         yield
     except OSError as exc:
         raise error(exc) from exc
+
+
+def _check_visible(key: str) -> None:
+    if side_files.is_hidden(key):
+        raise _not_found()
 
 
 def _not_found() -> ObjectNotFound:

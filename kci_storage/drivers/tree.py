@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from kci_storage import durable
+from kci_storage.drivers.side_files import is_hidden
 from kci_storage.keys import is_valid
 
 PATH_MAX = 4096  # bytes, with the NUL that ends it (limits.h)
@@ -274,10 +275,12 @@ def _entries(fd: int) -> Iterator[str]:
 def _is_listed(path: str) -> bool:
     """Whether it is a key, or a folder in which there can be keys.
 
-    >>> _is_listed("a.txt"), _is_listed("upload"), _is_listed("upload/"), _is_listed(".kci/")
-    (True, False, True, False)
+    >>> _is_listed("a.txt"), _is_listed("upload"), _is_listed("upload/")
+    (True, False, True)
+    >>> _is_listed(".kci/"), _is_listed(".metadata/")
+    (False, False)
     """
-    return is_valid(path + "x" if path.endswith("/") else path)
+    return is_valid(path + "x" if path.endswith("/") else path) and not is_hidden(path)
 
 
 def _identity(fd: int) -> tuple[int, int]:
