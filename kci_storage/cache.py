@@ -14,9 +14,9 @@ new record takes its place the old content is unlinked: so a record that a proce
 the content file that it names can be opened. That makes a hit two system calls, without a lock, and an overwrite
 through one worker visible to the very next request on every other one.
 
-Whoever changes an entry holds the key's lock (:meth:`Cache.writing`). A writer that dies leaves its lock file
-behind; whoever takes that lock next makes the entry *doubtful*, so that it is checked against the backend before it
-is served again, keeps a running fill from being published, and clears the writer's files away.
+Whoever changes an entry holds the key's lock (:meth:`Cache.writing`). A writer that dies leaves its lock behind;
+whoever takes that lock next makes the entry *doubtful*, so that it is checked against the backend before it is served
+again, keeps a running fill from being published, and clears the writer's files away.
 """
 
 from __future__ import annotations
@@ -456,6 +456,7 @@ class Cache:
         for name in self.locks.names():
             with self._writing_if_free(self._slot_of_digest(name)):
                 pass
+        self.locks.sweep()
 
     def contents(self) -> Iterator[tuple[os.DirEntry[str], os.stat_result]]:
         """The content files and their status, in no order."""

@@ -406,6 +406,20 @@ def remove_from(directory_fd: int, name: bytes) -> None:
     os.fsync(directory_fd)
 
 
+def link(old: Path, new: Path) -> bool:
+    """Give a file one more name; False: there is a file of that name. The folder is not flushed.
+
+    :raises FileNotFoundError: the file, or the new name's folder, is not there.
+    :raises InsufficientStorage: the disk is full.
+    """
+    with _full_disk_is_insufficient_storage():
+        try:
+            os.link(old, new)
+        except FileExistsError:
+            return False
+    return True
+
+
 def rename(old: Path, new: Path) -> None:
     """Give a file another name in its folder, which is not flushed.
 

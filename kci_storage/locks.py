@@ -1,11 +1,14 @@
 """Locks between the processes of one server, and what a lock that nobody holds any more means.
 
-A lock is a file that exists while it is held, locked by ``flock``: the kernel frees it when its
-holder dies. Its holder removes it before letting go, so that there are never more of them than locks in use. That is
-safe because whoever locks a file looks afterwards whether the path still leads to it, and else begins again.
+A lock is a name in a folder: a hard link to a *marker*, a file of its holder's process that stays locked by ``flock``
+for as long as that lives. To take a lock is to make the link, which fails where there is one; to let go is to unlink
+it. The marker serves for the next lock. So there are never more names than locks in use.
 
-So a lock file that is there and not locked was left by a writer that died. :meth:`KeyLocks.hold` tells its next
-holder so (:attr:`Lease.orphaned`), since nobody knows how far that writer had got. See docs/locking.md.
+A name whose file is not locked was left by a writer that died. :meth:`KeyLocks.hold` tells its next holder so
+(:attr:`Lease.orphaned`), since nobody knows how far that writer had got. See docs/locking.md.
+
+A new file for each lock is what it was once. ext4 lets the inode of a deleted file rest for minutes, and searches
+past all that rest for each new file: at some hundred uploads a second that took half of the processor.
 """
 
 from __future__ import annotations
@@ -13,13 +16,17 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from kci_storage import durable
 from kci_storage.errors import WriteConflict
 
+MARKERS = "markers"  # the folder of the markers, beside that of the locks
+KEPT = 64  # markers that a process keeps for its next locks
 POLL_INTERVAL = 0.01  # seconds between two tries; portalocker's own default of 0.25 would be felt by every waiter
 
 
@@ -27,40 +34,60 @@ POLL_INTERVAL = 0.01  # seconds between two tries; portalocker's own default of 
 class Lease:
     """A lock that is held."""
 
-    fd: int
     path: Path
     orphaned: bool  # whether its last holder died with it
-
-    def release(self) -> None:
-        """Remove the file, then let go."""
-        try:
-            if durable.is_file_at(self.fd, self.path):  # else an operator emptied the folder, and it is another's
-                durable.remove(self.path)
-        finally:
-            os.close(self.fd)
+    release: Callable[[], None]  # remove the name, then let go
 
 
 class KeyLocks:
     """One exclusive lock per name, over all threads and processes that use one directory.
 
-    :param directory: where the lock files lie; on a local file system.
+    :param directory: where the names are; on a local file system with hard links. The markers are in a folder beside
+        it.
     """
 
     def __init__(self, directory: Path):
         self.directory = directory
+        self._markers = _Markers(directory.with_name(MARKERS))
         durable.make_directory(directory)
 
     def try_acquire(self, name: str) -> Lease | None:
-        """The lock if it is free now, else None. The caller releases it."""
+        """The lock if it is free now, else None. The caller releases it.
+
+        :raises InsufficientStorage: the disk is full.
+        """
         path = self.directory / name
         while True:
-            fd, made = durable.open_or_make_lock_file(path)
-            if not durable.try_lock(fd):
-                os.close(fd)
+            if (marker := self._mark(path)) is not None:
+                return Lease(path, orphaned=False, release=partial(self._release, path, marker))
+            if (left := durable.NewFile.take_over(path)) is not None:
+                return Lease(path, orphaned=True, release=left.discard)
+            if self.is_present(name):  # else it has been let go of since
                 return None
-            if durable.is_file_at(fd, path):
-                return Lease(fd, path, orphaned=not made)
-            os.close(fd)
+
+    def _mark(self, path: Path) -> durable.NewFile | None:
+        """Give one of our markers that name; None: there is one."""
+        while True:
+            marker = self._markers.take()
+            try:
+                if durable.link(marker.path, path):
+                    return marker
+            except FileNotFoundError:  # an operator emptied the folders
+                marker.discard()
+                durable.make_directory(self.directory)
+                continue
+            except BaseException:
+                self._markers.put(marker)
+                raise
+            self._markers.put(marker)
+            return None
+
+    def _release(self, path: Path, marker: durable.NewFile) -> None:
+        try:
+            if durable.is_file_at(marker.fileno(), path):  # else an operator removed it, and it is another's
+                durable.remove(path)
+        finally:
+            self._markers.put(marker)
 
     @contextlib.contextmanager
     def hold(self, name: str, timeout: float) -> Iterator[Lease]:
@@ -104,3 +131,58 @@ class KeyLocks:
     def sync(self) -> None:
         """Make sure that the locks held now are found after a loss of power."""
         durable.sync_directory(self.directory)
+
+    def sweep(self) -> int:
+        """Remove the markers of processes that died; how many. The locks that they left stay."""
+        return self._markers.sweep()
+
+
+class _Markers:
+    """The files that the locks of one process are links to.
+
+    :param directory: where they lie, those of other processes too.
+    """
+
+    def __init__(self, directory: Path):
+        self._directory = directory
+        self._pid = os.getpid()
+        self._free: list[durable.NewFile] = []
+        weakref.finalize(self, _give_up, self._free, self._pid)
+
+    def take(self) -> durable.NewFile:
+        """A marker without a lock.
+
+        :raises InsufficientStorage: the disk is full.
+        """
+        if self._pid != os.getpid():  # a fork: those are the parent's, and would outlive it here
+            _give_up(self._free, self._pid)
+            self._pid = os.getpid()
+        try:
+            return self._free.pop()
+        except IndexError:
+            return durable.NewFile.unnamed(self._directory)
+
+    def put(self, marker: durable.NewFile) -> None:
+        """It has no lock any more."""
+        if len(self._free) < KEPT:
+            self._free.append(marker)
+        else:
+            marker.discard()
+
+    def sweep(self) -> int:
+        """Remove those of the dead, but for the ones to which locks lead that nobody has seen to yet; how many."""
+        with contextlib.suppress(FileNotFoundError):
+            return sum(_remove_marker(self._directory / name) for name in os.listdir(self._directory))
+        return 0
+
+
+def _remove_marker(path: Path) -> bool:
+    with durable.abandoned(path) as status:
+        return status is not None and status.st_nlink == 1 and durable.remove(path)
+
+
+def _give_up(markers: list[durable.NewFile], pid: int) -> None:
+    """Let go of markers; in a fork of the process whose they are, of no more than the descriptors."""
+    while markers:
+        marker = markers.pop()
+        marker.discard() if os.getpid() == pid else marker.close()

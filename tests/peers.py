@@ -83,7 +83,7 @@ def holders(path: Path) -> list[int]:
     found = []
     for link in Path("/proc").glob("[0-9]*/fd/*"):
         with contextlib.suppress(OSError):  # it is closed by now, or another user's
-            if os.readlink(link) == str(path) and "FLOCK" in (link.parents[1] / "fdinfo" / link.name).read_text():
+            if link.samefile(path) and "FLOCK" in (link.parents[1] / "fdinfo" / link.name).read_text():
                 found.append(int(link.parts[2]))
     return found
 

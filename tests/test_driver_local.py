@@ -50,9 +50,10 @@ fork = multiprocessing.get_context("fork")
 
 
 def inside(root: Path) -> list[str]:
-    """All that is in the folder, but for the empty folders that the driver keeps."""
-    kept = {root / name for name in (".kci", ".kci/tmp", ".kci/lock", ".kci/meta")}
-    found = (path for path in root.rglob("*") if path not in kept and path.parent != root / ".kci/meta")
+    """All that is in the folder, but for the empty folders that the driver keeps, and what locks are made of."""
+    kept = {root / name for name in (".kci", ".kci/tmp", ".kci/lock", ".kci/meta", ".kci/markers")}
+    own = {root / ".kci/meta", root / ".kci/markers"}
+    found = (path for path in root.rglob("*") if path not in kept and path.parent not in own)
     return sorted(str(path.relative_to(root)) for path in found)
 
 

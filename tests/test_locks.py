@@ -1,8 +1,12 @@
-"""One holder at a time over threads and processes, although the lock files come and go; and what the dead leave."""
+"""One holder at a time over threads and processes, although the names come and go; and what the dead leave."""
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
+import shutil
+import signal
 import threading
 from collections.abc import Iterator
 from functools import lru_cache
@@ -12,9 +16,9 @@ import pytest
 
 from kci_storage import durable
 from kci_storage.errors import InsufficientStorage, WriteConflict
-from kci_storage.locks import KeyLocks, Lease
+from kci_storage.locks import KEPT, MARKERS, KeyLocks, Lease
 from tests.disks import small_disk, use_up_inodes
-from tests.peers import Peer, peers
+from tests.peers import Peer, dies, peers
 
 TIMEOUT = 30  # seconds; what is waited for here comes much sooner
 BRIEFLY = 0.05  # seconds to wait for what does not come
@@ -204,9 +208,8 @@ class TestTheDead:
     def test_a_holder_that_came_and_died_in_between_is_not_overlooked(
         self, locks: KeyLocks, peer: Peer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """There was no file when the next one began, but there is when it opens it."""
-        for name in ("open_lock_file", "open_or_make_lock_file"):
-            monkeypatch.setattr(durable, name, after(lambda: live_and_die(peer, locks), getattr(durable, name)))
+        """There was no name when the next one began, but there is when it makes its own."""
+        monkeypatch.setattr(durable, "link", after(lambda: live_and_die(peer, locks), durable.link))
         with locks.hold_if_free("name") as lease:
             assert lease is not None
             assert lease.orphaned
@@ -226,6 +229,75 @@ def after(first, function):
         return function(*args)
 
     return call
+
+
+class TestMarkers:
+    """The files that the names lead to."""
+
+    def test_one_serves_for_lock_after_lock(self, locks: KeyLocks) -> None:
+        inodes = set()
+        for name in ("one", "two", "one"):
+            with locks.hold(name, TIMEOUT):
+                inodes.add((locks.directory / name).stat().st_ino)
+        assert len(inodes) == 1
+
+    def test_no_more_are_kept_than_are_likely_to_be_used(self, locks: KeyLocks) -> None:
+        with contextlib.ExitStack() as held:
+            for number in range(KEPT + 5):
+                held.enter_context(locks.hold(str(number), TIMEOUT))
+        assert len(markers(locks)) == KEPT
+
+    def test_those_of_the_dead_are_swept(self, locks: KeyLocks, peer: Peer) -> None:
+        with locks.hold("mine", TIMEOUT):
+            peer.call(is_free, locks.directory, "another")
+            assert locks.sweep() == 0
+            peer.kill()
+            assert locks.sweep() == 1
+            assert not locks_in(locks.directory).try_acquire("mine")
+
+    def test_a_lock_that_nobody_has_seen_to_keeps_its_own(self, locks: KeyLocks, peer: Peer) -> None:
+        peer.call(take, locks.directory, "name")
+        peer.kill()
+        assert locks.sweep() == 0
+        with locks.hold("name", timeout=0) as lease:
+            assert lease.orphaned
+        assert locks.sweep() == 1
+
+    def test_a_fork_has_its_own(self, locks: KeyLocks, peer: Peer) -> None:
+        """A lock of a dead fork would else seem to be held for as long as its parent lives."""
+        peer.call(fork_and_die, locks.directory)
+        with locks.hold("of the fork", timeout=0) as lease:
+            assert lease.orphaned
+        assert peer.call(is_free, locks.directory, "name")
+
+    def test_they_go_with_their_process(self, tmp_path: Path) -> None:
+        made = KeyLocks(tmp_path / "locks")
+        with made.hold("name", TIMEOUT):
+            assert len(markers(made)) == 1
+        del made
+        gc.collect()
+        assert os.listdir(tmp_path / MARKERS) == []
+
+    def test_they_are_made_again(self, locks: KeyLocks) -> None:
+        """An operator empties the cache directory of a running server."""
+        for _ in range(2):
+            with locks.hold("name", TIMEOUT) as lease:
+                assert not lease.orphaned
+            shutil.rmtree(locks.directory.with_name(MARKERS))
+            locks.directory.rmdir()
+
+
+def markers(locks: KeyLocks) -> list[str]:
+    return os.listdir(locks.directory.with_name(MARKERS))
+
+
+def fork_and_die(directory: Path) -> None:
+    def die() -> None:
+        take(directory, "of the fork")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert is_free(directory, "name")  # so that there is a marker
+    assert dies(die)
 
 
 def test_a_full_disk_is_said(tmp_path: Path) -> None:

@@ -164,6 +164,7 @@ class LocalDriver(Driver):
         with _own_errors():
             for directory in (self._temporary, self._lock_directory):
                 removed += sum(durable.remove_if_unlocked(path) for path in _files_in(directory))
+            self._locks.sweep()
             for path, key, identity in self._records:
                 if self._identity_text(key) != identity:
                     removed += self._remove_orphan(path, key, identity)
