@@ -13,8 +13,9 @@ from flask import Flask
 from werkzeug.middleware.proxy_fix import ProxyFix
 
 from kci_storage import drivers, logs, memory
+from kci_storage.archive import Archives
 from kci_storage.auth import Authenticator, Permissions
-from kci_storage.blueprints import admin, auth, browse, downloads, failures, uploads
+from kci_storage.blueprints import admin, archives, auth, browse, downloads, failures, uploads
 from kci_storage.blueprints.routing import KeyConverter
 from kci_storage.cache import Cache
 from kci_storage.config import DEBUG_VARIABLES, Config, load
@@ -27,6 +28,7 @@ from kci_storage.misses import Misses
 from kci_storage.objects import Objects
 from kci_storage.sending import Responder
 from kci_storage.transport import Exchange, Transport
+from kci_storage.unpacking import Limits
 from kci_storage.upload import Uploads
 
 
@@ -40,6 +42,7 @@ class Services:
     objects: Objects
     responder: Responder
     uploads: Uploads
+    archives: Archives
     authenticator: Authenticator
     permissions: Permissions
     metrics: Metrics
@@ -71,8 +74,8 @@ def create_app(config: Config | None = None) -> Flask:
     app.url_map.converters["path"] = KeyConverter
     app.extensions["kci_storage"] = services
     services.metrics.watch(app)
-    for blueprint in (admin.blueprint, auth.blueprint, browse.blueprint, uploads.blueprint, downloads.blueprint):
-        app.register_blueprint(blueprint)
+    for module in (admin, archives, auth, browse, uploads, downloads):
+        app.register_blueprint(module.blueprint)
     failures.install(app)
     app.wsgi_app = transport(app.wsgi_app, services)  # type: ignore[method-assign]
     return app
@@ -97,6 +100,15 @@ def build_services(config: Config) -> Services:
         at_once=fills_at_once(config),
         queue_size=server.threads // 2,  # the other half is for those who need not wait
     )
+    uploads = Uploads(
+        measured,
+        cache,
+        misses,
+        metrics,
+        cached=local is None,
+        lock_timeout=server.lock_timeout,
+        max_bytes=server.max_upload_bytes,
+    )
     return Services(
         config=config,
         driver=measured,
@@ -112,15 +124,8 @@ def build_services(config: Config) -> Services:
             revalidate_after=config.cache.revalidate_after,
         ),
         responder=Responder(server.cache_control, config.cache.directory, server.accel_redirect),
-        uploads=Uploads(
-            measured,
-            cache,
-            misses,
-            metrics,
-            cached=local is None,
-            lock_timeout=server.lock_timeout,
-            max_bytes=server.max_upload_bytes,
-        ),
+        uploads=uploads,
+        archives=Archives(uploads, metrics, archive_limits(config), config.archive.parallelism),
         authenticator=Authenticator(config.secrets),
         permissions=Permissions(config.users),
         metrics=metrics,
@@ -131,6 +136,12 @@ def build_services(config: Config) -> Services:
 def fills_at_once(config: Config) -> int:
     """This worker's share of ``max_fills``."""
     return -(-config.cache.max_fills // config.server.worker_count)
+
+
+def archive_limits(config: Config) -> Limits:
+    """How large an archive may be; each of its files is an upload, too."""
+    largest = min(config.archive.max_file_bytes, config.server.max_upload_bytes)
+    return Limits(config.archive.max_files, largest, config.archive.max_total_bytes)
 
 
 def disks(config: Config, local: LocalObjects | None) -> list[Path]:

@@ -83,6 +83,14 @@ class Permissions:
         if self._rules and not any(rule.covers(key) for rule in self._rules.get(email, ())):
             raise Forbidden("this token has no permission for this key", detail=f"{email!r} may not write {key!r}")
 
+    def check_folder(self, email: str, folder: str) -> None:
+        """Nothing, when the user may write some key in the folder; empty: the root.
+
+        :raises Forbidden: the user may write none.
+        """
+        if self._rules and not any(rule.reaches(folder) for rule in self._rules.get(email, ())):
+            raise Forbidden("this token has no permission there", detail=f"{email!r} may not write into {folder!r}")
+
 
 def issue(email: str, secret: str, expires_days: float | None) -> str:
     """A token for a user.
@@ -162,6 +170,11 @@ class _Rule(NamedTuple):
         if not key.startswith(self.start):
             return False
         return not self.whole_segments or key[len(self.start) : len(self.start) + 1] in ("", "/")
+
+    def reaches(self, folder: str) -> bool:
+        """Whether it covers some key in the folder: all of them, or those below a folder in there."""
+        inside = f"{folder}/" if folder else ""
+        return self.start.startswith(inside) or self.covers(f"{inside}x")
 
 
 def _rule(prefix: str) -> _Rule:

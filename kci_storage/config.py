@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 
 CONFIG_VARIABLE = "KCI_STORAGE_CONFIG"
 PORT_VARIABLE = "KCI_STORAGE_PORT"
+PARALLELISM_VARIABLE = "KCI_STORAGE_ARCHIVE_PARALLELISM"
 DEBUG_VARIABLES = ("STORAGE_DEBUG", "STORAGE_VERBOSE")  # one of them not empty: debug logging
 DEFAULT_FILE = "config.toml"
 
@@ -249,6 +250,22 @@ class CacheConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class ArchiveConfig:
+    """``[archive]``: archives that are unpacked by the server."""
+
+    max_files: int = _setting(10_000, "the most files in one archive", unit="files", minimum=1, maximum=1_000_000)
+    max_file_bytes: int = _setting(
+        536_870_912, "the largest file in an archive, unpacked", unit="bytes", minimum=1, maximum=_MOST_BYTES
+    )
+    max_total_bytes: int = _setting(
+        2_147_483_648, "all files of an archive, unpacked", unit="bytes", minimum=1, maximum=_MOST_BYTES
+    )
+    parallelism: int = _setting(
+        64, "files of archives that a worker uploads at the same time", unit="files", minimum=1, maximum=1024
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class User:
     """``[[users]]``: who may write where. Without any, every valid token may write everywhere."""
 
@@ -287,6 +304,7 @@ class Config:
     azure: AzureConfig = AzureConfig()
     local: LocalConfig = LocalConfig()
     cache: CacheConfig = CacheConfig()
+    archive: ArchiveConfig = ArchiveConfig()
     users: tuple[User, ...] = ()
     plugins: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, repr=False)  # may hold secrets
 
@@ -301,6 +319,7 @@ SECTIONS: Mapping[str, type[Any]] = {
     "azure": AzureConfig,
     "local": LocalConfig,
     "cache": CacheConfig,
+    "archive": ArchiveConfig,
 }
 
 
@@ -339,7 +358,8 @@ def load(path: Path | None = None, environ: Mapping[str, str] = os.environ) -> C
 
     :param path: the file; None: the one that ``KCI_STORAGE_CONFIG`` names, else ``config.toml`` in the working
         directory. Relative paths in it are relative to its folder.
-    :param environ: where ``KCI_STORAGE_CONFIG`` and ``KCI_STORAGE_PORT`` are looked up; an empty one counts as unset.
+    :param environ: where ``KCI_STORAGE_CONFIG``, ``KCI_STORAGE_PORT`` and ``KCI_STORAGE_ARCHIVE_PARALLELISM`` are
+        looked up; an empty one counts as unset.
     :raises ConfigError: the file cannot be read, or something in it is wrong.
     """
     file = _File(Path(path or environ.get(CONFIG_VARIABLE) or DEFAULT_FILE), environ)
@@ -347,6 +367,9 @@ def load(path: Path | None = None, environ: Mapping[str, str] = os.environ) -> C
     port = environ.get(PORT_VARIABLE)
     if port:
         config = dataclasses.replace(config, server=_with_port(config.server, port))
+    parallelism = environ.get(PARALLELISM_VARIABLE)
+    if parallelism:
+        config = dataclasses.replace(config, archive=_with_parallelism(config.archive, parallelism))
     return config
 
 
@@ -357,6 +380,13 @@ def _with_port(server: ServerConfig, port: str) -> ServerConfig:
     if split_bind(bind) is None:
         raise ConfigError(f"{PORT_VARIABLE}: expected a port from 1 to 65535, got {port!r}")
     return dataclasses.replace(server, bind=bind)
+
+
+def _with_parallelism(archive: ArchiveConfig, text: str) -> ArchiveConfig:
+    setting = settings(ArchiveConfig)["parallelism"].metadata["setting"]
+    if not re.fullmatch("[0-9]{1,9}", text) or not _fits(int, setting, int(text)):
+        raise ConfigError(f"{PARALLELISM_VARIABLE}: expected {expectation(setting, int)}, got {_shown(text)}")
+    return dataclasses.replace(archive, parallelism=int(text))
 
 
 _FILE = "_file"  # after a secret's name: the file that holds it

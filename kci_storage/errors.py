@@ -36,6 +36,10 @@ class BadForm(BadRequest):
     """The multipart form is malformed, has no file, or names one key twice."""
 
 
+class BadArchive(BadRequest):
+    """The archive is broken or too large, or has something in it that cannot be stored."""
+
+
 class DigestMismatch(BadRequest):
     """The body is not what its ``Content-MD5`` or ``Repr-Digest`` promised."""
 
@@ -113,6 +117,7 @@ TABLE: dict[type[StorageError], Meaning] = {
     BadRequest: Meaning(400, "Bad Request", "bad_request"),
     BadKey: Meaning(400, "Bad Key", "bad_key"),
     BadForm: Meaning(400, "Bad Form", "bad_form"),
+    BadArchive: Meaning(400, "Bad Archive", "bad_archive"),
     DigestMismatch: Meaning(400, "Digest Mismatch", "digest_mismatch"),
     ClientDisconnected: Meaning(400, "Incomplete Body", "client_disconnected"),
     Unauthorized: Meaning(401, "Unauthorized", "unauthorized"),

@@ -42,10 +42,20 @@ def for_upload(path: str, filename: str) -> str:
     >>> for_upload("/testfolder/", "local_folder//local_file")
     'testfolder/local_folder/local_file'
     """
-    folder, name = _without_spare_slashes(path), _without_spare_slashes(filename)
+    prefix, name = folder(path), _without_spare_slashes(filename)
     if not name:
         raise BadKey("the file name is empty")
-    return check(name if folder in ("", ".") else f"{folder}/{name}")
+    return check(f"{prefix}/{name}" if prefix else name)
+
+
+def folder(path: str) -> str:
+    """What a form's field ``path`` means, not checked; empty: the root.
+
+    >>> folder("/testfolder/"), folder(".")
+    ('testfolder', '')
+    """
+    prefix = _without_spare_slashes(path)
+    return "" if prefix == "." else prefix
 
 
 def for_put(path_info: str) -> str:

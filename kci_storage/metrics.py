@@ -57,6 +57,12 @@ _filling = Gauge("kci_storage_fills_in_progress", "Cold objects on their way in"
 _evicted_files = Counter("kci_storage_evicted_files", "Copies removed to make room")
 _evicted_bytes = Counter("kci_storage_evicted_bytes", "Bytes of the copies removed to make room")
 _uploads = Counter("kci_storage_uploads", "Files uploaded, by result", ["result"])
+_archives = Counter("kci_storage_archives", "Archives uploaded, by result", ["result"])
+_archiving = Gauge(
+    "kci_storage_archives_in_progress", "Archives being received or uploaded", multiprocess_mode="livesum"
+)
+_archived_files = Counter("kci_storage_archive_files", "Files of archives, by whether they were stored", ["result"])
+_archived_bytes = Counter("kci_storage_archive_bytes", "Bytes of the files of archives that were stored, unpacked")
 _lock_seconds = Histogram(
     "kci_storage_lock_wait_seconds", "Waiting for another writer of the same key", buckets=(0.01, 0.1, 1, 5, 30)
 )
@@ -106,6 +112,10 @@ class Metrics:
         for label in ("ok", *(row.label for row in TABLE.values())):
             _uploads.labels(label)
             _fills.labels(label)
+            _archives.labels(label)
+        _archives.labels("partial_failure")
+        for label in ("ok", "failed"):
+            _archived_files.labels(label)
 
     def request_finished(self, exchange: Exchange) -> None:
         """A response has gone out, or the client is gone."""
@@ -157,6 +167,25 @@ class Metrics:
     def uploaded(self) -> None:
         """A file was stored."""
         _uploads.labels("ok").inc()
+
+    @contextlib.contextmanager
+    def archiving(self) -> Iterator[None]:
+        """An archive is received and uploaded during the block; an error means that nothing of it was stored."""
+        _archiving.inc()
+        try:
+            yield
+        except Exception as exc:
+            _archives.labels(_label(exc)).inc()
+            raise
+        finally:
+            _archiving.dec()
+
+    def archived(self, uploaded: int, failed: int, size: int) -> None:
+        """So many files of an archive were stored, of so many bytes in all, and so many were not."""
+        _archives.labels("partial_failure" if failed else "ok").inc()
+        _archived_files.labels("ok").inc(uploaded)
+        _archived_files.labels("failed").inc(failed)
+        _archived_bytes.inc(size)
 
     @contextlib.contextmanager
     def waiting_for(self, lock: AbstractContextManager[None]) -> Iterator[None]:

@@ -17,8 +17,9 @@ MODULES = {
     if path.name != "__init__.py"
 }
 
-PURE = {"keys", "http_semantics", "media", "errors", "problems", "sizes"}
+PURE = {"keys", "http_semantics", "media", "errors", "problems", "sizes", "unpacking"}
 SERVICES = {
+    "archive",
     "upload",
     "forms",
     "digests",

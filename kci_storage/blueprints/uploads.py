@@ -118,13 +118,7 @@ def replacement_rule() -> Callable[[str | None], bool] | None:
 def report(stored: list[Stored], status: int) -> Response:
     """What was stored, for the client and for the log."""
     for item in stored:
-        info = item.info
-        log.info(
-            logs.logfmt(
-                event="stored", key=info.key, size=info.size, sha256=item.sha256, user=exchange().user,
-                request_id=exchange().request_id,
-            )
-        )  # fmt: skip
+        log_stored(item, exchange().user, exchange().request_id)
     files = [
         {
             "path": item.info.key,
@@ -138,3 +132,13 @@ def report(stored: list[Stored], status: int) -> Response:
     response = jsonify({"files": files})
     response.status_code = status
     return response
+
+
+def log_stored(stored: Stored, user: str | None, request_id: str) -> None:
+    """Have the log say who stored a file."""
+    info = stored.info
+    log.info(
+        logs.logfmt(
+            event="stored", key=info.key, size=info.size, sha256=stored.sha256, user=user, request_id=request_id
+        )
+    )

@@ -1,0 +1,80 @@
+"""``POST /v1/archive``: an archive, whose files become objects."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+from flask import Blueprint, Response, g
+
+from kci_storage import logs
+from kci_storage.archive import ArchivePlan, ArchiveReport
+from kci_storage.blueprints.failures import storage_error
+from kci_storage.blueprints.routing import authenticated, exchange, services
+from kci_storage.blueprints.uploads import admitted_body, form_boundary, log_stored, stored_type
+from kci_storage.errors import StorageError
+from kci_storage.forms import FORM_OVERHEAD
+
+blueprint = Blueprint("archives", __name__)
+log = logging.getLogger(__name__)
+
+
+@blueprint.post("/v1/archive")
+def archive() -> Response:
+    """Store the files of an archive, each as if it had been uploaded alone."""
+    with services().metrics.archiving():
+        report = services().archives.store(admitted_body(FORM_OVERHEAD), form_boundary(), plan(authenticated()))
+    services().metrics.archived(report.uploaded, len(report.failures), report.size)
+    log_archive(report)
+    return answer("partial_failure" if report.failures else "ok", 500 if report.failures else 200, report)
+
+
+def plan(email: str) -> ArchivePlan:
+    """What the request says of the archive's files."""
+    request_id, permissions = exchange().request_id, services().permissions
+
+    def admit_folder(folder: str) -> None:
+        g.prefix = folder
+        permissions.check_folder(email, folder)
+
+    return ArchivePlan(
+        admit_folder=admit_folder,
+        admit=lambda key: permissions.check(email, key),
+        content_type=stored_type(),
+        stored=lambda stored: log_stored(stored, email, request_id),
+    )
+
+
+@blueprint.errorhandler(StorageError)
+def refused(error: StorageError) -> Response:
+    """The answer to an archive of which nothing was stored: the error's, as JSON."""
+    plain = storage_error(error)
+    response = answer("error", plain.status_code, ArchiveReport(g.get("prefix", ""), failures=[error.message]))
+    for name, value in plain.headers:
+        if name.lower() not in ("content-type", "content-length"):
+            response.headers[name] = value
+    return response
+
+
+def answer(status: str, code: int, report: ArchiveReport) -> Response:
+    """What came of an archive, for its client."""
+    document = {
+        "status": status,
+        "uploaded": report.uploaded,
+        "failed": len(report.failures) if status != "error" else 0,
+        "bytes": report.size,
+        "prefix": report.prefix,
+        "failures": report.failures,
+    }
+    return Response(json.dumps(document) + "\n", code, content_type="application/json")
+
+
+def log_archive(report: ArchiveReport) -> None:
+    """What came of an archive, for the log."""
+    level = logging.WARNING if report.failures else logging.INFO
+    line = logs.logfmt(
+        event="archive_stored", prefix=report.prefix, uploaded=report.uploaded, failed=len(report.failures),
+        size=report.size, first_failure=report.failures[0] if report.failures else None, user=exchange().user,
+        request_id=exchange().request_id,
+    )  # fmt: skip
+    log.log(level, line)
