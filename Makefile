@@ -6,10 +6,10 @@ ARGS ?=
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check demo bench clean
+.PHONY: help run test check demo bench screenshots clean
 
 help: ## print this
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-6s  %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s  %s\n", $$1, $$2 }' Makefile
 
 run: $(VENV)/run.stamp ## start the server on local disk, with lines to paste (KCI_STORAGE_PORT=… for another port)
 	@$(VENV)/bin/python tools/run.py
@@ -28,6 +28,9 @@ demo: $(VENV)/test.stamp ## upload and download an arm64 kernel package, or DEMO
 bench: $(VENV)/test.stamp ## measure the server beside nginx, Varnish and bare gunicorn (BENCH_QUICK=1, ARGS="hits cold")
 	@tools/azurite.sh .tools $(VENV)
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/python -m benchmarks $(ARGS)
+
+screenshots: $(VENV)/test.stamp ## take the pictures in docs/ again, with Debian's Chromium
+	@$(VENV)/bin/python tools/screenshots.py
 
 clean: ## remove what make has made, but for config.toml and the stored files
 	rm -rf $(VENV) .tools build dist *.egg-info .pytest_cache .hypothesis .ruff_cache

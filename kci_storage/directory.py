@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
-from kci_storage import keys
+from kci_storage import keys, media
 from kci_storage.drivers.base import Driver, ObjectInfo
 from kci_storage.errors import ObjectNotFound
 from kci_storage.http_semantics import etag_header, http_date
+from kci_storage.kinds import Mark, mark
 
 TOP = "/v1/browse/"  # since / is the status line
 _DIGITS = re.compile(r"([0-9]+)")
@@ -50,6 +51,17 @@ class File:
         """Where it is downloaded."""
         return "/" + quote(self.info.key)
 
+    @property
+    def view_url(self) -> str | None:
+        """Where a browser shows it unpacked; None for what is no compressed text."""
+        shown_as = media.for_reading(self.info.content_type, self.info.key)
+        return f"{self.url}?view=1" if shown_as is not None else None
+
+    @property
+    def mark(self) -> Mark:
+        """What it is to people."""
+        return mark(self.name)
+
 
 @dataclass(frozen=True, slots=True)
 class Directory:
@@ -58,7 +70,18 @@ class Directory:
     prefix: str  # empty, or with a trailing slash
     folders: Sequence[Folder]
     files: Sequence[File]
-    next_url: str | None  # of the next page; None: this was the last one
+    next_url: str | None = None  # of the next page; None: this was the last one
+    continues: bool = False  # whether another page comes before this one
+
+    @property
+    def url(self) -> str:
+        """Its first page."""
+        return directory_url(self.prefix)
+
+    @property
+    def size(self) -> int:
+        """Of the files on the page, in bytes."""
+        return sum(file.info.size for file in self.files)
 
     @property
     def ancestors(self) -> list[Folder]:
@@ -110,6 +133,7 @@ def browse(driver: Driver, prefix: str, marker: str | None) -> Directory:
         sorted(folders, key=lambda folder: natural(folder.name)),
         sorted(files, key=lambda file: natural(file.name)),
         next_url,
+        continues=marker is not None,
     )
 
 

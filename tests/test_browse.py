@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import re
+import time
+from email.utils import parsedate_to_datetime
 from html.parser import HTMLParser
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 import pytest
 import requests
 
+from kci_storage.blueprints.browse import MARKS
 from kci_storage.directory import Directory, Folder
+from kci_storage.kinds import Kind, mark
 from kci_storage.sizes import readable_size
+from tests.faultproxy import fault_proxy
 
 MARKUP = '<img src=x onerror="alert(1)">&amp;.txt'
 FILES = (
@@ -25,30 +32,32 @@ FILES = (
 
 
 class Links(HTMLParser):
-    """The links of a page, by their text."""
+    """The links of a page, by their text, or by what a screen reader says instead; and its tags in their order."""
 
     def __init__(self, page: str):
         super().__init__()
         self.found: dict[str, str] = {}
+        self.tags: list[str] = []
         self._url: str | None = None
+        self._label: str | None = None
         self._text = ""
         self.feed(page)
 
     def handle_starttag(self, tag, attrs):
-        assert tag not in ("img", "script"), "a name became markup"
+        self.tags.append(tag)
         if tag == "a":
-            self._url, self._text = dict(attrs)["href"], ""
+            self._label, self._url, self._text = dict(attrs).get("aria-label"), dict(attrs)["href"], ""
 
     def handle_data(self, data):
         self._text += data
 
     def handle_endtag(self, tag):
         if tag == "a":
-            self.found[self._text] = self._url
+            self.found[self._label or self._text] = self._url
 
 
 def put(server, key: str) -> None:
-    url = f"{server.url}/{requests.utils.quote(key, safe='/')}"
+    url = f"{server.url}/{quote(key)}"
     response = requests.put(url, data=b"12345", headers=server.headers("a@example.com"), timeout=30)
     assert response.status_code in (200, 201), response.text
 
@@ -84,7 +93,6 @@ def test_json_says_of_a_file_what_its_download_says(stored):
 def test_html_links_lead_everywhere_and_back(stored):
     response = get(stored, "/pages/")
     assert response.headers["Content-Type"] == "text/html; charset=utf-8"
-    assert "default-src 'none'" in response.headers["Content-Security-Policy"]
     links = Links(response.text).found
     assert links["../"] == "/v1/browse/"
     assert get(stored, links["build-10.log"]).content == b"12345"
@@ -94,10 +102,58 @@ def test_html_links_lead_everywhere_and_back(stored):
     assert below["../"] == "/pages/"
 
 
-def test_html_shows_sizes_and_dates(stored):
+def test_html_shows_sizes_and_dates_and_exactly_what_they_are_on_hover(stored):
     page = get(stored, "/pages/").text
     assert '<td class="size" title="5 bytes">5 B</td>' in page
-    assert re.search(r'<time datetime="\d{4}-\d\d-\d\dT\d\d:\d\dZ">\d{4}-\d\d-\d\d \d\d:\d\d</time>', page)
+    (date, *_) = re.findall(r'<time datetime="(.*?)Z" title="(.*?) UTC">(.*?)</time>', page)
+    listed = get(stored, "/pages/", Accept="application/json").json()["files"][0]
+    changed = time.gmtime(parsedate_to_datetime(listed["last_modified"]).timestamp())
+    assert date == tuple(time.strftime(form, changed) for form in ("%Y-%m-%dT%H:%M:%S", "%F %T", "%F %H:%M"))
+
+
+def test_compressed_texts_and_nothing_else_can_be_read_from_the_page(server):
+    for name in ("boot.log.gz", "results.json.gz", "boot.log", "Image.gz", "page.html.gz", "modules.tar.gz"):
+        put(server, f"reading/{name}")
+    links = Links(get(server, "/reading/").text).found
+    assert {text: url for text, url in links.items() if text.startswith("read ")} == {
+        "read boot.log.gz": "/reading/boot.log.gz?view=1",
+        "read results.json.gz": "/reading/results.json.gz?view=1",
+    }
+
+
+def test_nothing_but_the_page_s_own_style_and_script_is_allowed(stored):
+    response = get(stored, "/pages/")
+    policy = response.headers["Content-Security-Policy"]
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    for tag in ("style", "script"):
+        (text,) = re.findall(f"<{tag}>(.*?)</{tag}>", response.text, flags=re.S)
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        assert f"{tag}-src 'sha256-{digest}'" in policy
+    assert Links(response.text).tags.count("script") == 1
+    assert "img" not in Links(response.text).tags
+
+
+def test_a_page_is_sent_compressed_to_whoever_understands_that(stored):
+    plain = get(stored, "/pages/", **{"Accept-Encoding": "identity"})
+    small = get(stored, "/pages/", **{"Accept-Encoding": "gzip"})
+    unwanted = get(stored, "/pages/", **{"Accept-Encoding": "gzip;q=0, br"})
+    assert "Content-Encoding" not in {*plain.headers, *unwanted.headers}
+    assert small.headers["Content-Encoding"] == "gzip"
+    assert int(small.headers["Content-Length"]) < int(plain.headers["Content-Length"]) / 2
+    assert plain.text == small.text == unwanted.text
+    assert small.headers["Vary"] == "Accept, Accept-Encoding"
+
+
+def test_a_page_costs_azure_one_listing(azurite, start_server):
+    with fault_proxy(azurite) as proxy:
+        server = start_server("azure", server={"workers": 1}, azure={"endpoint": proxy.endpoint})
+        for key in ("a/1.log", "a/2.log", "a/b/3.log", "a/b/c/4.log"):
+            put(server, key)
+        before = len(proxy.requests)
+        assert get(server, "/a/", Accept="application/json").json()["folders"]
+        asked = [request.operation for request in proxy.requests[before:]]
+    assert asked == ["GET list"]
 
 
 def test_the_top_level_has_a_page_of_its_own(stored):
@@ -130,10 +186,12 @@ def test_many_files_come_in_pages_that_together_are_all(local_server):
         page = get(local_server, url, Accept="application/json").json()
         assert len(page["files"]) <= 1_000
         seen += [file["name"] for file in page["files"]]
+        links = Links(get(local_server, url).text).found
+        assert links.get("Next page") == page["next"]
+        assert links.get("First page") == ("/many/" if pages else None)
         url, pages = page["next"], pages + 1
     assert pages == 3
     assert sorted(seen) == sorted(names)
-    assert Links(get(local_server, "/many/").text).found["more files"].startswith("/many/?marker=")
 
 
 def test_head_is_get_without_the_page(stored):
@@ -144,10 +202,10 @@ def test_head_is_get_without_the_page(stored):
 
 
 def test_the_way_up_is_known():
-    directory = Directory("a/b/c/", [], [], None)
+    directory = Directory("a/b/c/", [], [])
     assert directory.ancestors == [Folder("a/"), Folder("a/b/"), Folder("a/b/c/")]
     assert directory.parent_url == "/a/b/"
-    assert unquote(Directory("a/", [], [], None).parent_url) == "/v1/browse/"
+    assert unquote(Directory("a/", [], []).parent_url) == "/v1/browse/"
 
 
 @pytest.mark.parametrize(
@@ -156,3 +214,34 @@ def test_the_way_up_is_known():
 )
 def test_sizes_are_readable(size, text):
     assert readable_size(size) == text
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        (Kind.ARCHIVE, "modules.tar.xz modules.tgz a.zip core.gz kselftest.tar.zst rootfs.tar.gz"),
+        (Kind.CONFIG, "config .config kernel.config defconfig multi_v7_defconfig metadata.json job.yaml"),
+        (Kind.DEVICE_TREE, "sm8250.dtb overlay.DTBO"),
+        (Kind.DISK, "rootfs.cpio.gz rootfs.ext4.zst initrd.img initrd.gz ramdisk root.squashfs"),
+        (Kind.KERNEL, "Image Image.gz bzImage zImage uImage xipImage vmlinux vmlinux.xz vmlinuz-6.1.0-28-amd64"),
+        (Kind.OTHER, "a imager fileImage build.id gz .gz c a.b"),
+        (Kind.PACKAGE, "linux-image-6.18_arm64.deb kernel.rpm"),
+        (Kind.PATCH, "0001-fix.patch sm8250.dts series.mbox"),
+        (Kind.PICTURE, "chart.svg image.png"),
+        (Kind.TEXT, "build.log build.log.gz lava-1.LOG.XZ vmlinux.log System.map SHA256.txt"),
+    ],
+    ids=lambda value: value.name if isinstance(value, Kind) else "",
+)
+def test_a_name_says_what_a_file_is(kind, names):
+    assert {name: mark(name).kind for name in names.split()} == dict.fromkeys(names.split(), kind)
+
+
+def test_a_mark_says_in_words_how_a_file_is_compressed():
+    assert [mark(name).words for name in ("a.log", "a.log.gz", "a.tar.zst", "a.txz", "a.gz")] == [
+        "text", "text, gzip", "archive, zstd", "archive, xz", "archive, gzip"
+    ]  # fmt: skip
+
+
+def test_every_kind_has_a_mark():
+    drawn = set(re.findall(r'<symbol id="(.*?)"', MARKS))
+    assert drawn == {kind.value for kind in Kind} | {"folder", "up"}

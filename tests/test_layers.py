@@ -17,7 +17,7 @@ MODULES = {
     if path.name != "__init__.py"
 }
 
-PURE = {"keys", "http_semantics", "media", "errors", "problems", "sizes", "unpacking"}
+PURE = {"csp", "keys", "kinds", "http_semantics", "media", "errors", "problems", "sizes", "unpacking"}
 SERVICES = {
     "archive",
     "upload",

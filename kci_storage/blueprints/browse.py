@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import gzip
 import time
+from importlib import resources
 
 from flask import Blueprint, Response, jsonify, render_template, request
+from markupsafe import Markup
 
-from kci_storage import keys
+from kci_storage import csp, keys
 from kci_storage.blueprints.routing import exchange, services
-from kci_storage.directory import TOP, browse
+from kci_storage.directory import TOP, Directory, browse
 from kci_storage.errors import BadKey, ObjectNotFound
 from kci_storage.http_semantics import prefers_json
 from kci_storage.sizes import readable_size
 
 blueprint = Blueprint("browse", __name__)
 
-# A page of names that anybody may have chosen: nothing of it runs, and nothing is fetched.
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; frame-ancestors 'none'"
+
+def _own(name: str) -> Markup:
+    """A file of the page, which we wrote: not to be escaped."""
+    return Markup(resources.files("kci_storage").joinpath("templates", name).read_text(encoding="utf-8"))
+
+
+STYLE, SCRIPT, MARKS = _own("directory.css"), _own("directory.js"), _own("marks.svg")
+# The names on a page may be anybody's: of what they could make it hold, nothing runs. Style and script are in the
+# page itself, so that it never meets another version's, whichever server of several answers.
+POLICY = csp.policy(STYLE, SCRIPT, "img-src data:")
 
 
 @blueprint.get(TOP)
@@ -42,18 +53,55 @@ def directory() -> Response:
 def directory_page(prefix: str) -> Response:
     """One page of the level below the prefix."""
     listed = browse(services().driver, prefix, request.args.get("marker"))
-    if prefers_json(request.headers.get("Accept"), over="text/html"):
-        response = jsonify(listed.to_fields())
-    else:
-        response = Response(
-            render_template("directory.html", listed=listed, readable_size=readable_size, date=date),
-            content_type="text/html; charset=utf-8",
-        )
-        response.headers["Content-Security-Policy"] = POLICY
-        response.headers["Referrer-Policy"] = "no-referrer"
+    as_json = prefers_json(request.headers.get("Accept"), over="text/html")
+    response = jsonify(listed.to_fields()) if as_json else html(listed)
     response.headers["X-Content-Type-Options"] = "nosniff"
-    response.headers["Vary"] = "Accept"
+    response.headers["Vary"] = "Accept, Accept-Encoding"
+    return compressed(response)
+
+
+def html(listed: Directory) -> Response:
+    """The page for people."""
+    page = render_template(
+        "directory.html",
+        listed=listed,
+        style=STYLE,
+        script=SCRIPT,
+        marks=MARKS,
+        summary=summary,
+        readable_size=readable_size,
+        date=date,
+        to_the_second=to_the_second,
+    )
+    response = Response(page, content_type="text/html; charset=utf-8")
+    response.headers["Content-Security-Policy"] = POLICY
+    response.headers["Referrer-Policy"] = "no-referrer"
     return response
+
+
+def compressed(response: Response) -> Response:
+    """The same page with a tenth of the bytes, for whoever understands that: a thousand names are half a MiB.
+
+    It has no ETag that would have to change with the encoding.
+    """
+    if request.accept_encodings["gzip"] > 0:
+        response.set_data(gzip.compress(response.get_data(), compresslevel=1, mtime=0))
+        response.headers["Content-Encoding"] = "gzip"
+    return response
+
+
+def summary(listed: Directory) -> str:
+    """What a page holds, in words.
+
+    >>> summary(Directory("a/", [], []))
+    'empty'
+    """
+    counts = [("folder", len(listed.folders)), ("file", len(listed.files))]
+    parts = [f"{count:,} {noun}{'s' if count > 1 else ''}" for noun, count in counts if count]
+    if listed.files:
+        parts.append(readable_size(listed.size))
+    is_part = listed.next_url is not None or listed.continues
+    return (" · ".join(parts) or "empty") + (" on this page" if is_part else "")
 
 
 def date(timestamp: int) -> str:
@@ -63,3 +111,12 @@ def date(timestamp: int) -> str:
     '1970-01-01 00:00'
     """
     return time.strftime("%Y-%m-%d %H:%M", time.gmtime(timestamp))
+
+
+def to_the_second(timestamp: int) -> str:
+    """A time to the second, UTC.
+
+    >>> to_the_second(0)
+    '1970-01-01 00:00:00'
+    """
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(timestamp))

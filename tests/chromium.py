@@ -1,0 +1,77 @@
+"""A real browser for tests: Debian's Chromium, without a window, driven by Playwright."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+from playwright.sync_api import Browser, ConsoleMessage, Dialog, Error, Page, sync_playwright
+
+SECONDS = 30  # for which anything is waited for; a loaded machine needs a few
+DESKTOP = {"width": 1280, "height": 800}
+PHONE = {"width": 390, "height": 844}
+
+
+def is_installed() -> bool:
+    """Whether there is a Chromium."""
+    return shutil.which("chromium") is not None
+
+
+@contextlib.contextmanager
+def running_chromium() -> Iterator[Browser]:
+    """A browser, which ends with the block. It is Debian's: Playwright would else look for one that it downloaded."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=shutil.which("chromium"),
+            args=["--disable-dev-shm-usage"],  # containers have little of it
+        )
+        yield browser
+        browser.close()
+
+
+class Visit:
+    """Somebody with a browser: what they see, and what went wrong in it.
+
+    :param settings: of Playwright's context, such as ``color_scheme="dark"``.
+    """
+
+    def __init__(self, browser: Browser, url: str, **settings: Any):
+        self._context = browser.new_context(base_url=url, **{"viewport": DESKTOP, **settings})
+        self._context.set_default_timeout(SECONDS * 1000)
+        self.complaints: list[str] = []
+        self.expected = "(?!)"  # which of them are no fault, as a pattern
+        self.asked: list[str] = []
+        self.page: Page = self._context.new_page()
+        self.page.on("console", self._on_message)
+        self.page.on("pageerror", self._on_error)
+        self.page.on("dialog", self._on_dialog)
+        self.page.on("request", lambda request: self.asked.append(request.url))
+
+    def _on_message(self, message: ConsoleMessage) -> None:
+        """The browser says here, too, what a policy has kept from running."""
+        url = message.location["url"]
+        is_icon = url.endswith("/favicon.ico")  # a text names none of its own
+        if message.type in ("error", "warning") and not is_icon:
+            self.complaints.append(f"{message.text} ({url})")
+
+    def _on_error(self, error: Error) -> None:
+        self.complaints.append(f"script: {error}")
+
+    def _on_dialog(self, dialog: Dialog) -> None:
+        self.complaints.append(f"dialog: {dialog.message}")
+        dialog.dismiss()
+
+    def names(self) -> list[str]:
+        """What the page lists, as one sees it."""
+        return self.page.locator("tbody tr:visible .name a:first-of-type").all_inner_texts()
+
+    def unexpected(self) -> list[str]:
+        """What the browser has complained of without need."""
+        return [complaint for complaint in self.complaints if not re.search(self.expected, complaint)]
+
+    def close(self) -> None:
+        """The end of the visit."""
+        self._context.close()
