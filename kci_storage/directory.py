@@ -126,7 +126,7 @@ def browse(driver: Driver, prefix: str, marker: str | None) -> Directory:
     folders = [Folder(path) for path in page.folders if keys.is_valid(f"{path}x")]
     files = [File(info) for info in page.objects if keys.is_valid(info.key)]
     if not folders and not files and page.next_marker is None and marker is None:
-        raise ObjectNotFound("no such folder")
+        raise ObjectNotFound("no such folder" if prefix else "nothing is stored yet")
     next_url = f"{directory_url(prefix)}?marker={quote(page.next_marker, safe='')}" if page.next_marker else None
     return Directory(
         prefix,

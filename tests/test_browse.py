@@ -175,6 +175,11 @@ def test_what_is_no_folder_is_not_found(stored, path):
     assert response.status_code == 404
 
 
+def test_an_empty_store_says_so(start_server):
+    answer = get(start_server(server={"workers": 1}), "/v1/browse/")
+    assert (answer.status_code, answer.text) == (404, "nothing is stored yet\n")
+
+
 def test_many_files_come_in_pages_that_together_are_all(local_server):
     folder = local_server.storage_path / "many"
     folder.mkdir(parents=True)

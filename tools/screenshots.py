@@ -2,12 +2,14 @@
 
     screenshots.py [FOLDER]
 
-Without a folder they go to docs/pictures/. Needs Chromium, of the Debian package.
+Without a folder they go to docs/pictures/. Needs the Debian packages chromium, fonts-noto-core and pngquant.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -73,6 +75,9 @@ PICTURES = (
 
 def main() -> int:
     """Take all pictures."""
+    if missing := [command for command in ("chromium", "pngquant") if shutil.which(command) is None]:
+        print(f"screenshots: apt-get install {' '.join(missing)}", file=sys.stderr)
+        return 1
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "docs" / "pictures"
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="kci-storage-pictures-") as work, running_chromium() as browser:
@@ -106,8 +111,14 @@ def take(browser: Browser, url: str, picture: Picture, path: Path) -> None:
         page.get_by_role("searchbox").fill(picture.typed)
     if picture.bottom:
         page.evaluate("window.scrollTo(0, document.body.scrollHeight)")
-    page.screenshot(path=path, animations="disabled", caret="hide")
+    path.write_bytes(with_a_palette(page.screenshot(animations="disabled", caret="hide")))
     context.close()
+
+
+def with_a_palette(png: bytes) -> bytes:
+    """The picture in a third of the bytes: a page has few colours."""
+    command = ["pngquant", "--quality", "90-100", "--speed", "1", "-"]
+    return subprocess.run(command, input=png, stdout=subprocess.PIPE, check=True).stdout
 
 
 def look(picture: Picture) -> dict[str, Any]:
