@@ -17,7 +17,7 @@ from typing import Any
 from kci_storage import logs
 from kci_storage.auth import MIN_SECRET_BYTES, is_weak
 from kci_storage.config import ConfigError, load
-from kci_storage.worker import LONGEST_REQUEST_LINE, Worker
+from kci_storage.worker import LONGEST_REQUEST_LINE, Worker, hold_signals, release_signals
 
 METRICS_PREFIX = "kci-storage-metrics"
 SHARED_MEMORY = Path("/dev/shm")
@@ -71,6 +71,7 @@ def on_starting(server: Any) -> None:
         sys.exit(os.EX_CONFIG)
     if any(is_weak(secret) for secret in _config.secrets):
         server.log.warning(logs.logfmt(event="weak_secret", message=f"shorter than {MIN_SECRET_BYTES} bytes"))
+    os.register_at_fork(after_in_parent=release_signals)
 
 
 # Downloads, uploads and their locks are open files; the usual soft limit of 1,024 is for programs that use select().
@@ -84,6 +85,15 @@ def when_ready(server: Any) -> None:
         if listener.sock.family in (socket.AF_INET, socket.AF_INET6):
             milliseconds = int(_config.server.send_timeout * 1000)
             listener.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
+
+
+def pre_fork(server: Any, worker: Any) -> None:
+    """What stops a worker that is just being forked waits until that has handlers of its own.
+
+    Until then it has the master's, which only put the signal into a queue that nobody in the new process looks at: it
+    would serve on until the master kills it, ``graceful_timeout`` later.
+    """
+    hold_signals()
 
 
 def post_worker_init(worker: Any) -> None:

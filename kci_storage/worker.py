@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import select
 import selectors
+import signal
 import socket
 import time
 from collections import deque
@@ -62,6 +63,7 @@ _REFUSALS = {
 HEAD_SECONDS = 10.0  # from a request's first byte until its head must be there
 STAY_SECONDS = 0.02  # for which a thread waits for the next request before it is free for other connections
 LONGEST_HEAD = 64 * 1024  # bytes
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGABRT)
 
 
 class Worker(ThreadWorker):
@@ -101,6 +103,11 @@ class Worker(ThreadWorker):
         """Start what must not be shared with a forked process, then serve."""
         self._background = Background()
         super().init_process()
+
+    def init_signals(self) -> None:
+        """From now on the worker heeds signals; those that came since the fork are delivered here."""
+        super().init_signals()
+        release_signals()
 
     def get_thread_pool(self) -> Pool:
         """The threads."""
@@ -325,6 +332,16 @@ def refusal(status: int, address: Any, reason: str = "IncompleteHead") -> bytes:
     )
     logs.log_refusal(address[0] if address else "", status, len(body), request_id, f"{text}: {reason}")
     return (head + body).encode()
+
+
+def hold_signals() -> None:
+    """Have what ends a process wait; a process that is forked now has that wait, too."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+
+
+def release_signals() -> None:
+    """Deliver what has waited."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
 
 
 def _nothing() -> None:

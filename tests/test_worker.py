@@ -1,0 +1,50 @@
+"""The worker's life: how it begins and ends. What it does for clients is in test_hostile_clients.py."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.harness import START_SECONDS, Server, wait_until
+from tests.wire import SECONDS
+
+# gunicorn's settings as they are, but a worker that is forked later waits before it does anything.
+SETTINGS = """
+import pathlib, time
+from kci_storage.serving import *
+
+folder = pathlib.Path({folder!r})
+
+def post_fork(server, worker):
+    if (folder / "hold").exists():
+        (folder / "held").touch()
+        while (folder / "hold").exists():
+            time.sleep(0.01)
+"""
+
+
+@pytest.mark.expected_errors("was sent SIGKILL")
+def test_a_worker_that_is_just_being_forked_heeds_a_stop(start_server: Callable[..., Server], tmp_path: Path):
+    settings, hold = tmp_path / "settings.py", tmp_path / "hold"
+    settings.write_text(SETTINGS.format(folder=str(tmp_path)))
+    server = start_server(server={"workers": 1}, arguments=["--config", str(settings)])
+    hold.touch()
+    os.kill(server.worker_pids()[0], signal.SIGKILL)
+    wait_until((tmp_path / "held").exists, START_SECONDS, "the next worker")
+    server.process.terminate()
+    wait_until(lambda: "Handling signal: term" in server.log(), SECONDS, "the stop")
+    [forked] = server.worker_pids()
+    wait_until(lambda: awaits_sigterm(forked), SECONDS, "the worker's SIGTERM")
+    hold.unlink()
+    server.stop()  # in far less than graceful_timeout
+
+
+def awaits_sigterm(pid: int) -> bool:
+    """Whether SIGTERM is there for a process that has blocked it (proc_pid_status(5))."""
+    status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    pending = int(status["SigPnd"], 16) | int(status["ShdPnd"], 16)
+    return bool(pending >> (signal.SIGTERM - 1) & 1)
