@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import quote
@@ -11,14 +12,17 @@ from urllib.parse import quote
 import pytest
 from playwright.sync_api import Browser
 
+import kci_storage
 from tests.chromium import PHONE, Visit, is_installed, running_chromium
 from tests.faultproxy import Cut, FaultProxy
 from tests.harness import Server, running
 from tests.wire import put
+from tools import screenshots
 
 pytestmark = pytest.mark.skipif(not is_installed(), reason="Chromium is not installed: apt-get install chromium")
 
 MIB = 1 << 20
+ROOT = Path(kci_storage.__file__).parent.parent
 MARKUP = "<img src=x onerror=alert(1)><script>alert(2)<&amp;.txt"
 LONG = f"{'long-' * 40}name.tar.gz"
 LOG = "[    0.000000] Booting Linux – ä 文 <b>\n" * 50
@@ -294,3 +298,13 @@ def test_what_is_not_there_is_said_in_words(visit):
         assert answer.status == 404
         assert visitor.page.inner_text("pre").strip().startswith(words)
     visitor.expected = "status of 404"
+
+
+@pytest.mark.skipif(shutil.which("pngquant") is None, reason="pngquant is not installed: apt-get install pngquant")
+def test_the_pictures_in_the_docs_can_be_taken_again(browser, site, tmp_path):
+    picture = screenshots.Picture("build", "/build/v6.10/", typed="log")
+    screenshots.take(browser, site.url, picture, tmp_path / "build.png")
+    assert (tmp_path / "build.png").read_bytes().startswith(b"\x89PNG")
+    kept = {path.stem: path.stat().st_size for path in (ROOT / "docs/pictures").glob("directory*")}
+    assert set(kept) == {picture.name for picture in screenshots.PICTURES}
+    assert max(kept.values()) <= 150 * 1024
