@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 
 from werkzeug.sansio.multipart import Data, Event, Field, File
 
-from kci_storage import durable, keys, logs
+from kci_storage import durable, keys, logs, memory
+from kci_storage.digests import ALONE
 from kci_storage.errors import (
     BackendError,
     BadArchive,
@@ -37,8 +38,9 @@ if TYPE_CHECKING:
     from kci_storage.metrics import Metrics
 
 UNPACKED_AT_ONCE = 16  # archives, of one worker; each may need as much memory as its compression allows
-UPLOAD_MEMORY = 128 * 1024 * 1024  # bytes that the uploads of one worker's archives may hold, all together
-MOST_HELD = 40 * 1024 * 1024  # bytes that one upload holds at most: the blocks that a driver has in flight
+UPLOAD_MEMORY = 96 * 1024 * 1024  # bytes that the uploads of one worker's archives may hold, all together
+MOST_HELD = 40 * 1024 * 1024  # bytes that one upload's driver holds at most: the blocks that it has in flight
+DIGESTING = 2 * 1024 * 1024  # bytes of the buffers of one upload's digests, unless it is small
 log = logging.getLogger(__name__)
 
 
@@ -95,7 +97,9 @@ class Archives:
             with self._turn():
                 form.receive(form_events(body, boundary, self.uploads.max_bytes))
             prefix, files = form.files()
-            return _Run(self, plan, spool, prefix).upload(files)
+            report = _Run(self, plan, spool, prefix).upload(files)
+        memory.give_back(report.size)
+        return report
 
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:
@@ -229,7 +233,7 @@ class _Run:
                 self._places.release()
                 self._failed(key, "not tried, since the uploads before it failed")
             else:
-                held = min(extent.size, MOST_HELD)
+                held = held_for(extent.size)
                 self._archives.memory.take(held)
                 self._archives.threads.submit(self._upload, key, extent, held)
         for _ in range(self._archives.parallelism):  # wait for the last of them
@@ -270,6 +274,15 @@ class _Run:
             self._report.failures.append(f"{key}: {reason}")
             if isinstance(exc, BackendError | InsufficientStorage):
                 self._failed_in_a_row += 1
+
+
+def held_for(size: int) -> int:
+    """Bytes of memory that the upload of a file of ``size`` bytes needs.
+
+    >>> held_for(1000), held_for(10**9) == MOST_HELD + DIGESTING
+    (1000, True)
+    """
+    return min(size, MOST_HELD) + (DIGESTING if size > ALONE else 0)
 
 
 class _Budget:
