@@ -22,10 +22,13 @@ from kci_storage.config import DEBUG_VARIABLES, Config, load
 from kci_storage.drivers.base import Driver, LocalObjects, Sweepable
 from kci_storage.evict import Housekeeper
 from kci_storage.fill import Fills
+from kci_storage.guard import Guard
 from kci_storage.hits import Hits
+from kci_storage.limits import Ledger
 from kci_storage.metrics import Metrics
 from kci_storage.misses import Misses
 from kci_storage.objects import Objects
+from kci_storage.policies import Policies
 from kci_storage.sending import Responder
 from kci_storage.transport import Exchange, Transport
 from kci_storage.unpacking import Limits
@@ -44,9 +47,14 @@ class Services:
     uploads: Uploads
     archives: Archives
     authenticator: Authenticator
-    permissions: Permissions
+    policies: Policies
     metrics: Metrics
     housekeeper: Housekeeper
+
+    @property
+    def permissions(self) -> Permissions:
+        """Who may write what, now."""
+        return self.policies.permissions
 
     def start(self) -> None:
         """Start what runs beside requests, in the worker process."""
@@ -127,7 +135,7 @@ def build_services(config: Config) -> Services:
         uploads=uploads,
         archives=Archives(uploads, metrics, archive_limits(config), config.archive.parallelism),
         authenticator=Authenticator(config.secrets),
-        permissions=Permissions(config.users),
+        policies=Policies(config, Ledger(rows=1)),
         metrics=metrics,
         housekeeper=housekeeper,
     )
@@ -157,6 +165,8 @@ def transport(app: Callable[..., Any], services: Services) -> Callable[..., Any]
         logs.log_access(exchange)
         memory.give_back(max(exchange.sent, exchange.body.received))
 
-    wrapped: Callable[..., Any] = Transport(Hits(app, services.objects, services.responder), finished)
+    hits = Hits(app, services.objects, services.responder)
+    guard = Guard(hits, services.policies, services.metrics.refused)
+    wrapped: Callable[..., Any] = Transport(guard, finished)
     proxies = services.config.server.trusted_proxies
     return ProxyFix(wrapped, x_for=proxies, x_proto=proxies, x_host=proxies) if proxies else wrapped

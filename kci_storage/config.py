@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 from urllib.parse import urlsplit
 
+from kci_storage.networks import parse_subnet
+
 CONFIG_VARIABLE = "KCI_STORAGE_CONFIG"
 PORT_VARIABLE = "KCI_STORAGE_PORT"
 PARALLELISM_VARIABLE = "KCI_STORAGE_ARCHIVE_PARALLELISM"
@@ -45,7 +47,7 @@ class Setting:
     minimum: float | None = None
     maximum: float | None = None
     expects: str = ""  # what is accepted, in words, where type and bounds do not say it
-    accepts: Callable[[Any], bool] | None = None  # whether a value of the right type is one of those
+    accepts: Callable[[Any], bool] | None = None  # whether a value of the right type, or each of a list, is
     secret: bool = False  # its value is never shown
 
 
@@ -120,8 +122,12 @@ def _is_service_url(url: str) -> bool:
     return not url or bool(usable and not parts.query and not parts.fragment and not parts.username)
 
 
-def _is_given(value: str | tuple[str, ...]) -> bool:
+def _is_given(value: str) -> bool:
     return bool(value)
+
+
+def _is_subnet(text: str) -> bool:
+    return parse_subnet(text) is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,6 +272,42 @@ class ArchiveConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class UserAgentConfig:
+    """``[useragent]``: who is not served because of the name that it gives itself."""
+
+    ban: tuple[str, ...] = _setting(
+        (),
+        "requests whose User-Agent holds one of these texts, in whatever case, are refused",
+        expects="a list of texts that are not empty",
+        accepts=_is_given,
+    )
+    defaults: bool = _setting(
+        True, "whether known crawlers, AI scrapers and SEO bots are refused as well; Google and Bing are not"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class LimitsConfig:
+    """``[limits]``: how much one client may have at once, over all workers."""
+
+    downloads_per_client: int = _setting(
+        0, "downloads of one client at a time; 0: no limit", minimum=0, maximum=1_000_000
+    )
+    requests_per_second: float = _setting(
+        0.0, "requests of one client in the long run; 0: no limit", minimum=0, maximum=1_000_000
+    )
+    burst: int = _setting(
+        100, "requests that a client may send at once after a pause", minimum=1, maximum=1_000_000
+    )
+    ipv4_prefix_length: int = _setting(
+        32, "how much of an IPv4 address makes a client", unit="bits", minimum=1, maximum=32
+    )
+    ipv6_prefix_length: int = _setting(
+        64, "how much of an IPv6 address makes a client", unit="bits", minimum=1, maximum=128
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class User:
     """``[[users]]``: who may write where. Without any, every valid token may write everywhere."""
 
@@ -300,11 +342,19 @@ class Config:
         accepts=_is_given,
         secret=True,
     )
+    block_subnets: tuple[str, ...] = _setting(
+        (),
+        "clients whose address lies in one of these subnets are refused",
+        expects='a list of subnets such as "192.0.2.0/24" and "2001:db8::/32"',
+        accepts=_is_subnet,
+    )
     server: ServerConfig = ServerConfig()
     azure: AzureConfig = AzureConfig()
     local: LocalConfig = LocalConfig()
     cache: CacheConfig = CacheConfig()
     archive: ArchiveConfig = ArchiveConfig()
+    useragent: UserAgentConfig = UserAgentConfig()
+    limits: LimitsConfig = LimitsConfig()
     users: tuple[User, ...] = ()
     plugins: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, repr=False)  # may hold secrets
 
@@ -320,7 +370,14 @@ SECTIONS: Mapping[str, type[Any]] = {
     "local": LocalConfig,
     "cache": CacheConfig,
     "archive": ArchiveConfig,
+    "useragent": UserAgentConfig,
+    "limits": LimitsConfig,
 }
+
+
+# What changes in a running server when the configuration is read again: the top level's keys and sections from which
+# kci_storage.policies are made.
+RELOADABLE = ("block_subnets", "useragent", "limits", "users")
 
 
 def settings(section: type[Any]) -> dict[str, dataclasses.Field[Any]]:
@@ -345,6 +402,7 @@ def expectation(setting: Setting, kind: Any) -> str:
 
 
 _KINDS: dict[Any, str] = {
+    bool: "true or false",
     int: "a whole number",
     float: "a number",
     str: "text",
@@ -523,7 +581,8 @@ class _File:
     def _value(self, name: str, kind: Any, setting: Setting, value: Any) -> Any:
         if _fits(kind, setting, value):
             converted = tuple(value) if kind == tuple[str, ...] else kind(value)
-            if setting.accepts is None or setting.accepts(converted):
+            value = _refused(setting, converted)
+            if value is None:
                 return converted
         got = "" if setting.secret else f", got {_shown(value)}"
         self.fail(name, f"expected {expectation(setting, kind)}{got}")
@@ -561,11 +620,21 @@ def _real(path: Path) -> Path:
     return Path(os.path.realpath(path))  # Path.resolve() raises on a loop of links
 
 
+def _refused(setting: Setting, value: Any) -> Any:
+    """What of a value, or of a list's values, is not accepted; None: nothing."""
+    if setting.accepts is None:
+        return None
+    values = value if isinstance(value, tuple) else (value,)
+    return next((item for item in values if not setting.accepts(item)), None)
+
+
 def _fits(kind: Any, setting: Setting, value: Any) -> bool:
     """Whether a TOML value is of the type and within the bounds. A bool is no number, a whole number is a float."""
     if kind in (int, float):
         right = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
         return right and setting.minimum <= value <= setting.maximum
+    if kind is bool:
+        return isinstance(value, bool)
     if kind == tuple[str, ...]:
         return isinstance(value, list) and all(_is_text(item) for item in value)
     if not isinstance(value, str):

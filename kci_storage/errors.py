@@ -56,6 +56,26 @@ class Forbidden(StorageError):
     """A valid token, without permission for this key."""
 
 
+class Refused(StorageError):
+    """Whoever asks is not let in, whatever the request: one of the rules below, and ``detail`` says more."""
+
+
+class UserAgentRefused(Refused):
+    """A crawler, by the name that it gives itself."""
+
+
+class SubnetRefused(Refused):
+    """A client of a subnet that is blocked."""
+
+
+class TooManyRequests(Refused):
+    """The client asks too often."""
+
+
+class TooManyDownloads(Refused):
+    """The client has as many downloads as it may have at a time."""
+
+
 class ObjectNotFound(StorageError):
     """The backend itself said that there is no such object. No other failure may look like this one."""
 
@@ -122,6 +142,11 @@ TABLE: dict[type[StorageError], Meaning] = {
     ClientDisconnected: Meaning(400, "Incomplete Body", "client_disconnected"),
     Unauthorized: Meaning(401, "Unauthorized", "unauthorized"),
     Forbidden: Meaning(403, "Forbidden", "forbidden"),
+    Refused: Meaning(403, "Forbidden", "refused"),
+    UserAgentRefused: Meaning(403, "Forbidden", "useragent"),
+    SubnetRefused: Meaning(403, "Forbidden", "subnet"),
+    TooManyRequests: Meaning(429, "Too Many Requests", "rate"),
+    TooManyDownloads: Meaning(429, "Too Many Requests", "concurrency"),
     ObjectNotFound: Meaning(404, "Not Found", "not_found"),
     KeyConflict: Meaning(409, "Conflict", "key_conflict"),
     WriteConflict: Meaning(409, "Conflict", "write_conflict"),

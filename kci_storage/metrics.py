@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS")
 STARTING_SECONDS = 1  # a worker takes microseconds to fill a file that it has made
+RULES = ("useragent", "subnet", "rate", "concurrency")
 OPERATIONS = ("stat", "read", "commit", "delete", "list", "probe")
 DURATIONS = (0.005, 0.02, 0.1, 0.5, 2, 10, 60, 300, 1800)  # seconds; a root file system on a slow link takes minutes
 
@@ -47,6 +48,7 @@ _request_seconds = Histogram(
     ["method", "route"],
     buckets=DURATIONS,
 )
+_refused = Counter("kci_storage_refused", "Requests refused before any work, by rule", ["rule"])
 _sent = Counter("kci_storage_sent_bytes", "Bytes of response bodies that went out")
 _received = Counter("kci_storage_received_bytes", "Bytes of request bodies that came in")
 _served = Counter("kci_storage_cache_requests", "Objects opened, by where they came from", ["result"])
@@ -102,6 +104,8 @@ class Metrics:
     def __init__(self, cache: Cache, disks: Iterable[Path]):
         self._cache = cache
         self._disks = tuple(disks)
+        for rule in RULES:
+            _refused.labels(rule)
         for result in ("hit", "miss", "stale"):
             _served.labels(result)
         for result in ("fresh", "changed", "deleted", "failed"):
@@ -127,6 +131,10 @@ class Metrics:
         _sent.inc(exchange.sent)
         if exchange.body.received:
             _received.inc(exchange.body.received)
+
+    def refused(self, rule: str) -> None:
+        """A request was not let in: the label of its error."""
+        _refused.labels(rule).inc()
 
     def served(self, status: CacheStatus) -> None:
         """An object was opened."""

@@ -60,6 +60,7 @@ class Exchange:
         self.user: str | None = None  # the token's email
         self.cache: str | None = None  # what X-Cache said
         self.error: str | None = None  # what only the log may say
+        self.release: Callable[[], None] | None = None  # called at the end, by who has counted it
         self._finished: Callable[[Exchange], None] | None = finished
 
     def failed(self, error: StorageError) -> None:
@@ -70,6 +71,8 @@ class Exchange:
         """The response has been sent, or never will be. Only the first call counts."""
         if self._finished is not None:
             finished, self._finished = self._finished, None
+            if self.release is not None:
+                self.release()
             self.duration = time.perf_counter() - self._clock
             if self.sent < self.promised:
                 self.close_connection()  # else the client waits for the rest, and takes the next answer for it

@@ -1,10 +1,11 @@
-"""The status line, health, metrics and the list of all keys."""
+"""The status line, what browsers and crawlers ask for, health, metrics and the list of all keys."""
 
 from __future__ import annotations
 
 import itertools
 import json
 from collections.abc import Callable, Iterator
+from importlib.resources import files
 
 from flask import Blueprint, Response, request, stream_with_context
 
@@ -16,11 +17,25 @@ from kci_storage.http_semantics import etag_header, http_date, prefers_json
 
 blueprint = Blueprint("admin", __name__)
 
+FAVICON = files("kci_storage").joinpath("static/favicon.ico").read_bytes()
+
 
 @blueprint.get("/")
 def status() -> Response:
     """What KernelCI's tools look for."""
     return Response("KernelCI Proxy Server", mimetype="text/plain")
+
+
+@blueprint.get("/robots.txt")
+def robots() -> Response:
+    """No crawler is to read all of a build farm's files (RFC 9309)."""
+    return Response("User-agent: *\nDisallow: /\n", mimetype="text/plain")
+
+
+@blueprint.get("/favicon.ico")
+def favicon() -> Response:
+    """The picture in a browser's tab."""
+    return Response(FAVICON, mimetype="image/x-icon", headers={"Cache-Control": "public, max-age=86400"})
 
 
 @blueprint.get("/v1/health")

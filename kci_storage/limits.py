@@ -1,0 +1,176 @@
+"""How much one client may have at once, counted over all workers of a server, without a lock between them.
+
+The counts are in memory that the workers share (:class:`Ledger`). A client has three cells there, chosen by a hash
+that nobody outside knows, and the least of the three counts: where another client has the same cell, it hardly has
+the same other two (a count-min sketch). So the memory is bounded however many clients there are, and nothing has to
+be cleared.
+
+- Downloads: each worker counts its own, in cells that only it writes; the sum is what counts. When a worker dies, its
+  cells are cleared.
+- Requests: a cell holds the time at which the client's bucket is full again (the "theoretical arrival time" of the
+  Generic Cell Rate Algorithm, ITU-T I.371). All workers write it, and two that do at the same microsecond count one
+  request instead of two. That is good enough for a limit of this kind.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+import mmap
+import os
+import threading
+from collections.abc import Callable
+
+from kci_storage.errors import TooManyDownloads, TooManyRequests
+
+CELLS = 1 << 14
+CELLS_PER_CLIENT = 3
+RATE_BYTES, COUNT_BYTES = 8, 4  # of a cell: a double, an unsigned int
+MANY_DOWNLOADS_RETRY = 5  # seconds; nobody knows when a download ends
+_ROUNDING = 1e-6  # seconds
+
+Cells = tuple[int, ...]
+
+
+class Ledger:
+    """The counts of all clients, in memory that forked processes share.
+
+    :param rows: how many workers there may be at a time; memory is taken only for those that are.
+    """
+
+    def __init__(self, rows: int):
+        self._salt = os.urandom(16)
+        size = CELLS * COUNT_BYTES
+        view = memoryview(mmap.mmap(-1, mmap.PAGESIZE + CELLS * RATE_BYTES + rows * size))
+        self._used = view[: mmap.PAGESIZE].cast("I")  # its first number says how many rows have ever been used
+        counts = view[mmap.PAGESIZE + CELLS * RATE_BYTES :]
+        self.full_at = view[mmap.PAGESIZE : mmap.PAGESIZE + CELLS * RATE_BYTES].cast("d")
+        self._rows = [counts[row * size : (row + 1) * size].cast("I") for row in range(rows)]
+        self._assigned: dict[int, int] = {}  # the master's: worker → row
+        self._own = self._rows[0]
+        self._lock = threading.Lock()  # between this process's threads; it is held for no longer than it takes to add
+
+    # The master's
+
+    def assign(self, worker: int) -> None:
+        """A worker is about to be forked: one of the rows will be its own.
+
+        If there is none left, it has to share one; then counts of the two may be lost, and nothing worse.
+        """
+        taken = set(self._assigned.values())
+        row = next((row for row in range(len(self._rows)) if row not in taken), len(self._rows) - 1)
+        self._assigned[worker] = row
+        self._used[0] = max(self._used[0], row + 1)
+
+    def release(self, worker: int) -> None:
+        """A worker is gone, and with it all downloads that it had."""
+        row = self._assigned.pop(worker, None)
+        if row is not None and row not in self._assigned.values():
+            self._rows[row][:] = memoryview(bytes(CELLS * COUNT_BYTES)).cast("I")
+
+    # The worker's
+
+    def take(self, worker: int) -> None:
+        """In a worker that was forked: count in its row from now on."""
+        self._own = self._rows[self._assigned[worker]]
+        self._lock = threading.Lock()
+
+    def cells(self, client: str) -> Cells:
+        """Where a client's counts are."""
+        digest = hashlib.blake2b(client.encode(), key=self._salt, digest_size=2 * CELLS_PER_CLIENT).digest()
+        numbers = (int.from_bytes(digest[at : at + 2], "big") for at in range(0, len(digest), 2))
+        return tuple(number % CELLS for number in numbers)
+
+    def begin(self, cells: Cells) -> None:
+        """Count a download as begun."""
+        own = self._own
+        with self._lock:
+            for cell in cells:
+                own[cell] += 1
+
+    def has_more_than(self, cells: Cells, limit: int) -> bool:
+        """Whether the client has more downloads than so many."""
+        used = self._rows[: self._used[0] or 1]
+        # One cell that has no more says enough, so that usually one is looked at.
+        return all(sum([row[cell] for row in used]) > limit for cell in cells)
+
+    def end(self, cells: Cells) -> None:
+        """Count it as ended."""
+        own = self._own
+        with self._lock:
+            for cell in cells:
+                own[cell] -= 1
+
+
+class Downloads:
+    """How many downloads a client may have at a time.
+
+    >>> downloads = Downloads(Ledger(rows=1), limit=1)
+    >>> end = downloads.begin((1, 2, 3))
+    >>> downloads.begin((1, 2, 3))
+    Traceback (most recent call last):
+    kci_storage.errors.TooManyDownloads: no more than 1 download at a time from one network; try again later
+    >>> end()
+    >>> end = downloads.begin((1, 2, 3))
+    """
+
+    def __init__(self, ledger: Ledger, limit: int):
+        self._ledger = ledger
+        self._limit = limit
+
+    def begin(self, cells: Cells) -> Callable[[], None]:
+        """A download begins; what is to be called at its end.
+
+        Two that come at the same moment for one last place may both be refused; never are there too many.
+
+        :raises TooManyDownloads: the client has as many as it may have.
+        """
+        self._ledger.begin(cells)
+        if self._ledger.has_more_than(cells, self._limit):
+            self._ledger.end(cells)
+            downloads = "download" if self._limit == 1 else "downloads"
+            raise TooManyDownloads(
+                f"no more than {self._limit} {downloads} at a time from one network; try again later",
+                retry_after=MANY_DOWNLOADS_RETRY,
+            )
+        return functools.partial(self._ledger.end, cells)
+
+
+class Rate:
+    """How often a client may ask.
+
+    :param per_second: requests in the long run.
+    :param burst: requests at once, after a pause.
+
+    >>> rate = Rate(Ledger(rows=1), per_second=2, burst=1)
+    >>> rate.count((1, 2, 3), now=100.0)
+    >>> rate.count((1, 2, 3), now=100.25)
+    Traceback (most recent call last):
+    kci_storage.errors.TooManyRequests: too many requests from one network; try again in 1 s
+    >>> rate.count((1, 2, 3), now=100.5)
+    """
+
+    def __init__(self, ledger: Ledger, per_second: float, burst: int):
+        self._full_at = ledger.full_at
+        self._interval = 1 / per_second
+        self._tolerance = (burst - 1) * self._interval
+
+    def count(self, cells: Cells, now: float) -> None:
+        """A request has come.
+
+        :param now: on the monotonic clock, which all processes share, in seconds.
+        :raises TooManyRequests: it is one too many. It does not count.
+        """
+        full_at = self._full_at
+        ahead = max(0.0, min([full_at[cell] for cell in cells]) - now)
+        ahead = min(ahead, self._tolerance + self._interval)  # more only if the limit was another one meanwhile
+        if ahead > self._tolerance + _ROUNDING:
+            seconds = max(1, math.ceil(ahead - self._tolerance))
+            raise TooManyRequests(
+                f"too many requests from one network; try again in {seconds} s", retry_after=seconds
+            )
+        full = now + ahead + self._interval
+        for cell in cells:
+            if full_at[cell] < full:
+                full_at[cell] = full

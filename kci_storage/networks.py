@@ -1,0 +1,77 @@
+"""Client addresses and the networks that they lie in."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterable
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+_MAPPED_BITS = 96  # of an IPv4 address in IPv6 are the prefix ::ffff:0:0 (RFC 4291, 2.5.5.2)
+
+
+def parse_address(text: str) -> Address | None:
+    """A client's address; None: it has none, as on a Unix socket.
+
+    An IPv4 address that is written as one of IPv6, as on a socket that listens to both, is the IPv4 address.
+
+    >>> parse_address("::ffff:192.0.2.1")
+    IPv4Address('192.0.2.1')
+    >>> parse_address("") is None
+    True
+    """
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError:
+        return None
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return mapped or address
+
+
+def parse_subnet(text: str) -> Network | None:
+    """A subnet in CIDR notation, or a single address; None: it is neither. Bits after the prefix do not count.
+
+    >>> parse_subnet("192.0.2.7/24"), parse_subnet("::ffff:192.0.2.0/120")
+    (IPv4Network('192.0.2.0/24'), IPv4Network('192.0.2.0/24'))
+    >>> parse_subnet("192.0.2.0/33") is None
+    True
+    """
+    try:
+        network = ipaddress.ip_network(text, strict=False)
+    except ValueError:
+        return None
+    mapped = network.network_address.ipv4_mapped if isinstance(network, ipaddress.IPv6Network) else None
+    if mapped is None or network.prefixlen < _MAPPED_BITS:
+        return network
+    return ipaddress.IPv4Network((mapped, network.prefixlen - _MAPPED_BITS))
+
+
+def around(address: Address, ipv4_prefix_length: int, ipv6_prefix_length: int) -> Network:
+    """The network of so many bits that an address lies in.
+
+    >>> around(ipaddress.ip_address("2001:db8::1"), 32, 64)
+    IPv6Network('2001:db8::/64')
+    """
+    length = ipv4_prefix_length if address.version == 4 else ipv6_prefix_length
+    network: Network = ipaddress.ip_network((address, length), strict=False)
+    return network
+
+
+class Subnets:
+    """A set of subnets; a search costs as much as there are different lengths of prefixes.
+
+    >>> subnets = Subnets(["192.0.2.0/24"])
+    >>> subnets.find(ipaddress.ip_address("192.0.2.1")), subnets.find(ipaddress.ip_address("192.0.3.1"))
+    (IPv4Network('192.0.2.0/24'), None)
+    """
+
+    def __init__(self, subnets: Iterable[str]):
+        self._networks = {network for subnet in subnets if (network := parse_subnet(subnet)) is not None}
+        self._lengths = sorted({(network.version, network.prefixlen) for network in self._networks})
+
+    def find(self, address: Address) -> Network | None:
+        """The widest of the subnets that the address lies in."""
+        lengths = (length for version, length in self._lengths if version == address.version)
+        networks = (around(address, length, length) for length in lengths)
+        return next((network for network in networks if network in self._networks), None)

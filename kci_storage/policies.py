@@ -1,0 +1,34 @@
+"""What may change while the server runs: who may come in, and who may write what."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kci_storage.auth import Permissions
+from kci_storage.guard import Admission
+
+if TYPE_CHECKING:
+    from kci_storage.config import Config
+    from kci_storage.limits import Ledger
+
+
+class Policies:
+    """The rules that each request meets, as of the latest configuration.
+
+    Who needs one asks for it at each request: its attributes are replaced when the configuration was read again. The
+    sections that they are made from are :data:`kci_storage.config.RELOADABLE`.
+
+    :param ledger: where clients are counted.
+    """
+
+    permissions: Permissions
+    admission: Admission
+
+    def __init__(self, config: Config, ledger: Ledger):
+        self._ledger = ledger
+        self.apply(config)
+
+    def apply(self, config: Config) -> None:
+        """From the next request on, this configuration holds."""
+        self.admission = Admission(config, self._ledger)
+        self.permissions = Permissions(config.users)
