@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -12,13 +12,13 @@ from typing import Any
 from flask import Flask
 from werkzeug.middleware.proxy_fix import ProxyFix
 
-from kci_storage import drivers, logs, memory
+from kci_storage import drivers, logs, master, memory
 from kci_storage.archive import Archives
 from kci_storage.auth import Authenticator, Permissions
 from kci_storage.blueprints import admin, archives, auth, browse, downloads, failures, uploads
 from kci_storage.blueprints.routing import KeyConverter
 from kci_storage.cache import Cache
-from kci_storage.config import DEBUG_VARIABLES, Config, load
+from kci_storage.config import Config, load, wants_debug
 from kci_storage.drivers.base import Driver, LocalObjects, Sweepable
 from kci_storage.evict import Housekeeper
 from kci_storage.fill import Fills
@@ -50,6 +50,7 @@ class Services:
     policies: Policies
     metrics: Metrics
     housekeeper: Housekeeper
+    follower: master.Follower | None = None
 
     @property
     def permissions(self) -> Permissions:
@@ -59,9 +60,13 @@ class Services:
     def start(self) -> None:
         """Start what runs beside requests, in the worker process."""
         self.housekeeper.start()
+        if self.follower is not None:
+            self.follower.start()
 
     def stop(self) -> None:
         """End it, when the last request has been answered."""
+        if self.follower is not None:
+            self.follower.stop()
         self.housekeeper.stop()
         self.fills.stop()
 
@@ -69,12 +74,12 @@ class Services:
 def create_app(config: Config | None = None) -> Flask:
     """The WSGI application, for one worker process.
 
-    :param config: None: the one that the environment names (docs/configuration.md).
+    :param config: None: the one of the master that has forked this process, else the one that the environment names
+        (docs/configuration.md).
     :raises ConfigError: it cannot be used.
     """
-    config = config or load()
-    logs.configure(debug=any(map(os.environ.get, DEBUG_VARIABLES)))
-    services = build_services(config)
+    logs.configure(debug=wants_debug())
+    services = build_services(config) if config else inherited_services()
 
     app = Flask("kci_storage", static_folder=None)
     app.json.sort_keys = False  # type: ignore[attr-defined]
@@ -89,8 +94,20 @@ def create_app(config: Config | None = None) -> Flask:
     return app
 
 
-def build_services(config: Config) -> Services:
-    """The parts, from the driver upwards."""
+def inherited_services() -> Services:
+    """The parts for a worker: what the master has given it, and how it hears of changes."""
+    parent = master.current
+    if parent is None:  # another server than ours has started it
+        return build_services(load())
+    services = build_services(parent.config, parent.ledger)
+    return dataclasses.replace(services, follower=master.Follower(parent, services.policies.apply))
+
+
+def build_services(config: Config, ledger: Ledger | None = None) -> Services:
+    """The parts, from the driver upwards.
+
+    :param ledger: where clients are counted; None: for this process alone.
+    """
     driver = drivers.load(config.driver).from_config(config)
     local = driver if isinstance(driver, LocalObjects) else None
     cache = Cache(config.cache.directory)
@@ -135,7 +152,7 @@ def build_services(config: Config) -> Services:
         uploads=uploads,
         archives=Archives(uploads, metrics, archive_limits(config), config.archive.parallelism),
         authenticator=Authenticator(config.secrets),
-        policies=Policies(config, Ledger(rows=1)),
+        policies=Policies(config, ledger or Ledger(rows=1)),
         metrics=metrics,
         housekeeper=housekeeper,
     )

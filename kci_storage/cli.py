@@ -8,17 +8,15 @@ The client's commands (:mod:`kci_storage.client.commands`) have 1, something fai
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
 import sys
 from collections.abc import Sequence
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import NoReturn
 
-from kci_storage import __version__, auth
+from kci_storage import __version__, auth, check
 from kci_storage.client import commands as client
-from kci_storage.config import CONFIG_VARIABLE, Config, ConfigError, load
+from kci_storage.config import CONFIG_VARIABLE, ConfigError
 
 GUNICORN = ("gunicorn", "-c", "python:kci_storage.serving", "kci_storage.app:create_app()")
 MOST_DAYS = 36_500
@@ -46,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def serve(arguments: argparse.Namespace) -> NoReturn:
     """Become gunicorn, which reads the same configuration again in :mod:`kci_storage.serving`."""
-    config = _usable_config(arguments)
+    config = check.usable(arguments.config)
     os.environ[CONFIG_VARIABLE] = str(config.path)
     name, *options, application = GUNICORN
     os.execv(sys.executable, [sys.executable, "-m", name, *options, *arguments.passed_on, application])
@@ -59,7 +57,7 @@ def secret(arguments: argparse.Namespace) -> None:
 
 def token(arguments: argparse.Namespace) -> None:
     """Print a token for ``email``, signed with the first configured secret."""
-    config = _usable_config(arguments)
+    config = check.usable(arguments.config)
     if config.users and all(user.name != arguments.email for user in config.users):
         _warn(f"{config.path}: no [[users]] has the name {arguments.email!r}: this token may not write anywhere")
     print(auth.issue(arguments.email, config.secrets[0], arguments.expires))
@@ -67,29 +65,11 @@ def token(arguments: argparse.Namespace) -> None:
 
 def check_config(arguments: argparse.Namespace) -> None:
     """Say that the configuration is valid, or fail."""
-    config = _usable_config(arguments)
+    config = check.usable(arguments.config)
     for name in ("jwt_secret", "unified_secret"):
         if (value := getattr(config, name)) and auth.is_weak(value):
             _warn(f"{config.path}: {name}: shorter than {auth.MIN_SECRET_BYTES} bytes, which can be guessed")
     print(f"{config.path}: ok (driver {config.driver}, bind {config.server.bind})")
-
-
-def _usable_config(arguments: argparse.Namespace) -> Config:
-    """The configuration, checked with what only the rest of the program knows."""
-    config = load(arguments.config)
-    for name in ("jwt_secret", "unified_secret"):
-        if (value := getattr(config, name)) and (reason := auth.check_secret(value)):
-            raise ConfigError(f"{config.path}: {name}: expected a secret that can sign tokens, but {reason}")
-    _check_driver(config)
-    return config
-
-
-def _check_driver(config: Config) -> None:
-    installed = sorted({point.name for point in entry_points(group="kci_storage.drivers")})
-    if config.driver not in installed:
-        close = difflib.get_close_matches(config.driver, installed, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(installed)}"
-        raise ConfigError(f"{config.path}: driver: no driver {config.driver!r} is installed; {hint}")
 
 
 def _warn(message: str) -> None:

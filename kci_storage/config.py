@@ -296,9 +296,7 @@ class LimitsConfig:
     requests_per_second: float = _setting(
         0.0, "requests of one client in the long run; 0: no limit", minimum=0, maximum=1_000_000
     )
-    burst: int = _setting(
-        100, "requests that a client may send at once after a pause", minimum=1, maximum=1_000_000
-    )
+    burst: int = _setting(100, "requests that a client may send at once after a pause", minimum=1, maximum=1_000_000)
     ipv4_prefix_length: int = _setting(
         32, "how much of an IPv4 address makes a client", unit="bits", minimum=1, maximum=32
     )
@@ -429,6 +427,11 @@ def load(path: Path | None = None, environ: Mapping[str, str] = os.environ) -> C
     if parallelism:
         config = dataclasses.replace(config, archive=_with_parallelism(config.archive, parallelism))
     return config
+
+
+def wants_debug(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether the environment asks for debug logging."""
+    return any(map(environ.get, DEBUG_VARIABLES))
 
 
 def _with_port(server: ServerConfig, port: str) -> ServerConfig:

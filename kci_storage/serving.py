@@ -11,12 +11,13 @@ import shutil
 import socket
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from kci_storage import logs
+from kci_storage import check, logs, master
 from kci_storage.auth import MIN_SECRET_BYTES, is_weak
-from kci_storage.config import ConfigError, load
+from kci_storage.config import ConfigError, wants_debug
 from kci_storage.worker import LONGEST_REQUEST_LINE, Worker, hold_signals, release_signals
 
 METRICS_PREFIX = "kci-storage-metrics"
@@ -37,12 +38,14 @@ def metrics_directory() -> str:
 
 
 try:
-    _config = load()
+    _config = check.usable()
 except ConfigError as exc:
     print(f"kci-storage: {exc}", file=sys.stderr)
     sys.exit(os.EX_CONFIG)
 
 os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", metrics_directory())
+logs.configure(debug=wants_debug())
+_master = master.begin(_config)
 Worker.send_timeout = _config.server.send_timeout
 
 bind = _config.server.bind
@@ -66,6 +69,7 @@ forwarded_allow_ips = ""
 
 def on_starting(server: Any) -> None:
     """TLS is the business of a proxy in front. Old secrets that can be guessed work, with one warning."""
+    server.handle_hup = partial(_master.reload, server.reload)  # gunicorn's own does not look whether all is valid
     if server.cfg.is_ssl:
         print("kci-storage: TLS is for a proxy in front", file=sys.stderr)
         sys.exit(os.EX_CONFIG)
@@ -88,12 +92,18 @@ def when_ready(server: Any) -> None:
 
 
 def pre_fork(server: Any, worker: Any) -> None:
-    """What stops a worker that is just being forked waits until that has handlers of its own.
+    """A worker will count its clients; and what stops it while it is being forked waits until it has handlers.
 
     Until then it has the master's, which only put the signal into a queue that nobody in the new process looks at: it
     would serve on until the master kills it, ``graceful_timeout`` later.
     """
+    _master.ledger.assign(worker.age)
     hold_signals()
+
+
+def post_fork(server: Any, worker: Any) -> None:
+    """In the worker, first of all."""
+    _master.ledger.take(worker.age)
 
 
 def post_worker_init(worker: Any) -> None:
@@ -109,7 +119,8 @@ def worker_exit(server: Any, worker: Any) -> None:
 
 
 def child_exit(server: Any, worker: Any) -> None:
-    """A worker is gone: its gauges with it."""
+    """A worker is gone: its gauges with it, and what its clients had."""
+    _master.ledger.release(worker.age)
     from kci_storage import metrics  # only now, since PROMETHEUS_MULTIPROC_DIR must be set before
 
     metrics.forget_worker(worker.pid)

@@ -165,6 +165,11 @@ class Server:
             self._process.wait()
             self._process = None
 
+    def reload(self) -> None:
+        """Write :attr:`document` as it is now, and have it read (SIGHUP), without waiting for what comes of it."""
+        self.config_path.write_text(toml(self.document))
+        self.process.send_signal(signal.SIGHUP)
+
     def kill(self) -> None:
         """SIGKILL to the master and its workers: a loss of power, but for the page cache."""
         _kill([self.process.pid, *self.worker_pids()])

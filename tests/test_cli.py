@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import jwt
@@ -181,7 +182,7 @@ def test_help_names_every_command(run):
 
 
 def test_the_installed_command_is_this_one():
-    (point,) = cli.entry_points(group="console_scripts", name="kci-storage")
+    (point,) = entry_points(group="console_scripts", name="kci-storage")
     assert point.load() is cli.main
 
 

@@ -6,7 +6,6 @@ import contextlib
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -145,7 +144,8 @@ def test_a_reload_loses_nothing(server: Activated):
     put(server, key, b"content")
     with slow_download(server) as finish, Load(f"{server.url}/{key}", b"content") as load:
         old = set(server.worker_pids())
-        server.process.send_signal(signal.SIGHUP)
+        server.document["cache"]["max_files"] = 500_000  # of what only new workers get to know
+        server.reload()
         wait_until(lambda: len(set(server.worker_pids()) - old) == 2, SECONDS, "new workers")
         load.wait_for_more()
         finish()

@@ -1,0 +1,71 @@
+"""Whether a configuration can be used: what only the whole program knows, beyond the file's own rules.
+
+``python -m kci_storage.check FILE`` builds the server's parts as a worker does, without serving, and says in one line
+what fails. The master asks so before it gives workers a new configuration: one that does not start ends the server.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+
+from kci_storage import auth
+from kci_storage.config import Config, ConfigError, load
+
+REHEARSAL_SECONDS = 60.0  # a driver may ask its backend something when it is made
+
+
+def usable(path: Path | None = None) -> Config:
+    """The configuration, of which the secrets can sign and the driver is installed.
+
+    :param path: as of :func:`kci_storage.config.load`.
+    :raises ConfigError: it cannot be used.
+    """
+    config = load(path)
+    for name in ("jwt_secret", "unified_secret"):
+        if (value := getattr(config, name)) and (reason := auth.check_secret(value)):
+            raise ConfigError(f"{config.path}: {name}: expected a secret that can sign tokens, but {reason}")
+    _check_driver(config)
+    return config
+
+
+def _check_driver(config: Config) -> None:
+    installed = sorted({point.name for point in entry_points(group="kci_storage.drivers")})
+    if config.driver not in installed:
+        close = difflib.get_close_matches(config.driver, installed, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(installed)}"
+        raise ConfigError(f"{config.path}: driver: no driver {config.driver!r} is installed; {hint}")
+
+
+def rehearse(config: Config) -> None:
+    """Build a server's parts from the configuration's file, in a process of its own.
+
+    :raises ConfigError: that fails.
+    """
+    command = [sys.executable, "-m", "kci_storage.check", str(config.path)]
+    environ = {name: value for name, value in os.environ.items() if name != "PROMETHEUS_MULTIPROC_DIR"}
+    try:
+        done = subprocess.run(
+            command, env=environ, capture_output=True, text=True, timeout=REHEARSAL_SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise ConfigError(f"{config.path}: the server does not start with it in {REHEARSAL_SECONDS:g} s") from None
+    if done.returncode != 0:
+        reason = (done.stderr.strip() or "for a reason unknown").splitlines()[-1]
+        raise ConfigError(f"{config.path}: the server does not start with it: {reason}")
+
+
+def main() -> int:
+    """Build the parts; 0 when that worked."""
+    from kci_storage import app  # only here, since it needs all that the server needs
+
+    app.build_services(usable(Path(sys.argv[1])))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
