@@ -142,7 +142,6 @@ TABLE: dict[type[StorageError], Meaning] = {
     ClientDisconnected: Meaning(400, "Incomplete Body", "client_disconnected"),
     Unauthorized: Meaning(401, "Unauthorized", "unauthorized"),
     Forbidden: Meaning(403, "Forbidden", "forbidden"),
-    Refused: Meaning(403, "Forbidden", "refused"),
     UserAgentRefused: Meaning(403, "Forbidden", "useragent"),
     SubnetRefused: Meaning(403, "Forbidden", "subnet"),
     TooManyRequests: Meaning(429, "Too Many Requests", "rate"),

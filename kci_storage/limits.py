@@ -21,6 +21,7 @@ import mmap
 import os
 import threading
 from collections.abc import Callable
+from typing import NoReturn
 
 from kci_storage.errors import TooManyDownloads, TooManyRequests
 
@@ -155,6 +156,7 @@ class Rate:
         self._full_at = ledger.full_at
         self._interval = 1 / per_second
         self._tolerance = (burst - 1) * self._interval
+        self._most = burst * self._interval  # seconds until an empty bucket is full
 
     def count(self, cells: Cells, now: float) -> None:
         """A request has come.
@@ -164,13 +166,15 @@ class Rate:
         """
         full_at = self._full_at
         ahead = max(0.0, min([full_at[cell] for cell in cells]) - now)
-        ahead = min(ahead, self._tolerance + self._interval)  # more only if the limit was another one meanwhile
         if ahead > self._tolerance + _ROUNDING:
-            seconds = max(1, math.ceil(ahead - self._tolerance))
-            raise TooManyRequests(
-                f"too many requests from one network; try again in {seconds} s", retry_after=seconds
-            )
+            self._refuse(cells, now, min(ahead, self._most))
         full = now + ahead + self._interval
         for cell in cells:
             if full_at[cell] < full:
                 full_at[cell] = full
+
+    def _refuse(self, cells: Cells, now: float, ahead: float) -> NoReturn:
+        for cell in cells:  # there may be more only from before, when the limit was another one
+            self._full_at[cell] = min(self._full_at[cell], now + self._most)
+        seconds = max(1, math.ceil(ahead - self._tolerance))
+        raise TooManyRequests(f"too many requests from one network; try again in {seconds} s", retry_after=seconds)
