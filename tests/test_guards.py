@@ -188,6 +188,7 @@ def test_a_crawler_is_refused_before_any_work(local_server: Server, method: str)
     else:
         assert_error(answer, 403, local_server, ["user agent"])
     assert answer.headers["Cache-Control"] == "no-store"
+    assert answer.headers["X-Content-Type-Options"] == "nosniff"
     assert answer.headers["Access-Control-Allow-Origin"] == "*"
     line = access(local_server, answer)
     assert (line["status"], line["error"]) == ("403", "useragent: GPTBot")
