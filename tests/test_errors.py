@@ -343,7 +343,7 @@ def test_readiness_says_why_not(failing_server: Server):
 
 def test_every_row_of_the_table_has_a_status_that_clients_know():
     assert {row.status for row in TABLE.values()} == {
-        400, 401, 403, 404, 409, 412, 413, 500, 502, 503, 504, 507
+        400, 401, 403, 404, 409, 412, 413, 429, 500, 502, 503, 504, 507
     }  # fmt: skip
     assert all(issubclass(kind, StorageError) for kind in TABLE)
 
