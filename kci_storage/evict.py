@@ -16,6 +16,7 @@ import logging
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from pathlib import Path
@@ -37,6 +38,7 @@ STEP = 20  # candidates that are evicted, or handed over, in one go
 PAUSE = 0.002  # seconds: a fill's own evicting gives way to requests after each step
 ELECTION_INTERVAL = 5  # seconds between two tries to become the one who does it
 SWEEP_INTERVAL = 24 * 3600  # seconds; a sweep also finds what workers left that died while the server ran
+STOP_SECONDS = 5.0  # for which a process waits for its housekeeping to end
 ROOM_TIMEOUT = 3  # seconds that a fill waits for room, and so do its clients; then it does without the cache
 SMALL = 1000  # files that are looked at in less time than a process needs to start
 REMEMBERED = 10_000  # candidates of one walk that are kept for the next fills; about 0.4 KiB each
@@ -209,18 +211,31 @@ class Housekeeper:
         self._evictor = Evictor(cache, limits)
         self._stopped = threading.Event()
         self._jobs: set[Job] = set()
+        self._threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
         self._oldest: list[Candidate] = []  # of the latest walk for a fill, the least recently used last
 
     def start(self) -> None:
         """See to what a worker has left that died, then keep house in a thread whenever no other worker does."""
         self._log_errors(self._cache.recover_locks)
-        threading.Thread(target=self._run, name="housekeeping", daemon=True).start()
+        self._start("housekeeping", self._run)
+
+    def _start(self, name: str, work: Callable[[], object]) -> threading.Thread:
+        thread = threading.Thread(target=work, name=name, daemon=True)
+        thread.start()
+        self._threads.add(thread)
+        return thread
 
     def stop(self) -> None:
-        """Have the thread end soon, and what it has begun now."""
+        """End what is under way, before the process ends in the midst of it: a lock would be left, and a wrong count.
+
+        Back when it has ended, :data:`STOP_SECONDS` later at most.
+        """
         self._stopped.set()
+        deadline = time.monotonic() + STOP_SECONDS
         for job in list(self._jobs):
             job.stop()
+        for thread in list(self._threads):
+            thread.join(max(0.0, deadline - time.monotonic()))
 
     def _run(self) -> None:
         while not self._stopped.is_set():
@@ -292,7 +307,8 @@ class Housekeeper:
             for freed in steps:
                 self._metrics.evicted(freed.files, freed.size)
                 files, size = files + freed.files, size + freed.size
-                time.sleep(pause)
+                if self._stopped.wait(pause):
+                    break
         finally:
             if files:
                 log.info(
@@ -308,13 +324,12 @@ class Housekeeper:
         missing = self._evictor.missing_for(size)
         if not missing:
             return True
+        if self._stopped.is_set():
+            return False
         used = Usage(*self._cache.usage.read())
         if missing.size > used.size or missing.files > used.files:
             return False
-        work = partial(self._make_room, size)
-        maker = threading.Thread(target=self._log_errors, args=(work,), name="room", daemon=True)
-        maker.start()
-        maker.join(ROOM_TIMEOUT)
+        self._start("room", partial(self._log_errors, partial(self._make_room, size))).join(ROOM_TIMEOUT)
         return not self._evictor.missing_for(size)
 
     def _make_room(self, size: int) -> None:

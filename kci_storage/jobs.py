@@ -52,8 +52,7 @@ class Job:
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, pass_fds=tuple(inherited))
         with contextlib.suppress(BrokenPipeError):  # it could not even start, as its exit status will say
-            for part in (sys.path, (work, arguments)):
-                pickle.dump(part, self._input)
+            pickle.dump((sys.path, pickle.dumps((work, arguments))), self._input)
             self._input.flush()
 
     @property
@@ -90,7 +89,7 @@ class Job:
         return answer
 
     def stop(self) -> None:
-        """Have it end after its present step; back when it has ended, :data:`GRACE` seconds later at most."""
+        """Have it end, after its present step if there is one; back then, :data:`GRACE` seconds later at most."""
         self._stopped = True
         with contextlib.suppress(OSError):
             self._input.close()
@@ -112,7 +111,6 @@ def main() -> None:
     """Do the job that the parent sends."""
     for number in IGNORED:
         signal.signal(number, signal.SIG_IGN)
-    os.nice(NICENESS)
     with contextlib.suppress(BrokenPipeError), os.fdopen(os.dup(1), "wb") as reports:
         os.dup2(2, 1)  # what a driver prints is no report
         _send(reports, _outcome(reports))
@@ -120,9 +118,12 @@ def main() -> None:
 
 def _outcome(reports: BinaryIO) -> tuple[str, Any]:
     try:
-        sys.path[:] = pickle.load(sys.stdin.buffer)
-        work, arguments = pickle.load(sys.stdin.buffer)
-        _work(work(*arguments), reports)
+        path, order = pickle.load(sys.stdin.buffer)
+        parent = _Parent()
+        os.nice(NICENESS)
+        sys.path[:] = path
+        work, arguments = pickle.loads(order)  # which imports what the work needs
+        _work(work(*arguments), reports, parent)
     except BrokenPipeError:  # nobody listens any more
         raise
     except Exception:
@@ -130,22 +131,36 @@ def _outcome(reports: BinaryIO) -> tuple[str, Any]:
     return DONE, None
 
 
-def _work(steps: Iterator[Any], reports: BinaryIO) -> None:
-    stopping = threading.Event()
-    threading.Thread(target=_watch_parent, args=(stopping,), daemon=True).start()
+class _Parent:
+    """Whoever has started this process. When that tells it to stop, or dies, it ends, but in the midst of no step."""
+
+    def __init__(self) -> None:
+        self.is_gone = threading.Event()
+        self._begun = threading.Event()
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        os.read(0, 1)  # returns when the parent closes its end, or is dead
+        self.is_gone.set()
+        if self._begun.is_set():
+            time.sleep(GRACE)
+        os._exit(0)
+
+    def begin(self) -> None:
+        """From now on there are steps."""
+        self._begun.set()
+
+
+def _work(steps: Iterator[Any], reports: BinaryIO, parent: _Parent) -> None:
+    parent.begin()
     with contextlib.closing(steps):  # type: ignore[type-var]
+        if parent.is_gone.is_set():
+            return
         for report in steps:
             if report is not None:
                 _send(reports, (REPORT, report))
-            if stopping.is_set():
+            if parent.is_gone.is_set():
                 return
-
-
-def _watch_parent(stopping: threading.Event) -> None:
-    os.read(0, 1)  # returns when the parent closes its end, or is dead
-    stopping.set()
-    time.sleep(GRACE)
-    os._exit(0)
 
 
 def _send(reports: BinaryIO, message: tuple[str, Any]) -> None:

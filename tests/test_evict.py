@@ -536,8 +536,21 @@ class TestTheThread:
         wait_until(begun.exists, TIMEOUT, "the sweep of the driver")
         assert len(set(leaders(cache.directory))) == 2
         keeper.stop()
-        wait_until(lambda: not leaders(cache.directory), TIMEOUT, "the end of the lead")
+        assert not leaders(cache.directory)
         assert caplog.text == ""
+
+    def test_a_stop_ends_what_makes_room(self, cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Else the process ends in the midst of it, and leaves a lock and a wrong count."""
+        monkeypatch.setattr(evict, "ROOM_TIMEOUT", 0.0)
+        monkeypatch.setattr(evict, "PAUSE", TIMEOUT)
+        for number in range(2 * evict.STEP):
+            store(cache, str(number))
+        keeper = housekeeper(cache, max_files=1)
+        assert not keeper.make_room(KIB)
+        keeper.stop()
+        assert "room" not in thread_names()
+        assert cache.locks.names() == []
+        assert cache.usage.read()[0] >= evict.STEP
 
     def test_an_election_that_fails_is_not_the_last(
         self, cache: Cache, started: Callable[..., Housekeeper], monkeypatch: pytest.MonkeyPatch,

@@ -102,6 +102,17 @@ def is_gone(pid: int) -> bool:
     return True
 
 
+class HeldUp:
+    """What a job cannot begin with: to read it takes for ever."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return held_up, ("",)
+
+
+def held_up(_: str) -> None:
+    time.sleep(10 * TIMEOUT)
+
+
 class TestReports:
     def test_they_come_in_order_and_none_is_none(self) -> None:
         with Job(count, 100) as job:
@@ -155,6 +166,17 @@ class TestItsEnd:
             with pytest.raises(JobStopped):
                 next(reports)
         assert is_gone(job.pid)
+
+    def test_one_that_has_not_begun_ends_at_once(self) -> None:
+        """A busy machine may need long to import what the work needs."""
+        with Job(count, HeldUp()) as job:
+            stopping = threading.Thread(target=job.stop)
+            stopping.start()
+            stopping.join(TIMEOUT)
+            ended = is_gone(job.pid)
+            if not ended:
+                os.kill(job.pid, signal.SIGKILL)
+        assert ended
 
     @pytest.mark.parametrize("number", jobs.IGNORED)
     def test_a_signal_to_the_whole_group_is_for_its_parent(self, number: int, tmp_path: Path) -> None:
