@@ -466,7 +466,9 @@ class TestTheThread:
         store(cache, "a")
         with peers(1) as [peer]:
             peer.call(die_writing, cache.directory)
+            peer.call(hold_room, cache.directory)
             peer.kill()
+        assert len(cache.locks.names()) == 2
         with leading(cache):  # so that only the start itself can have done it
             started()
             assert cache.locks.names() == []
