@@ -27,7 +27,7 @@
       event.preventDefault();
       box.select();
     } else if (event.key === "Escape" && event.target === box) {
-      box.value = "";
+      box.value = ""; // which some browsers do by themselves
       filter();
     }
   }
