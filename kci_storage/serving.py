@@ -5,6 +5,7 @@ Used as ``gunicorn -c python:kci_storage.serving``, and by ``gunicorn.conf.py`` 
 
 from __future__ import annotations
 
+import logging
 import os
 import resource
 import shutil
@@ -112,10 +113,19 @@ def post_worker_init(worker: Any) -> None:
 
 
 def worker_exit(server: Any, worker: Any) -> None:
-    """The worker has answered its last request."""
+    """The worker has answered its last request, and ends in good order or by an error.
+
+    In good order it ends here: the interpreter would wait for threads that wait for a silent backend on behalf of
+    nobody, and pull the floor from under those that nobody waits for.
+    """
     application = getattr(worker, "wsgi", None) and worker.app.wsgi()
-    if application is not None:
-        application.extensions["kci_storage"].stop()
+    if application is None:
+        return
+    application.extensions["kci_storage"].stop()
+    ending = sys.exc_info()[1]  # what gunicorn raised to end the process
+    if isinstance(ending, SystemExit) and not ending.code:
+        logging.shutdown()
+        os._exit(0)
 
 
 def child_exit(server: Any, worker: Any) -> None:

@@ -30,7 +30,7 @@ from typing import Any
 
 from gunicorn.http import errors, message, wsgi
 from gunicorn.http.body import LengthReader
-from gunicorn.workers.gthread import ThreadWorker
+from gunicorn.workers.gthread import PollableMethodQueue, ThreadWorker
 
 from kci_storage import logs
 from kci_storage.background import Background, Sending
@@ -73,6 +73,7 @@ class Worker(ThreadWorker):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        self.method_queue = _MethodQueue()
         self._idle = Waiting(self.cfg.keepalive)  # nothing of a request has come
         self._heads = Waiting(min(HEAD_SECONDS, self.send_timeout))  # a part of its head has come
         self._ready: deque[Connection] = deque()  # a request's head is there, and no thread has it yet
@@ -316,6 +317,17 @@ class Worker(ThreadWorker):
         with contextlib.suppress(OSError):
             # The class says enough; the message quotes the client, maybe a header with a token in it.
             client.sendall(refusal(status, addr, type(exc).__name__))
+
+
+class _MethodQueue(PollableMethodQueue):
+    """What threads want to be done by the main loop, and how they wake it.
+
+    It stays open at the end of the loop: threads whose requests were given up may yet call, and would write into
+    whatever file has got the pipe's number by then.
+    """
+
+    def close(self) -> None:
+        """Nothing; the process ends."""
 
 
 def refusal(status: int, address: Any, reason: str = "IncompleteHead") -> bytes:

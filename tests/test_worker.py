@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import START_SECONDS, Server, wait_until
-from tests.wire import SECONDS
+from kci_storage.drivers.azure import BLOCK_SIZE
+from tests.cold import Bench
+from tests.faultproxy import PUT, Hold
+from tests.harness import START_SECONDS, STOP_SECONDS, Server, wait_until
+from tests.wire import SECONDS, Wire, new_folder, request, wait_until_tidy
 
 # gunicorn's settings as they are, but a worker that is forked later waits before it does anything.
 SETTINGS = """
@@ -41,6 +44,21 @@ def test_a_worker_that_is_just_being_forked_heeds_a_stop(start_server: Callable[
     wait_until(lambda: awaits_sigterm(forked), SECONDS, "the worker's SIGTERM")
     hold.unlink()
     server.stop()  # in far less than graceful_timeout
+
+
+def test_a_silent_backend_does_not_hold_up_a_stop(new_bench: Callable[..., Bench]):
+    """A block is on its way there, whose upload was given up."""
+    patience = 10 * STOP_SECONDS
+    bench = new_bench(server={"workers": 1}, azure={"connect_timeout": patience, "read_timeout": patience})
+    key = f"{new_folder()}/a"
+    rule = bench.proxy.inject(Hold(), kind=PUT, key=key)
+    with Wire(bench.server) as wire:
+        head = {**bench.server.headers(), "Content-Length": 3 * BLOCK_SIZE}
+        wire.send(request("PUT", f"/{key}", head), bytes(BLOCK_SIZE + 1))
+        rule.wait_until_reached()
+    wait_until_tidy(bench.server)
+    bench.server.stop()
+    rule.end()
 
 
 def awaits_sigterm(pid: int) -> bool:
