@@ -68,7 +68,7 @@ class NewFile:
         self.path = path
         with _full_disk_is_insufficient_storage():
             self._fd = _create(path) if fd is None else fd
-        self.size = os.lseek(self._fd, 0, os.SEEK_END)  # bytes written so far
+        self.size = 0 if fd is None else os.lseek(fd, 0, os.SEEK_END)  # bytes written so far
         self._begun = self.size  # bytes that the disk was asked to begin with
         self._flushed = False
         self._stamped = False
@@ -247,7 +247,7 @@ def _create(path: Path) -> int:
         except FileNotFoundError:
             make_directory(path.parent)
             continue
-        if try_lock(fd) and is_file_at(fd, path):
+        if try_lock(fd) and os.fstat(fd).st_nlink > 0:
             return fd
         os.close(fd)  # a sweep came between creation and lock, and took the file for left behind
         remove(path)

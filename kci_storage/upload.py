@@ -148,8 +148,6 @@ class Upload:
 
     def __init__(self, uploads: Uploads, key: str, content_type: str, *, md5: bool):
         self.key = key
-        self._cache = uploads.cache
-        self._misses = uploads.misses
         self._metrics = uploads.metrics
         self._content_type = content_type
         self._max_bytes = uploads.max_bytes
@@ -159,14 +157,8 @@ class Upload:
             stack.callback(self._digests.close)
             stack.enter_context(uploads.metrics.waiting_for(uploads.cache.writing(key, uploads.lock_timeout)))
             self._writer = stack.enter_context(uploads.driver.writer(key, content_type))
-            self._part = self._new_part() if uploads.cached else None
+            self._copy = _Copy(uploads.cache, uploads.misses, key) if uploads.cached else _NoCopy()
             self._held = stack.pop_all()
-
-    def _new_part(self) -> durable.NewFile | None:
-        try:
-            return self._cache.new_part(self.key)
-        except InsufficientStorage:
-            return None
 
     def write(self, data: bytes | memoryview) -> None:
         """Take the next piece, which is the caller's again afterwards.
@@ -179,17 +171,7 @@ class Upload:
             raise too_large(self._max_bytes)
         self._digests.update(data)
         self._writer.write(data)
-        self._write_part(data)
-
-    def _write_part(self, data: bytes | memoryview) -> None:
-        if self._part is None:
-            return
-        try:
-            self._part.write(data)
-            self._part.begin_writeback()
-        except InsufficientStorage:  # no copy then; the upload itself needs none
-            self._part.discard()
-            self._part = None
+        self._copy.write(data)
 
     def end(self) -> None:
         """All of it has come; it may wait for its commit. The threads and buffers of its digests are not kept."""
@@ -231,18 +213,9 @@ class Upload:
         :raises StorageError: it failed, or nobody knows; the copy of the previous version is doubted then.
         """
         digests = Digests(self._size, self.sha256, self._digests.digest("md5"))
-        self._cache.announce_commit(self.key)
-        try:
-            info = self._writer.commit(digests, expected, self._replay if self._part else None)
-        except (PreconditionFailed, KeyConflict):
-            raise  # nothing has changed
-        except BaseException:
-            self._cache.doubt(self.key)
-            raise
-        # Whatever comes of the copy, nobody may go on with what was true before the commit.
-        self._cache.revoke_fill(self.key)
-        self._misses.changed(self.key)
-        self._publish(info)
+        with self._copy.committing():
+            info = self._writer.commit(digests, expected, self._copy.replay)
+        self._copy.publish(info)
         self._metrics.uploaded()
         return info
 
@@ -252,32 +225,104 @@ class Upload:
         Where there is a cached copy, there was something. Else it tries the commit as a new object first, which costs
         the backend more requests only where there was one after all.
         """
-        if self._cache.slot(self.key).record.exists():
+        if self._copy.has_predecessor():
             return Stored(self.commit(), self.sha256)
         try:
             return Stored(self.commit(Expectation.NOTHING), self.sha256, created=True)
         except PreconditionFailed:
             return Stored(self.commit(), self.sha256)
 
-    def _publish(self, info: ObjectInfo) -> None:
+    def close(self) -> None:
+        """Let go of everything; what was not committed is gone. Idempotent."""
+        with self._held:  # the lock goes even if a file cannot be removed
+            self._copy.discard()
+
+
+class _Copy:
+    """What an upload means for the cache: a copy of the new version, and nothing that is left of the old one.
+
+    The caller holds the key's lock. A disk that is full costs the copy, and not the upload.
+    """
+
+    def __init__(self, cache: Cache, misses: Misses, key: str):
+        self._cache = cache
+        self._misses = misses
+        self._key = key
+        self._part: durable.NewFile | None = None
+        with contextlib.suppress(InsufficientStorage):
+            self._part = cache.new_part(key)
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Take the next piece."""
         if self._part is None:
-            self._cache.remove(self.key)
+            return
+        try:
+            self._part.write(data)
+            self._part.begin_writeback()
+        except InsufficientStorage:
+            self._part.discard()
+            self._part = None
+
+    @property
+    def replay(self) -> Callable[[], Iterator[bytes]] | None:
+        """What gives the whole content again; None: nothing does."""
+        return self._content if self._part else None
+
+    def _content(self) -> Iterator[bytes]:
+        assert self._part is not None
+        for start in range(0, self._part.size, READ_SIZE):
+            yield os.pread(self._part.fileno(), READ_SIZE, start)
+
+    def has_predecessor(self) -> bool:
+        """Whether there is a copy of the version before."""
+        return self._cache.slot(self._key).record.exists()
+
+    @contextlib.contextmanager
+    def committing(self) -> Iterator[None]:
+        """The driver commits during the block. If it fails, or nobody knows, the old copy is doubted."""
+        self._cache.announce_commit(self._key)
+        try:
+            yield
+        except (PreconditionFailed, KeyConflict):
+            raise  # nothing has changed
+        except BaseException:
+            self._cache.doubt(self._key)
+            raise
+        # Whatever comes of the copy, nobody may go on with what was true before the commit.
+        self._cache.revoke_fill(self._key)
+        self._misses.changed(self._key)
+
+    def publish(self, info: ObjectInfo) -> None:
+        """Have it served, by every worker, in place of the one before."""
+        if self._part is None:
+            self._cache.remove(self._key)
             return
         try:
             self._cache.publish(self._part, info)
         except InsufficientStorage:  # the copy of the previous version is gone as well
             self._part.discard()
 
-    def _replay(self) -> Iterator[bytes]:
-        assert self._part is not None
-        for start in range(0, self._size, READ_SIZE):
-            yield os.pread(self._part.fileno(), READ_SIZE, start)
+    def discard(self) -> None:
+        """Remove it unless it was published. Idempotent."""
+        if self._part is not None:
+            self._part.discard()
 
-    def close(self) -> None:
-        """Let go of everything; what was not committed is gone. Idempotent."""
-        with self._held:  # the lock goes even if a file cannot be removed
-            if self._part is not None:
-                self._part.discard()
+
+class _NoCopy:
+    """The same where objects are served from where the driver has them: nothing is to be done."""
+
+    replay = None
+    committing = contextlib.nullcontext
+
+    def write(self, data: bytes | memoryview) -> None: ...
+
+    def has_predecessor(self) -> bool:
+        """Nobody knows."""
+        return False
+
+    def publish(self, info: ObjectInfo) -> None: ...
+
+    def discard(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)

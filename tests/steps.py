@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 CHANGING = (
-    "open", "write", "pwrite", "ftruncate", "fsync", "fdatasync", "rename", "mkdir", "utime", "unlink", "rmdir",
+    "open", "write", "pwrite", "ftruncate", "fsync", "fdatasync",
+    "rename", "link", "mkdir", "utime", "unlink", "rmdir",
 )  # fmt: skip
-GROWING = ("open", "write", "pwrite", "fsync", "fdatasync", "rename", "mkdir")  # what may need room on the disk
+GROWING = ("open", "write", "pwrite", "fsync", "fdatasync", "rename", "link", "mkdir")  # what may need room on the disk
 
 
 class Steps:

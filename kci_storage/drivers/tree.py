@@ -60,26 +60,49 @@ class Tree:
 
         :param make: whether it is made where it is missing, in such a way that it outlives a loss of power.
         """
-        fd = os.open(self._prefix, _FOLDER)
+        fd = self._open_folder(path, make)
         try:
-            for segment in filter(None, path.split("/")):
-                outer, fd = fd, _enter(fd, segment.encode(), make)
-                os.close(outer)
             yield fd
         finally:
             os.close(fd)
 
+    def _open_folder(self, path: str, make: bool) -> int:
+        whole = self._prefix + path.encode()
+        if len(whole) < PATH_MAX:
+            try:
+                return os.open(whole, _FOLDER)
+            except FileNotFoundError:
+                if not make:
+                    raise
+        return self._open_in_steps(path, make)
+
+    def _open_in_steps(self, path: str, make: bool) -> int:
+        fd = os.open(self._prefix, _FOLDER)
+        for segment in filter(None, path.split("/")):
+            outer = fd
+            try:
+                fd = _enter(outer, segment.encode(), make)
+            finally:
+                os.close(outer)
+        return fd
+
     def obstacle(self, key: str) -> str | None:
         """What keeps a file from being put at ``key``, as a sentence; None: nothing."""
+        try:
+            kind = self._kind(key)
+        except NotADirectoryError:
+            return self._file_above(key)
+        if kind is not None and stat.S_ISDIR(kind) and not self.remove_if_empty(key):
+            return f"{_quote(key)} is a folder, so there can be no file of this name"
+        return None
+
+    def _file_above(self, key: str) -> str | None:
         for folder in reversed(list(_folders_above(key))):
             kind = self._kind(folder)
             if kind is None:
                 return None
             if not stat.S_ISDIR(kind):
                 return f"{_quote(folder)} is a file, so there can be nothing below it"
-        kind = self._kind(key)
-        if kind is not None and stat.S_ISDIR(kind) and not self.remove_if_empty(key):
-            return f"{_quote(key)} is a folder, so there can be no file of this name"
         return None
 
     def _kind(self, key: str) -> int | None:
