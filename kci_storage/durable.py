@@ -28,6 +28,7 @@ FILE_MODE = 0o644  # nginx, as another user, reads what it is told to send
 DIRECTORY_MODE = 0o755
 WRITEBACK_STEP = 8 * 1024 * 1024  # bytes after which the disk is given something to do
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NO_ATTRIBUTE = {errno.ENOTSUP, errno.E2BIG, errno.ENOSPC, errno.EDQUOT}  # there are none, or none so large
 
 
 @contextlib.contextmanager
@@ -125,6 +126,16 @@ class NewFile:
         os.utime(self._fd, ns=(now, now))
         self._flushed, self._stamped = False, True
         return os.fstat(self._fd)
+
+    def set_attribute(self, name: str, value: bytes) -> bool:
+        """Attach a piece of information, after :meth:`stamp`; False: this file system cannot hold it."""
+        try:
+            os.setxattr(self._fd, name, value)
+        except OSError as exc:
+            if exc.errno in _NO_ATTRIBUTE:
+                return False
+            raise
+        return True
 
     def flush(self) -> None:
         """Have the disk take what was written, so that :meth:`publish` is quick.

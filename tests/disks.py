@@ -1,4 +1,4 @@
-"""Small disks for tests: file systems in memory that are soon full."""
+"""Disks for tests: file systems in memory that are soon full, or lack something."""
 
 from __future__ import annotations
 
@@ -20,13 +20,29 @@ def small_disk(folder: Path, size: int, inodes: int = 0) -> Iterator[Path]:
     :param size: bytes.
     :param inodes: how many files it can hold; 0: as many as it likes.
     """
+    with _mounted(folder, "-t", "tmpfs", "-o", f"size={size},nr_inodes={inodes}", "tmpfs"):
+        yield folder
+
+
+@contextlib.contextmanager
+def plain_disk(folder: Path) -> Iterator[Path]:
+    """A file system without extended attributes on ``folder`` during the block."""
+    with _mounted(folder, "-t", "ramfs", "ramfs"):
+        (folder / "file").touch()
+        with pytest.raises(OSError, match="not supported"):
+            os.setxattr(folder / "file", "user.test", b"")
+        (folder / "file").unlink()
+        yield folder
+
+
+@contextlib.contextmanager
+def _mounted(folder: Path, *options: str) -> Iterator[Path]:
     if os.getuid() != 0:
-        pytest.skip("only root may mount a small disk")
+        pytest.skip("only root may mount a disk")
     folder.mkdir(exist_ok=True)
-    options = f"size={size},nr_inodes={inodes}"
-    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, text=True)
+    mount = subprocess.run(["mount", *options, folder], capture_output=True, text=True)
     if mount.returncode:
-        pytest.skip(f"no small disk can be mounted here: {mount.stderr.strip()}")
+        pytest.skip(f"no disk can be mounted here: {mount.stderr.strip()}")
     try:
         yield folder
     finally:

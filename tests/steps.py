@@ -16,9 +16,10 @@ from typing import Any
 
 CHANGING = (
     "open", "write", "pwrite", "ftruncate", "fsync", "fdatasync",
-    "rename", "link", "mkdir", "utime", "unlink", "rmdir",
+    "rename", "link", "mkdir", "utime", "setxattr", "unlink", "rmdir",
 )  # fmt: skip
-GROWING = ("open", "write", "pwrite", "fsync", "fdatasync", "rename", "link", "mkdir")  # what may need room on the disk
+# What may need room on the disk.
+GROWING = ("open", "write", "pwrite", "fsync", "fdatasync", "rename", "link", "mkdir")
 
 
 class Steps:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import multiprocessing
 import os
 import resource
+import shutil
 import socket
 import stat
 import tempfile
@@ -13,13 +15,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from kci_storage import keys
 from kci_storage.config import Config, LocalConfig
-from kci_storage.drivers import local, tree
-from kci_storage.drivers.base import Expectation, LocalObjects, Sweepable
+from kci_storage.drivers import local, records, tree
+from kci_storage.drivers.base import Expectation, LocalObjects, ObjectInfo, Sweepable
 from kci_storage.drivers.local import LocalDriver
 from kci_storage.errors import (
     BackendError,
@@ -30,6 +33,7 @@ from kci_storage.errors import (
     ObjectNotFound,
     PreconditionFailed,
 )
+from tests.disks import plain_disk
 from tests.driver_contract import (
     HOSTILE_KEYS,
     KIB,
@@ -70,10 +74,33 @@ class TestLocalDriver(DriverContract):
         return inside(driver._tree.root)
 
 
+class TestWithoutAttributes(TestLocalDriver):
+    """On a file system without extended attributes: records are files of their own."""
+
+    @pytest.fixture
+    def driver(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(local, "PAGE_SIZE", 7)
+        monkeypatch.setattr(local, "PIECE_SIZE", 64 * KIB)
+        with plain_disk(tmp_path / "disk") as disk:
+            yield LocalDriver(disk / ("storage" * 30))
+
+
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     """The folder of the driver."""
     return tmp_path / "storage"
+
+
+@pytest.fixture
+def plain_root(tmp_path: Path) -> Iterator[Path]:
+    """Such a folder on a file system without extended attributes."""
+    with plain_disk(tmp_path / "disk") as disk:
+        yield disk / "storage"
+
+
+def records_in(root: Path) -> list[Path]:
+    """The records that are files of their own."""
+    return list((root / ".kci/meta").rglob("*.json"))
 
 
 @pytest.fixture
@@ -157,21 +184,56 @@ def test_another_process_tells_the_same_of_an_object(driver, root):
     assert LocalDriver(root).list().objects == (info,)
 
 
-def test_a_damaged_record_is_none(driver, root):
+@pytest.mark.parametrize("damaged", [b"{", b"[]", b"{}", b'{"of": 1}', b"\xff"])
+def test_a_damaged_record_is_none(driver, root, damaged):
     put(driver, "a", b"content", "text/plain")
-    for record in (root / ".kci/meta").rglob("*.json"):
-        record.write_text("{")
+    os.setxattr(root / "a", records.ATTRIBUTE, damaged)
     assert LocalDriver(root).stat("a").content_type is None
 
 
-def test_an_upload_leaves_no_record_of_the_version_before(driver, root):
+def test_a_record_is_on_its_file_and_goes_where_that_goes(driver, root):
+    info = put(driver, "a", b"content", "text/plain")
+    assert records_in(root) == []
+    (root / "folder").mkdir()
+    (root / "a").rename(root / "folder/b")
+    assert driver.stat("folder/b") == dataclasses.replace(info, key="folder/b")
+
+
+def test_a_copy_that_keeps_times_and_attributes_keeps_the_records(driver, root, tmp_path):
+    """A backup, restored."""
+    info = put(driver, "folder/a", b"content", "text/plain")
+    shutil.copytree(root, tmp_path / "restored")
+    assert LocalDriver(tmp_path / "restored").stat("folder/a") == info
+
+
+def test_a_type_as_long_as_can_be_is_kept(driver, root):
+    content_type = "text/" + "x" * 250
+    put(driver, "a", b"content", content_type)
+    assert LocalDriver(root).stat("a").content_type == content_type
+
+
+def test_a_record_that_is_too_large_for_its_file_gets_one_of_its_own(driver, root):
+    content_type = "text/" + "x" * 70_000  # no file system holds as much
+    put(driver, "a", b"content", content_type)
+    assert len(records_in(root)) == 1
+    assert LocalDriver(root).stat("a").content_type == content_type
+
+
+def test_a_damaged_file_of_a_record_is_none(plain_root):
+    put(LocalDriver(plain_root), "a", b"content", "text/plain")
+    [record] = records_in(plain_root)
+    record.write_text("{")
+    assert LocalDriver(plain_root).stat("a").content_type is None
+
+
+def test_an_upload_leaves_no_record_of_the_version_before(plain_root):
     for number in range(3):
-        put(driver, "a", content_of(number))
-    assert len(list((root / ".kci/meta").rglob("*.json"))) == 1
+        put(LocalDriver(plain_root), "a", content_of(number))
+    assert len(records_in(plain_root)) == 1
 
 
 def test_what_is_remembered_is_bounded_and_right(driver, monkeypatch):
-    monkeypatch.setattr(local, "REMEMBERED", 3)
+    monkeypatch.setattr(records, "REMEMBERED", 3)
     infos = [put(driver, f"object-{number}", b"", f"x/{number}") for number in range(10)]
     assert [driver.stat(info.key) for info in infos] == infos
     assert [driver.stat(info.key) for info in reversed(infos)] == infos[::-1]
@@ -451,19 +513,30 @@ def test_the_last_page_says_so(driver, monkeypatch, size):
     assert [len(page.objects) for page in pages(driver)] == [7] * (size // 7) + ([size % 7] if size % 7 else [])
 
 
-def test_an_object_that_is_replaced_while_it_is_listed_is_listed(driver, root, monkeypatch):
-    put(driver, "a", b"old", "text/plain")
+def list_while_replaced(root: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any, Any]:
+    """What is listed when an object is replaced after it was looked at; the object before, and afterwards."""
+    old = put(LocalDriver(root), "a", b"old", "text/plain")
     lister = LocalDriver(root)
-    real = lister._records.get
+    real = lister._records.read
 
     def replaced(*args: object) -> object:
-        monkeypatch.setattr(lister._records, "get", real)
-        infos.append(put(driver, "a", b"newer", "image/png"))
+        monkeypatch.setattr(lister._records, "read", real)
+        infos.append(put(LocalDriver(root), "a", b"newer", "image/png"))
         return real(*args)
 
-    infos = []
-    monkeypatch.setattr(lister._records, "get", replaced)
-    assert list(lister.list().objects) == infos
+    infos: list[ObjectInfo] = []
+    monkeypatch.setattr(lister._records, "read", replaced)
+    return list(lister.list().objects), old, *infos
+
+
+def test_an_object_that_is_replaced_while_it_is_listed_is_listed(root, monkeypatch):
+    listed, old, new = list_while_replaced(root, monkeypatch)
+    assert listed == [old]
+
+
+def test_an_object_whose_record_goes_while_it_is_listed_is_listed(plain_root, monkeypatch):
+    listed, old, new = list_while_replaced(plain_root, monkeypatch)
+    assert listed == [new]
 
 
 # Crashes
@@ -486,8 +559,16 @@ def crash(driver: LocalDriver, at: str) -> None:
     assert child.exitcode == 9
 
 
-@pytest.mark.parametrize(("at", "files"), [("writing", 1), ("committing", 3)])
+def test_a_sweep_removes_a_record_that_a_crash_has_left(plain_root):
+    check_a_sweep_after_a_crash(LocalDriver(plain_root), plain_root, "committing", files=3)
+
+
+@pytest.mark.parametrize(("at", "files"), [("writing", 1), ("committing", 2)])
 def test_a_sweep_removes_what_a_crash_has_left(driver, root, at, files):
+    check_a_sweep_after_a_crash(driver, root, at, files)
+
+
+def check_a_sweep_after_a_crash(driver: LocalDriver, root: Path, at: str, files: int) -> None:
     previous = put(driver, "a", b"previous", "image/png")
     before = inside(root)
     crash(driver, at)
@@ -505,7 +586,8 @@ def test_a_crash_blocks_nobody(driver):
     assert get(driver, "a") == b"next"
 
 
-def test_a_sweep_removes_records_of_what_was_changed_or_removed_by_hand(driver, root):
+def test_a_sweep_removes_records_of_what_was_changed_or_removed_by_hand(plain_root):
+    root, driver = plain_root, LocalDriver(plain_root)
     for key in ("changed", "removed", "kept", "folder/x"):
         put(driver, key, b"content", "text/plain")
     by_hand(root / "changed")
@@ -545,8 +627,9 @@ def test_a_sweep_takes_nothing_from_those_who_write(driver, root):
     assert isinstance(sweeping, int)
 
 
-def test_a_sweep_waits_for_the_commit_that_has_written_its_record(driver, root, monkeypatch):
+def test_a_sweep_waits_for_the_commit_that_has_written_its_record(plain_root, monkeypatch):
     """The record comes before the content that it is of: for a moment it looks like an orphan."""
+    root, driver = plain_root, LocalDriver(plain_root)
     place = driver._place_content
     swept = []
 
@@ -567,11 +650,42 @@ def test_a_sweep_waits_for_the_commit_that_has_written_its_record(driver, root, 
 
 
 def test_what_is_committed_is_on_the_disk_in_the_right_order(driver, root, monkeypatch):
-    """The contents and their times, then the record's name, then the object's, then the folders that say so.
+    """The content, its time and its record, then the object's name, then the folder that says so.
 
     And a new folder in the one above it, before there is anything in it.
     """
-    done = []
+    done = watch(root, monkeypatch)
+    put(driver, "folder/a", b"1")
+    in_order = [("fsync", "temporary"), ("rename", "folder"), ("fsync", "folder")]
+    assert done == [("fsync", "."), *in_order]
+    done.clear()
+    put(driver, "folder/a", b"2")
+    assert done == in_order
+    done.clear()
+    driver.delete("folder/a")
+    assert done == [("fsync", "folder")]
+
+
+def test_a_record_is_on_the_disk_before_its_object(plain_root, monkeypatch):
+    """The contents and their times, then the record's name, then the object's, then the folders that say so."""
+    done = watch(plain_root, monkeypatch)
+    driver = LocalDriver(plain_root)
+    put(driver, "folder/a", b"1")
+    new_folders = [("fsync", ".kci"), ("fsync", ".kci/meta"), ("fsync", ".")]
+    in_order = [
+        ("fsync", "temporary"), ("fdatasync", "temporary"),
+        ("rename", "record"), ("rename", "folder"),
+        ("fsync", "record"), ("fsync", "folder"),
+    ]  # fmt: skip
+    assert done == new_folders[:2] + in_order[:3] + new_folders[2:] + in_order[3:]
+    done.clear()
+    put(driver, "folder/a", b"2")
+    assert done == in_order
+
+
+def watch(root: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """What is flushed and renamed from now on."""
+    done: list[tuple[str, str]] = []
 
     def name_of(fd: int) -> str:
         path = os.path.relpath(os.readlink(f"/proc/self/fd/{fd}"), root)
@@ -588,20 +702,7 @@ def test_what_is_committed_is_on_the_disk_in_the_right_order(driver, root, monke
             done.append(("rename", name_of(dst_dir_fd))) or rename(source, target, dst_dir_fd=dst_dir_fd)
         ),
     )
-    put(driver, "folder/a", b"1")
-    new_folders = [("fsync", ".kci"), ("fsync", ".kci/meta"), ("fsync", ".")]
-    in_order = [
-        ("fsync", "temporary"), ("fdatasync", "temporary"),
-        ("rename", "record"), ("rename", "folder"),
-        ("fsync", "record"), ("fsync", "folder"),
-    ]  # fmt: skip
-    assert done == new_folders[:2] + in_order[:3] + new_folders[2:] + in_order[3:]
-    done.clear()
-    put(driver, "folder/a", b"2")
-    assert done == in_order
-    done.clear()
-    driver.delete("folder/a")
-    assert done == [("fsync", "folder")]
+    return done
 
 
 # When the disk or the system fails
@@ -669,7 +770,7 @@ def test_what_the_server_may_not_use_is_an_error_and_not_missing(shared_root):
                 with pytest.raises(BackendError) as caught:
                     attempt()
                 assert str(shared_root) not in caught.value.message
-            assert listed(fresh, details=False) == ["open/a"]
+            assert listed(fresh) == listed(fresh, details=False) == ["open/a"]
     finally:
         (shared_root / "closed").chmod(0o755)
 

@@ -1,11 +1,8 @@
 """The embedded default: objects are plain files at their key under one folder, so that an operator can look at them.
 
 A file put there by hand is an object too. What a file does not say of itself (content type, digests, ETag) stands in
-a record of its own under ``.kci/``, whose *name* holds the identity of the file that it describes: inode, time of
-modification and size. A commit writes the content under a temporary name, then the record for that identity, then
-renames the content to its key. A reader opens the content, looks at its identity, and asks for that one's record. So
-one upload's record is never paired with another's bytes, without a lock; and a file that was put there or changed by
-hand has no record: its ETag is its identity, and its type is unknown.
+its record (:mod:`kci_storage.drivers.records`), which goes with one version of the file: a file that was put there or
+changed by hand has none. Its ETag is its identity, and its type is unknown.
 """
 
 from __future__ import annotations
@@ -14,22 +11,19 @@ import contextlib
 import errno
 import hashlib
 import io
-import json
 import os
 import stat
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
 from kci_storage import durable
 from kci_storage.config import Config
 from kci_storage.drivers import side_files
 from kci_storage.drivers.base import Digests, Driver, Expectation, ObjectInfo, ObjectReader, ObjectWriter, Page
+from kci_storage.drivers.records import Identity, NewRecord, Records, files_in
 from kci_storage.drivers.tree import ABSENT, Tree
 from kci_storage.errors import (
     BackendError,
@@ -42,30 +36,12 @@ from kci_storage.errors import (
 )
 from kci_storage.locks import KeyLocks
 
-RECORDS = ".kci/meta"  # the folder of the records
 PAGE_SIZE = 1000  # objects and folders
 PIECE_SIZE = 1024 * 1024  # bytes that a reader gives at a time
-REMEMBERED = 10_000  # objects whose properties a process keeps in memory, about a KiB each
 TRIES = 20  # how often to begin again when somebody else comes in between, each time
 LOCK_TIMEOUT = 30  # seconds; a commit holds its lock for some flushes of the disk
 
 _READ = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC  # O_NONBLOCK: opening a named pipe waits for its writer
-
-
-class Identity(NamedTuple):
-    """What tells one version of a file from another."""
-
-    inode: int
-    mtime_ns: int  # nanoseconds since the epoch
-    size: int  # bytes
-
-    @classmethod
-    def of(cls, status: os.stat_result) -> Identity:
-        """The identity of a file that was looked at."""
-        return cls(status.st_ino, status.st_mtime_ns, status.st_size)
-
-    def __str__(self) -> str:
-        return f"{self.inode:x}-{self.mtime_ns:x}-{self.size:x}"
 
 
 class LocalDriver(Driver):
@@ -78,7 +54,7 @@ class LocalDriver(Driver):
         self._tree = Tree(storage_path)
         self._temporary = storage_path / ".kci/tmp"
         self._lock_directory = storage_path / ".kci/lock"
-        self._records = _Records(self._tree, self._temporary)
+        self._records = Records(self._tree, self._temporary)
 
     @classmethod
     def from_config(cls, config: Config) -> LocalDriver:
@@ -94,7 +70,7 @@ class LocalDriver(Driver):
             fd = -1
             try:
                 fd = self._tree.call(os.open, key, _READ)
-                info = self._describe(key, os.fstat(fd))
+                info = self._describe(key, fd)
                 if info is not None:
                     opened, fd = fd, -1
                     return info, opened
@@ -108,11 +84,12 @@ class LocalDriver(Driver):
     def stat(self, key: str) -> ObjectInfo:
         _check_visible(key)
         with _own_errors():
-            for _ in range(TRIES):
-                info = self._describe(key, self._tree.call(os.stat, key))
-                if info is not None:
-                    return info
-        raise _busy()
+            identity = _identity_of(self._tree.call(os.stat, key))
+        info = self._records.remembered(key, identity)
+        if info is None:
+            info, fd = self.open(key)
+            os.close(fd)
+        return info
 
     def read(self, key: str, start: int = 0, stop: int | None = None, etag: str | None = None) -> ObjectReader:
         info, fd = self.open(key)
@@ -163,9 +140,9 @@ class LocalDriver(Driver):
         removed = 0
         with _own_errors():
             for directory in (self._temporary, self._lock_directory):
-                removed += sum(durable.remove_if_unlocked(path) for path in _files_in(directory))
+                removed += sum(durable.remove_if_unlocked(path) for path in files_in(directory))
             self._locks.sweep()
-            for path, key, identity in self._records:
+            for path, key, identity in self._records.files():
                 if self._identity_text(key) != identity:
                     removed += self._remove_orphan(path, key, identity)
         return removed
@@ -179,18 +156,23 @@ class LocalDriver(Driver):
 
     # What a file is
 
-    def _describe(self, key: str, status: os.stat_result, remember: bool = True) -> ObjectInfo | None:
-        """The properties of a file that was looked at; None when it has been replaced since, so look again."""
-        if not stat.S_ISREG(status.st_mode):
-            raise _not_found()
-        identity = Identity.of(status)
-        info = self._records.get(key, identity, remember)
-        if info is None and self._identity(key) == identity:  # else its record may have gone with it
-            content_type = side_files.content_type(self._tree.root, key)
-            info = ObjectInfo(key, identity.size, str(identity), identity.mtime_ns // 10**9, content_type)
-            if remember:
-                self._records.remember(key, identity, info)
+    def _describe(self, key: str, fd: int, remember: bool = True) -> ObjectInfo | None:
+        """The properties of an open file; None when it has been replaced since, so look again."""
+        identity = _identity_of(os.fstat(fd))
+        info = self._records.remembered(key, identity)
+        if info is not None:
+            return info
+        info = self._records.read(key, identity, fd) or self._describe_plain(key, identity)
+        if info is not None and remember:
+            self._records.remember(key, identity, info)
         return info
+
+    def _describe_plain(self, key: str, identity: Identity) -> ObjectInfo | None:
+        """The properties of a file without a record; None when it was replaced: the record may have gone with it."""
+        if self._identity(key) != identity:
+            return None
+        content_type = side_files.content_type(self._tree.root, key)
+        return ObjectInfo(key, identity.size, str(identity), identity.mtime_ns // 10**9, content_type)
 
     def _identity(self, key: str) -> Identity | None:
         """The identity of the file at ``key``; None when there is none."""
@@ -220,11 +202,22 @@ class LocalDriver(Driver):
     def _listed(self, key: str, folder_fd: int) -> Iterable[ObjectInfo]:
         """The properties of a listed object, if it is still there."""
         with contextlib.suppress(FileNotFoundError, ObjectNotFound):
-            status = os.stat(key.rpartition("/")[2].encode(), dir_fd=folder_fd)
-            # Not remembered: a listing would drive out what downloads need.
-            info = self._describe(key, status, remember=False) or self.stat(key)
-            return (info,)
+            name = key.rpartition("/")[2].encode()
+            identity = _identity_of(os.stat(name, dir_fd=folder_fd))
+            info = self._records.remembered(key, identity) or self._look_at(key, identity, name, folder_fd)
+            return (info or self.stat(key),)
         return ()
+
+    def _look_at(self, key: str, identity: Identity, name: bytes, folder_fd: int) -> ObjectInfo | None:
+        """The properties of a listed file. They are not remembered: that would drive out what downloads need."""
+        try:
+            fd = os.open(name, _READ, dir_fd=folder_fd)
+        except PermissionError:  # one such file does not keep the others from being listed
+            return self._describe_plain(key, identity)
+        try:
+            return self._describe(key, fd, remember=False)
+        finally:
+            os.close(fd)
 
     # Committing, for the writer
 
@@ -244,35 +237,36 @@ class LocalDriver(Driver):
             raise KeyConflict(obstacle)
 
     def _commit(self, file: durable.NewFile, info: ObjectInfo, expected: str | Expectation) -> ObjectInfo:
-        """Make a temporary file the content of an object; size and time in ``info`` are still to be filled in."""
+        """Make a temporary file the content of an object; its time in ``info`` is still to be filled in."""
         with _own_errors(_write_error), self._locked(info.key):
-            self._check_expectation(info.key, expected)
             previous = self._identity(info.key)
+            self._check_expectation(info.key, previous, expected)
             identity = Identity.of(file.stamp())
             info = replace(info, last_modified=identity.mtime_ns // 10**9)
-            with self._records.new(info, identity) as record:
-                durable.flush_together(file, record.file)
+            with self._records.attached(file, info, identity) as record:
                 self._place(file, record, info.key)
             if previous is not None:
                 self._records.remove(info.key, previous)
         return info
 
-    def _place(self, file: durable.NewFile, record: _NewRecord, key: str) -> None:
-        """Give an object's record and its content their names, for good.
+    def _place(self, file: durable.NewFile, record: NewRecord | None, key: str) -> None:
+        """Give an object's record, if it has one of its own, and its content their names, for good.
 
         In this order, in which the disk keeps them too: no file system that has a journal lets a later change of
         names outlive a loss of power without an earlier one. So one wait is enough for both.
         """
-        record.file.take_name(record.name, record.folder_fd)
+        if record is not None:
+            record.take_name()
         try:
             self._place_content(file, record, key)
         except BaseException:
             if not file.named:
-                record.remove()
+                if record is not None:
+                    record.remove()
                 self._tree.prune(key)
             raise
 
-    def _place_content(self, file: durable.NewFile, record: _NewRecord, key: str) -> None:
+    def _place_content(self, file: durable.NewFile, record: NewRecord | None, key: str) -> None:
         """Rename the content to its key, making the folders it needs; then wait for the disk."""
         folder, _, name = key.rpartition("/")
         for _ in range(TRIES):
@@ -285,18 +279,16 @@ class LocalDriver(Driver):
                 except (IsADirectoryError, NotADirectoryError):
                     self._check_place(key)  # removes empty folders that are in the way
                     continue
-                durable.sync_directory_fd(record.folder_fd)
+                if record is not None:
+                    durable.sync_directory_fd(record.folder_fd)
                 durable.sync_directory_fd(fd)
                 return
         raise _busy()
 
-    def _check_expectation(self, key: str, expected: str | Expectation) -> None:
+    def _check_expectation(self, key: str, present: Identity | None, expected: str | Expectation) -> None:
         if expected is Expectation.ANYTHING:
             return
-        try:
-            etag = self.stat(key).etag
-        except ObjectNotFound:
-            etag = Expectation.NOTHING
+        etag = Expectation.NOTHING if present is None else self.stat(key).etag
         if etag != expected:
             raise PreconditionFailed("the stored version is not the expected one")
 
@@ -360,83 +352,6 @@ class _Writer(ObjectWriter):
             self._file.discard()
 
 
-class _NewRecord(NamedTuple):
-    """A record on its way in."""
-
-    file: durable.NewFile
-    name: bytes  # that it is to get, in the folder
-    folder_fd: int
-
-    def remove(self) -> None:
-        """Take it away again, name and all. Never raises: a sweep gets what is left."""
-        with contextlib.suppress(OSError):
-            durable.remove_from(self.folder_fd, self.name)
-
-
-class _Records:
-    """What is known of files beyond what they say themselves, one small file each, and the latest ones in memory.
-
-    :param tree: where they lie, in a folder of their own.
-    :param temporary: a folder on the same file system for those being written.
-    """
-
-    def __init__(self, tree: Tree, temporary: Path):
-        self._tree = tree
-        self._temporary = temporary
-        self._memory: OrderedDict[tuple[str, Identity], ObjectInfo] = OrderedDict()
-        self._mutex = threading.Lock()
-
-    def get(self, key: str, identity: Identity, remember: bool) -> ObjectInfo | None:
-        """The record of the file of that identity, if there is one that can be read."""
-        info = self._memory.get((key, identity))
-        if info is None:
-            info = _read_record(self._tree.root / self._path(key, identity))
-            if info is not None and remember:
-                self.remember(key, identity, info)
-        return info
-
-    def remember(self, key: str, identity: Identity, info: ObjectInfo) -> None:
-        """Keep a record in memory, and let go of the one that has been there longest."""
-        with self._mutex:
-            self._memory[key, identity] = info
-            if len(self._memory) > REMEMBERED:
-                self._memory.popitem(last=False)
-
-    @contextlib.contextmanager
-    def new(self, info: ObjectInfo, identity: Identity) -> Iterator[_NewRecord]:
-        """A record that has been written, but has no name yet; gone at the end of the block unless it has one."""
-        folder, _, name = self._path(info.key, identity).rpartition("/")
-        with durable.NewFile.unnamed(self._temporary) as file, self._tree.folder(folder, make=True) as fd:
-            file.write(json.dumps(info.to_fields()).encode())
-            yield _NewRecord(file, name.encode(), fd)
-
-    def remove(self, key: str, identity: Identity) -> None:
-        """Forget a record. Never raises: a sweep gets what is left."""
-        with self._mutex:
-            self._memory.pop((key, identity), None)
-        with contextlib.suppress(OSError):
-            durable.remove(self._tree.root / self._path(key, identity))
-
-    def __iter__(self) -> Iterator[tuple[Path, str, str]]:
-        """Each record's file, and the key and identity, as text, that it is of; an unreadable one is of no key."""
-        for folder in _files_in(self._tree.root / RECORDS):
-            for path in _files_in(folder):
-                info = _read_record(path)
-                yield path, info.key if info else "", path.name.partition(".")[2].removesuffix(".json")
-
-    @staticmethod
-    def _path(key: str, identity: Identity) -> str:
-        digest = _digest(key)
-        return f"{RECORDS}/{digest[:2]}/{digest}.{identity}.json"
-
-
-def _read_record(path: Path) -> ObjectInfo | None:
-    try:
-        return ObjectInfo.from_fields(json.loads(path.read_bytes()))
-    except (FileNotFoundError, ValueError):
-        return None
-
-
 def _etag(sha256: str, content_type: str) -> str:
     """The ETag of an upload.
 
@@ -449,12 +364,6 @@ def _etag(sha256: str, content_type: str) -> str:
 
 def _digest(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()
-
-
-def _files_in(directory: Path) -> Iterator[Path]:
-    with contextlib.suppress(FileNotFoundError), os.scandir(directory) as entries:
-        for entry in entries:
-            yield Path(entry.path)
 
 
 def _read_error(exc: OSError) -> StorageError:
@@ -485,6 +394,16 @@ def _own_errors(error: Callable[[OSError], StorageError] = _read_error) -> Itera
 def _check_visible(key: str) -> None:
     if side_files.is_hidden(key):
         raise _not_found()
+
+
+def _identity_of(status: os.stat_result) -> Identity:
+    """The identity of a file that was looked at.
+
+    :raises ObjectNotFound: it is no regular one, so no object.
+    """
+    if not stat.S_ISREG(status.st_mode):
+        raise _not_found()
+    return Identity.of(status)
 
 
 def _not_found() -> ObjectNotFound:
