@@ -116,6 +116,10 @@ class ObjectChanged(BackendError):
     """A read that was pinned to one version found another one."""
 
 
+class CorruptObject(BackendError):
+    """The backend's content is not what its own digest or length says."""
+
+
 class NotReady(StorageError):
     """The backend does not answer, for whoever asks whether this server can work."""
 

@@ -9,41 +9,42 @@ from collections.abc import Iterable, Iterator
 
 from kci_storage.digests import RunningDigests
 from kci_storage.drivers.base import Driver, ObjectInfo, ObjectReader
-from kci_storage.errors import BackendError, ObjectChanged
+from kci_storage.errors import BackendError, CorruptObject, ObjectChanged
 
 log = logging.getLogger(__name__)
 
+BUFFER_SIZE = 512 * 1024  # bytes that are read at a time; they stay in the processor's cache until they are used
 RESUME_FOR = 60  # seconds without a byte after which a read is given up
 FIRST_BACKOFF, LONGEST_BACKOFF = 0.2, 5.0  # seconds between two tries
 
 
-class CorruptObject(BackendError):
-    """The backend's content is not what its own digest or length says."""
-
-
 def resumed(
     driver: Driver, info: ObjectInfo, start: int, stop: int, reader: ObjectReader | None = None, begun: bool = False
-) -> Iterator[bytes]:
+) -> Iterator[memoryview]:
     """The bytes from ``start`` up to ``stop`` of one version, taken up where a read broke off.
 
     :param reader: what reads them at first; None: one is opened. It is closed.
     :param begun: whether a client has bytes of the object already. To one that has none an error is of more use than
         patience.
+    :returns: pieces, each to be used before the next one is asked for, which takes its place in memory.
     :raises ObjectChanged: the version is gone.
-    :raises CorruptObject: there is more than that.
+    :raises CorruptObject: there is more or less than that.
     :raises BackendError: nothing has come for :data:`RESUME_FOR` seconds, or at all.
     """
     patience = Patience()
+    buffer = memoryview(bytearray(min(stop - start, BUFFER_SIZE)))
     while start < stop:
         try:
-            with reader or driver.read(info.key, start, stop, info.etag) as pieces:
-                for data in pieces:
-                    start += len(data)
+            with reader or driver.read(info.key, start, stop, info.etag) as reader:
+                if reader.info.size != info.size:
+                    raise CorruptObject("the backend sent a damaged object", detail=f"{reader.info.size} B")
+                while size := reader.readinto(buffer):
+                    start += size
                     if start > stop:
                         raise CorruptObject("the backend sent too much", detail=f"{info.key!r}: {start} of {stop} B")
                     patience.renew()
                     begun = True
-                    yield data
+                    yield buffer[:size]
             if start < stop:
                 raise BackendError("the backend sent too little", detail=f"{info.key!r}: {start} of {stop} B")
         except (ObjectChanged, CorruptObject):
@@ -78,7 +79,9 @@ class Patience:
         self._backoff = min(2 * self._backoff, LONGEST_BACKOFF)
 
 
-def verified(info: ObjectInfo, pieces: Iterable[bytes], before: Iterable[bytes] = ()) -> Iterator[bytes]:
+def verified(
+    info: ObjectInfo, pieces: Iterable[memoryview], before: Iterable[bytes] = ()
+) -> Iterator[memoryview]:
     """The pieces that end an object, the last of them only if the whole is what the backend's digests say.
 
     :param before: what comes before them, and is not given again.
@@ -106,7 +109,7 @@ class Digests:
         names = ["sha256"] if info.sha256 else ["md5"] if info.md5 else []
         self._running = RunningDigests(*names)
 
-    def update(self, data: bytes) -> None:
+    def update(self, data: bytes | memoryview) -> None:
         """Take the next piece in."""
         self._running.update(data)
 

@@ -32,8 +32,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from kci_storage import durable, memory
 from kci_storage.cache import Cache, Slot
 from kci_storage.drivers.base import Driver, ObjectInfo, ObjectReader
-from kci_storage.errors import InsufficientStorage, Overloaded, StorageError
-from kci_storage.fetch import CorruptObject, resumed, verified
+from kci_storage.errors import CorruptObject, InsufficientStorage, Overloaded, StorageError
+from kci_storage.fetch import resumed, verified
 
 if TYPE_CHECKING:
     from kci_storage.metrics import Metrics
@@ -539,7 +539,7 @@ class Filler:
             raise
         self._publish(part, info)
 
-    def _append(self, part: durable.NewFile, data: bytes, size: int) -> None:
+    def _append(self, part: durable.NewFile, data: memoryview, size: int) -> None:
         if self._fills.stopping:
             raise FillLost("the server is stopping")
         before = part.size
@@ -548,7 +548,7 @@ class Filler:
         except InsufficientStorage:
             if not self._fills.make_room(size - part.size):
                 raise
-            part.write(memoryview(data)[part.size - before :])
+            part.write(data[part.size - before :])
         self._fill.advance(part.size)
 
     def _publish(self, part: durable.NewFile, info: ObjectInfo) -> None:

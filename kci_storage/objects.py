@@ -119,7 +119,9 @@ class FilledContent(Content):
             self._metrics.uncached()
             pieces = resumed(self._driver, self.info, position, stop, begun=position > start)
             whole = stop - start == self.info.size
-            yield from verified(self.info, pieces, self._fill.read(0, position)) if whole else pieces
+            if whole:
+                pieces = verified(self.info, pieces, self._fill.read(0, position))
+            yield from map(bytes, pieces)
 
     def close(self) -> None:
         if self._fill is not None:
@@ -150,7 +152,7 @@ class RemoteContent(Content):
             self._followed.append(content)
             return content.segments(start, stop)
         pieces = resumed(self._driver, self.info, start, stop)
-        return verified(self.info, pieces) if stop - start == self.info.size else pieces
+        return map(bytes, verified(self.info, pieces) if stop - start == self.info.size else pieces)
 
     def _to_follow(self, fills: Fills, start: int, stop: int) -> FilledContent | None:
         """The running fill if it soon gets there, or a new one for who wants most of the object; else None.

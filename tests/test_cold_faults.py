@@ -211,7 +211,7 @@ def test_a_read_that_has_begun_is_given_up_after_a_while(bench: Bench, monkeypat
     with contextlib.closing(AzureDriver(AzureConfig(**bench.server.document["azure"]))) as driver:
         rule = bench.proxy.inject(Stall(1000), key=key)
         info = driver.stat(key)
-        reading = in_background(b"".join, fetch.resumed(driver, info, 0, info.size))
+        reading = in_background(list, fetch.resumed(driver, info, 0, info.size))
         rule.wait_until_reached()
         bench.proxy.go_away()
         started = time.monotonic()

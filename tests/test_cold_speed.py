@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from kci_storage.drivers import azure
+from kci_storage.drivers import azure, base, blob_reads
 from kci_storage.drivers.azure import AzureDriver
 from tests.azurite import Azurite
 from tests.cold import in_background
@@ -23,8 +23,9 @@ SECONDS = 30  # within which what waits for nothing happens on any machine
 @pytest.fixture
 def driver(azurite: Azurite, monkeypatch: pytest.MonkeyPatch) -> Iterator[AzureDriver]:
     """A driver of two threads, for which 3 MiB are a large object."""
-    for name, value in {"READ_SIZE": 1024, "HELD_SIZE": 256, "BATCH_SIZE": 64, "RECEIVE_SIZE": 16}.items():
-        monkeypatch.setattr(azure, name, value * KIB)
+    for name, value in {"READ_SIZE": 1024, "HELD_SIZE": 256, "HELD_PIECE": 16}.items():
+        monkeypatch.setattr(blob_reads, name, value * KIB)
+    monkeypatch.setattr(base, "PIECE_SIZE", 64 * KIB)
     monkeypatch.setattr(azure, "THREADS", 2)
     driver = AzureDriver(azurite.settings())
     yield driver
@@ -44,15 +45,22 @@ def test_slow_readers_hold_no_threads(driver: AzureDriver) -> None:
         reader.close()
 
 
-def test_what_waits_for_a_slow_reader_is_bounded(driver: AzureDriver) -> None:
-    put(driver, "a", content_of(SIZE))
-    with driver.read("a") as reader:
-        arriving = iter(reader)
-        assert next(arriving)
-        assert next(arriving)
-        wait_until(lambda: all(ahead._received.done() for ahead in reader._ahead), SECONDS, "the ends of reading")
-        held = [ahead._size for ahead in reader._ahead]
-        assert held == [size for size in held if 0 < size <= azure.HELD_SIZE + azure.RECEIVE_SIZE] != []
+def test_what_is_held_of_later_ranges_is_bounded(azurite: Azurite, driver: AzureDriver) -> None:
+    """While the first range stalls, others arrive, and are held up to a limit; then all is as it should be."""
+    content = content_of(SIZE)
+    put(driver, "a", content)
+    with fault_proxy(azurite) as proxy:
+        stalled = AzureDriver(replace(driver._settings, endpoint=proxy.endpoint, read_timeout=10 * SECONDS))
+        rule = proxy.inject(Stall(200_000), CONTENT, "a")
+        with stalled.read("a") as reader:
+            reading = in_background(b"".join, reader)
+            limit = blob_reads.HELD_SIZE + blob_reads.HELD_PIECE
+            full = [True, False, False]
+            wait_until(lambda: [each.has_room for each in reader._ranges] == full, SECONDS, "the limit")
+            assert all(each._held_size <= limit for each in reader._ranges)
+            rule.release()
+            assert reading.result(SECONDS) == content
+        stalled.close()
 
 
 def test_a_reader_is_closed_at_once_though_the_backend_stalls(azurite: Azurite, driver: AzureDriver) -> None:

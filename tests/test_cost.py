@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import requests
 
-from kci_storage.drivers.azure import BLOCK_SIZE, READ_SIZE
+from kci_storage.drivers.azure import BLOCK_SIZE
+from kci_storage.drivers.blob_reads import READ_SIZE
 from tests.cold import MIB, Bench
 from tests.wire import SECONDS, new_folder, part, post, put
 

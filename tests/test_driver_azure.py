@@ -24,7 +24,7 @@ from azure.core.exceptions import ResourceNotFoundError
 from azure.storage.blob import BlobBlock, ContainerClient, ContentSettings, generate_container_sas
 
 from kci_storage.config import Config
-from kci_storage.drivers import azure
+from kci_storage.drivers import azure, blob_errors, blob_reads
 from kci_storage.drivers.azure import AzureDriver
 from kci_storage.drivers.base import Driver, Expectation
 from kci_storage.errors import (
@@ -48,7 +48,8 @@ BLOCK = 64 * KIB
 def small_sizes(monkeypatch):
     """A few hundred KiB are many ranges, some dozens of objects many pages; and no test waits for a retry."""
     monkeypatch.setattr(azure, "RETRY_WAIT", 0.01)
-    monkeypatch.setattr(azure, "READ_SIZE", 64 * KIB)
+    monkeypatch.setattr(blob_errors, "RETRY_WAIT", 0.01)
+    monkeypatch.setattr(blob_reads, "READ_SIZE", 64 * KIB)
     monkeypatch.setattr(azure, "LIST_SIZE", 7)
     monkeypatch.setattr(azure, "NAMES_SIZE", 7)
 

@@ -21,7 +21,7 @@ import pytest
 
 from kci_storage import keys
 from kci_storage.config import Config, LocalConfig
-from kci_storage.drivers import local, records, tree
+from kci_storage.drivers import base, local, records, tree
 from kci_storage.drivers.base import Expectation, LocalObjects, ObjectInfo, Sweepable
 from kci_storage.drivers.local import LocalDriver
 from kci_storage.errors import (
@@ -65,7 +65,7 @@ class TestLocalDriver(DriverContract):
     @pytest.fixture
     def driver(self, tmp_path, monkeypatch):
         monkeypatch.setattr(local, "PAGE_SIZE", 7)
-        monkeypatch.setattr(local, "PIECE_SIZE", 64 * KIB)
+        monkeypatch.setattr(base, "PIECE_SIZE", 64 * KIB)
         root = tmp_path / ("storage" * 30)  # so deep that the longest keys make no path that the system takes
         assert len(os.fsencode(root)) + len(HOSTILE_KEYS["longest"].encode()) > tree.PATH_MAX
         return LocalDriver(root)
@@ -167,7 +167,7 @@ def test_each_change_by_hand_is_another_version(driver, root):
 
 
 def test_a_file_that_is_changed_while_it_is_read_is_not_mixed(driver, root, monkeypatch):
-    monkeypatch.setattr(local, "PIECE_SIZE", 1000)
+    monkeypatch.setattr(base, "PIECE_SIZE", 1000)
     by_hand(root / "a", content_of(3000))
     for change in (lambda path: path.write_bytes(b"x" * 3000), lambda path: os.truncate(path, 100)):
         with driver.read("a") as reader:

@@ -24,6 +24,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from kci_storage.config import Config
 
+PIECE_SIZE = 256 * 1024  # bytes that who iterates over a reader gets at a time, at most
 
 @dataclass(frozen=True, slots=True)
 class ObjectInfo:
@@ -84,13 +85,21 @@ class ObjectReader(ABC):
     info: ObjectInfo  # of the whole object, whatever the range
 
     @abstractmethod
-    def __iter__(self) -> Iterator[bytes]:
-        """The bytes in order, in pieces of at most a few MiB.
+    def readinto(self, buffer: memoryview) -> int:
+        """Put the next bytes at the beginning of ``buffer``, as many as come without much waiting.
 
         Never silently short: it raises when the backend ends early.
 
-        :raises BackendError: the backend failed; what was yielded so far is right.
+        :param buffer: not empty, writable, of bytes.
+        :returns: how many; 0: that was all.
+        :raises BackendError: the backend failed; what was given so far is right.
         """
+
+    def __iter__(self) -> Iterator[bytes]:
+        """The bytes in order, in pieces of at most :data:`PIECE_SIZE`."""
+        buffer = memoryview(bytearray(min(PIECE_SIZE, max(self.info.size, 1))))
+        while size := self.readinto(buffer):
+            yield bytes(buffer[:size])
 
     @abstractmethod
     def close(self) -> None:

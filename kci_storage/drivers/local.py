@@ -37,7 +37,6 @@ from kci_storage.errors import (
 from kci_storage.locks import KeyLocks
 
 PAGE_SIZE = 1000  # objects and folders
-PIECE_SIZE = 1024 * 1024  # bytes that a reader gives at a time
 TRIES = 20  # how often to begin again when somebody else comes in between, each time
 LOCK_TIMEOUT = 30  # seconds; a commit holds its lock for some flushes of the disk
 
@@ -299,20 +298,19 @@ class _Reader(ObjectReader):
     def __init__(self, info: ObjectInfo, file: io.FileIO, start: int, stop: int):
         self.info = info
         self._file = file
-        self._start = start
+        self._position = start
         self._stop = stop
         self._identity = Identity.of(os.fstat(file.fileno()))
 
-    def __iter__(self) -> Iterator[bytes]:
-        position = self._start
-        while position < self._stop:
-            with _own_errors():
-                data = os.pread(self._file.fileno(), min(PIECE_SIZE, self._stop - position), position)
-                unchanged = Identity.of(os.fstat(self._file.fileno())) == self._identity
-            if not data or not unchanged:
-                raise ObjectChanged("the file was changed by hand while it was read")
-            position += len(data)
-            yield data
+    def readinto(self, buffer: memoryview) -> int:
+        wanted = buffer[: max(self._stop - self._position, 0)]
+        with _own_errors():
+            size = os.preadv(self._file.fileno(), [wanted], self._position)
+            unchanged = Identity.of(os.fstat(self._file.fileno())) == self._identity
+        if wanted and not (size and unchanged):
+            raise ObjectChanged("the file was changed by hand while it was read")
+        self._position += size
+        return size
 
     def close(self) -> None:
         self._file.close()
