@@ -225,14 +225,13 @@ class Answer:
         self.status = status
         self.headers = headers
         self._connection = connection
-        self._rest = memoryview(rest)
         self._closed = False
         length = headers.get("content-length")
         # A chunked body is never one that is wanted: what is wanted has a length. It is thrown away.
         self.length = 0 if without_body or status in (204, 304) else int(length) if length is not None else None
         self.missing = self.length if self.length is not None else 1 << 62  # bytes that were not taken yet
-        if self.missing < len(rest):
-            raise ValueError("more than the announced length")
+        self._rest = memoryview(rest)[: self.missing]
+        self._spoilt = len(self._rest) < len(rest)  # by bytes after the end, which are not the next answer
         if not self.missing:
             self._end()
 
@@ -274,7 +273,7 @@ class Answer:
     def _end(self) -> None:
         if not self._closed:
             self._closed = True
-            if self.headers.get("connection", "").lower() == "close":
+            if self._spoilt or self.headers.get("connection", "").lower() == "close":
                 self._connection.close()
             else:
                 self._connection.keep()
