@@ -80,7 +80,7 @@ class TestWithoutAttributes(TestLocalDriver):
     @pytest.fixture
     def driver(self, tmp_path, monkeypatch):
         monkeypatch.setattr(local, "PAGE_SIZE", 7)
-        monkeypatch.setattr(local, "PIECE_SIZE", 64 * KIB)
+        monkeypatch.setattr(base, "PIECE_SIZE", 64 * KIB)
         with plain_disk(tmp_path / "disk") as disk:
             yield LocalDriver(disk / ("storage" * 30))
 
