@@ -657,6 +657,23 @@ class TestSweep:
         assert sum(steps) == 0
         assert cache.check() == []
 
+    def test_what_others_have_done_but_not_counted_yet_is_counted_once(
+        self, cache: Cache, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        other = Cache(cache.directory)
+        count = other.usage.add
+
+        def sweep_and_count(*numbers: int) -> None:
+            assert cache.sweep() == 0
+            count(*numbers)
+
+        monkeypatch.setattr(other.usage, "add", sweep_and_count)
+        store(other, b"content")
+        assert cache.check() == []
+        with other.writing(KEY, TIMEOUT):
+            other.remove(KEY)
+        assert cache.check() == []
+
     def test_it_corrects_a_usage_that_others_cannot_have_made_so(self, cache: Cache) -> None:
         for number in range(20):
             store(cache, b"content", str(number))
