@@ -51,12 +51,14 @@ class ArchivePlan:
     :param admit_folder: raises when no key in the folder may be written.
     :param admit: raises when the key may not be written.
     :param content_type: the type to store, by the key.
+    :param tags: those to store, by the key.
     :param stored: called for each file that was stored, by any thread.
     """
 
     admit_folder: Callable[[str], None]
     admit: Callable[[str], None]
     content_type: Callable[[str], str]
+    tags: Callable[[str], Mapping[str, str]]
     stored: Callable[[Stored], None]
 
 
@@ -256,7 +258,8 @@ class _Run:
             self._places.release()
 
     def _store(self, key: str, extent: _Extent) -> Stored:
-        with contextlib.closing(self._archives.uploads.begin(key, self._plan.content_type(key))) as upload:
+        plan = self._plan
+        with contextlib.closing(self._archives.uploads.begin(key, plan.content_type(key), plan.tags(key))) as upload:
             end = extent.start + extent.size
             for start in range(extent.start, end, READ_SIZE):
                 upload.write(os.pread(self._spool.fileno(), min(READ_SIZE, end - start), start))

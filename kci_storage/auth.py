@@ -7,11 +7,12 @@ import time
 import unicodedata
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import jwt
 
 from kci_storage.errors import Forbidden, Unauthorized
+from kci_storage.keys import Prefix
 
 if TYPE_CHECKING:
     from kci_storage.config import User
@@ -71,9 +72,9 @@ class Permissions:
     """
 
     def __init__(self, users: Sequence[User]):
-        self._rules: dict[str, list[_Rule]] = {}
+        self._rules: dict[str, list[Prefix]] = {}
         for user in users:
-            self._rules.setdefault(user.name, []).extend(_rule(prefix) for prefix in user.prefixes)
+            self._rules.setdefault(user.name, []).extend(map(Prefix.parse, user.prefixes))
 
     def check(self, email: str, key: str) -> None:
         """Nothing, when the user may write the key.
@@ -160,25 +161,3 @@ def _email(claims: dict[str, Any]) -> str:
     if any(unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") for char in email):
         raise _refusal("the claim 'email' has a control character")
     return email
-
-
-class _Rule(NamedTuple):
-    start: str  # what the key begins with
-    whole_segments: bool  # and whether its last segment must end there
-
-    def covers(self, key: str) -> bool:
-        if not key.startswith(self.start):
-            return False
-        return not self.whole_segments or key[len(self.start) : len(self.start) + 1] in ("", "/")
-
-    def reaches(self, folder: str) -> bool:
-        """Whether it covers some key in the folder: all of them, or those below a folder in there."""
-        inside = f"{folder}/" if folder else ""
-        return self.start.startswith(inside) or self.covers(f"{inside}x")
-
-
-def _rule(prefix: str) -> _Rule:
-    if prefix.endswith("*"):
-        return _Rule(prefix[:-1].lstrip("/"), whole_segments=False)
-    segments = prefix.strip("/")
-    return _Rule(segments, whole_segments=bool(segments))

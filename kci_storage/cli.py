@@ -10,11 +10,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
-from kci_storage import __version__, auth, check
+from kci_storage import __version__, auth, check, keeping
 from kci_storage.client import commands as client
 from kci_storage.config import CONFIG_VARIABLE, ConfigError
 
@@ -89,11 +90,14 @@ def _parser() -> argparse.ArgumentParser:
     issuing.add_argument("email", type=_email, help="the claim that names its owner")
     issuing.add_argument("--expires", type=_days, metavar="DAYS", help="how long it is valid; else for ever")
     _command(commands, "check-config", check_config, "say whether the configuration is valid")
+    keeping.add_to(partial(_command, commands))
     client.add_to(commands)
     return parser
 
 
-def _command(commands: argparse._SubParsersAction, name: str, run: object, text: str) -> argparse.ArgumentParser:
+def _command(
+    commands: argparse._SubParsersAction, name: str, run: Callable[..., object], text: str
+) -> argparse.ArgumentParser:
     command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
     command.set_defaults(run=run)
     return command

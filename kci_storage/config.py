@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 from urllib.parse import urlsplit
 
+from kci_storage import retention
 from kci_storage.networks import parse_subnet
 
 CONFIG_VARIABLE = "KCI_STORAGE_CONFIG"
@@ -120,6 +121,17 @@ def _is_service_url(url: str) -> bool:
     except ValueError:
         return False
     return not url or bool(usable and not parts.query and not parts.fragment and not parts.username)
+
+
+_AGE_TEXT = "nothing or an age such as 30d, 6m or 2y"
+
+
+def _is_age_or_none(text: str) -> bool:
+    return not text or retention.is_age(text)
+
+
+def _is_retention_key(text: str) -> bool:
+    return retention.is_tag_key(text) and text != retention.OWNER
 
 
 def _is_given(value: str) -> bool:
@@ -272,6 +284,37 @@ class ArchiveConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class RetentionRule:
+    """``[[retention.rules]]``: how long some keys are kept."""
+
+    prefix: str = _setting(
+        "", 'the keys it is for: whole leading segments, or plain text up to a closing "*"; the longest prefix counts'
+    )
+    value: str = _setting(
+        "", "their tag's value instead of tag_value; empty: kept for ever", expects=_AGE_TEXT, accepts=_is_age_or_none
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class RetentionConfig:
+    """``[retention]``: tags that say how long an object is to be kept, and whose it is."""
+
+    tag_key: str = _setting(
+        "retention",
+        "the name of the tag",
+        expects="1 to 128 letters, digits, blanks and +-./:=_, but not owner",
+        accepts=_is_retention_key,
+    )
+    tag_value: str = _setting(
+        "",
+        "its value for uploads that no rule is for; empty: kept for ever; without rules nothing is tagged",
+        expects=_AGE_TEXT,
+        accepts=_is_age_or_none,
+    )
+    rules: tuple[RetentionRule, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class UserAgentConfig:
     """``[useragent]``: who is not served because of the name that it gives itself."""
 
@@ -351,6 +394,7 @@ class Config:
     local: LocalConfig = LocalConfig()
     cache: CacheConfig = CacheConfig()
     archive: ArchiveConfig = ArchiveConfig()
+    retention: RetentionConfig = RetentionConfig()
     useragent: UserAgentConfig = UserAgentConfig()
     limits: LimitsConfig = LimitsConfig()
     users: tuple[User, ...] = ()
@@ -368,6 +412,7 @@ SECTIONS: Mapping[str, type[Any]] = {
     "local": LocalConfig,
     "cache": CacheConfig,
     "archive": ArchiveConfig,
+    "retention": RetentionConfig,
     "useragent": UserAgentConfig,
     "limits": LimitsConfig,
 }
@@ -375,7 +420,7 @@ SECTIONS: Mapping[str, type[Any]] = {
 
 # What changes in a running server when the configuration is read again: the top level's keys and sections from which
 # kci_storage.policies are made.
-RELOADABLE = ("block_subnets", "useragent", "limits", "users")
+RELOADABLE = ("block_subnets", "useragent", "limits", "retention", "users")
 
 
 def settings(section: type[Any]) -> dict[str, dataclasses.Field[Any]]:
@@ -513,8 +558,27 @@ class _File:
     def _section(self, name: str, table: object) -> Any:
         if not isinstance(table, dict):
             self.fail(name, f"expected a section, [{name}]")
+        if name == "retention":
+            return self._retention(table)
         section = SECTIONS[name](**self._values(SECTIONS[name], f"{name}.", table))
         return self._absolute(section)
+
+    def _retention(self, table: dict[str, Any]) -> RetentionConfig:
+        table = dict(table)
+        rules = table.pop("rules", [])
+        if not isinstance(rules, list) or not all(isinstance(rule, dict) for rule in rules):
+            self.fail("retention.rules", "expected one section [[retention.rules]] for each rule")
+        return RetentionConfig(
+            **self._values(RetentionConfig, "retention.", table),
+            rules=tuple(self._retention_rule(number, rule) for number, rule in enumerate(rules, start=1)),
+        )
+
+    def _retention_rule(self, number: int, table: dict[str, Any]) -> RetentionRule:
+        name = f"retention.rules #{number} "
+        for key in ("prefix", "value"):
+            if key not in table:
+                self.fail(name + key, "expected in each rule, it is missing")
+        return RetentionRule(**self._values(RetentionRule, name, table))
 
     def _absolute(self, section: Any) -> Any:
         values = {name: getattr(section, name) for name in settings(type(section))}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from kci_storage.errors import BadKey
 
@@ -30,6 +31,36 @@ _COMMON = re.compile(rf"(?!{_RESERVED}){_SEGMENT}(?:/{_SEGMENT}){{0,253}}\Z")  #
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
+
+
+class Prefix(NamedTuple):
+    """Which keys a prefix in the configuration covers: by whole leading segments, or as plain text up to a star."""
+
+    start: str  # what the key begins with
+    whole_segments: bool  # and whether its last segment must end there
+
+    @classmethod
+    def parse(cls, text: str) -> Prefix:
+        """A prefix as it is written.
+
+        >>> Prefix.parse("/builds/v6*").covers("builds/v6.12/Image"), Prefix.parse("/a/").covers("ab")
+        (True, False)
+        """
+        if text.endswith("*"):
+            return cls(text[:-1].lstrip("/"), whole_segments=False)
+        segments = text.strip("/")
+        return cls(segments, whole_segments=bool(segments))
+
+    def covers(self, key: str) -> bool:
+        """Whether it covers the key."""
+        if not key.startswith(self.start):
+            return False
+        return not self.whole_segments or key[len(self.start) : len(self.start) + 1] in ("", "/")
+
+    def reaches(self, folder: str) -> bool:
+        """Whether it covers some key in the folder: all of them, or those below a folder in there."""
+        inside = f"{folder}/" if folder else ""
+        return self.start.startswith(inside) or self.covers(f"{inside}x")
 
 
 def for_upload(path: str, filename: str) -> str:

@@ -13,7 +13,7 @@ import os
 import platform
 import struct
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -350,8 +350,8 @@ class MeasuredDriver(Driver):
         with _operation("read"):
             return self._driver.read(key, start, stop, etag)
 
-    def writer(self, key: str, content_type: str) -> ObjectWriter:
-        return MeasuredWriter(self._driver.writer(key, content_type))
+    def writer(self, key: str, content_type: str, tags: Mapping[str, str] | None = None) -> ObjectWriter:
+        return MeasuredWriter(self._driver.writer(key, content_type, tags))
 
     def delete(self, key: str) -> None:
         with _operation("delete"):

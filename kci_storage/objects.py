@@ -313,10 +313,10 @@ class Objects:
         info = self._questions.share(question, lambda: self._driver.stat(key))
         return RemoteContent(self._driver, fills, info, self._metrics, self._wait_timeout)
 
-    def delete(self, key: str, may_delete: Callable[[str | None], bool] | None = None) -> None:
+    def delete(self, key: str, may_delete: Callable[[ObjectInfo], bool] | None = None) -> None:
         """Delete the object and its copy.
 
-        :param may_delete: None: always; else it is given the present version's ETag.
+        :param may_delete: None: always; else it is given the present version, while nobody can replace it.
         :raises ObjectNotFound: there is none.
         :raises PreconditionFailed: the present version may not be deleted.
         :raises WriteConflict: an upload of the key took too long to wait for.
@@ -325,7 +325,7 @@ class Objects:
         with self._metrics.waiting_for(self._cache.writing(key, self._wait_timeout)):
             self._cache.announce_commit(key)
             try:
-                if may_delete is not None and not may_delete(self._driver.stat(key).etag):
+                if may_delete is not None and not may_delete(self._driver.stat(key)):
                     raise PreconditionFailed("the stored file is not the version that the request asks for")
                 self._driver.delete(key)
             except PreconditionFailed:

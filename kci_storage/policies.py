@@ -1,4 +1,4 @@
-"""What may change while the server runs: who may come in, and who may write what."""
+"""What may change while the server runs: who may come in, who may write what, and how long that is kept."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from kci_storage.auth import Permissions
 from kci_storage.guard import Admission
+from kci_storage.retention import Retention
 
 if TYPE_CHECKING:
     from kci_storage.config import Config
@@ -23,6 +24,7 @@ class Policies:
 
     permissions: Permissions
     admission: Admission
+    retention: Retention
 
     def __init__(self, config: Config, ledger: Ledger):
         self._ledger = ledger
@@ -32,3 +34,4 @@ class Policies:
         """From the next request on, this configuration holds."""
         self.admission = Admission(config, self._ledger)
         self.permissions = Permissions(config.users)
+        self.retention = Retention(config.retention)

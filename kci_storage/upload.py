@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -88,14 +88,17 @@ class Uploads:
         self.lock_timeout = lock_timeout
         self.max_bytes = max_bytes
 
-    def begin(self, key: str, content_type: str, *, md5: bool = False) -> Upload:
+    def begin(
+        self, key: str, content_type: str, tags: Mapping[str, str] | None = None, *, md5: bool = False
+    ) -> Upload:
         """Take the key's lock and begin a new version; the caller closes it.
 
+        :param tags: stored with it.
         :param md5: whether its MD5 is wanted even if the driver does not need it.
         :raises WriteConflict: another upload of the key took too long to wait for.
         :raises KeyConflict: the backend cannot hold the key beside one that it has.
         """
-        return Upload(self, key, content_type, md5=md5 or self.driver.wants_md5)
+        return Upload(self, key, content_type, tags, md5=md5 or self.driver.wants_md5)
 
     def put(
         self,
@@ -104,14 +107,16 @@ class Uploads:
         body: Body,
         digests: ExpectedDigests,
         may_replace: Callable[[str | None], bool] | None,
+        tags: Mapping[str, str] | None = None,
     ) -> Stored:
         """Store a body under a key.
 
+        :param tags: stored with it.
         :param may_replace: None: always; else it is given the present version's ETag, or None when there is none.
         :raises PreconditionFailed: the present version may not be replaced.
         :raises DigestMismatch: the body is not what the client said.
         """
-        with contextlib.closing(self.begin(key, content_type, md5=digests.md5 is not None)) as upload:
+        with contextlib.closing(self.begin(key, content_type, tags, md5=digests.md5 is not None)) as upload:
             expected = self._expectation(key, may_replace) if may_replace else None
             buffer = memoryview(bytearray(READ_SIZE))
             while size := body.readinto(buffer):
@@ -146,7 +151,7 @@ class Uploads:
 class Upload:
     """A file on its way in. It holds its key's lock until it is closed; without a commit, it leaves nothing."""
 
-    def __init__(self, uploads: Uploads, key: str, content_type: str, *, md5: bool):
+    def __init__(self, uploads: Uploads, key: str, content_type: str, tags: Mapping[str, str] | None, *, md5: bool):
         self.key = key
         self._metrics = uploads.metrics
         self._content_type = content_type
@@ -156,7 +161,7 @@ class Upload:
         with contextlib.ExitStack() as stack:
             stack.callback(self._digests.close)
             stack.enter_context(uploads.metrics.waiting_for(uploads.cache.writing(key, uploads.lock_timeout)))
-            self._writer = stack.enter_context(uploads.driver.writer(key, content_type))
+            self._writer = stack.enter_context(uploads.driver.writer(key, content_type, tags))
             self._copy = _Copy(uploads.cache, uploads.misses, key) if uploads.cached else _NoCopy()
             self._held = stack.pop_all()
 
@@ -331,10 +336,12 @@ class FormPlan:
 
     :param admit: raises when the key may not be written.
     :param content_type: the type to store, by the key.
+    :param tags: those to store, by the key.
     """
 
     admit: Callable[[str], None]
     content_type: Callable[[str], str]
+    tags: Callable[[str], Mapping[str, str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -451,7 +458,7 @@ class FormReceiver:
         return key
 
     def _begin_upload(self, key: str) -> Upload:
-        return self._uploads.begin(key, self._plan.content_type(key))
+        return self._uploads.begin(key, self._plan.content_type(key), self._plan.tags(key))
 
     def commit(self) -> list[Stored]:
         """Store the files, each in turn.

@@ -6,7 +6,7 @@ import contextlib
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from kci_storage import drivers
@@ -43,8 +43,8 @@ class WrappingDriver(Driver):
     def read(self, key: str, start: int = 0, stop: int | None = None, etag: str | None = None) -> ObjectReader:
         return self.inner.read(key, start, stop, etag)
 
-    def writer(self, key: str, content_type: str) -> ObjectWriter:
-        return self.inner.writer(key, content_type)
+    def writer(self, key: str, content_type: str, tags: Mapping[str, str] | None = None) -> ObjectWriter:
+        return self.inner.writer(key, content_type, tags)
 
     def delete(self, key: str) -> None:
         self.inner.delete(key)
@@ -78,8 +78,8 @@ class PausingDriver(WrappingDriver):
     def from_config(cls, config: Config) -> PausingDriver:
         return cls(drivers.load(os.environ[BEHIND_VARIABLE]).from_config(config))
 
-    def writer(self, key: str, content_type: str) -> ObjectWriter:
-        return _PausingWriter(self.inner.writer(key, content_type))
+    def writer(self, key: str, content_type: str, tags: Mapping[str, str] | None = None) -> ObjectWriter:
+        return _PausingWriter(self.inner.writer(key, content_type, tags))
 
     def delete(self, key: str) -> None:
         with _pausing("delete"):

@@ -203,6 +203,14 @@ class DriverContract:
         assert get(driver, "a") == new
         assert listed(driver) == ["a"]
 
+    def test_tags_change_nothing_else(self, driver):
+        content = content_of(SOME)
+        with driver.writer("a", "text/plain", {"owner": "a_b.c", "kept for": "+-./:=_ 6m"}) as writer:
+            writer.write(content)
+            info = writer.commit(digests_of(content))
+        assert (driver.stat("a"), get(driver, "a")) == (info, content)
+        assert driver.list().objects[0].tags == info.tags
+
     @pytest.mark.parametrize("size", [0, 1, SOME])
     def test_an_aborted_upload_leaves_nothing(self, driver, size):
         writer = driver.writer("folder/a", "text/plain")

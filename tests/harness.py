@@ -31,8 +31,10 @@ _TROUBLE = re.compile(
 _ENVIRONMENT = ("KCI_STORAGE_", "STORAGE_DEBUG", "STORAGE_VERBOSE", "PROMETHEUS_", "GUNICORN_")
 
 
-def toml(document: Mapping[str, Any]) -> str:
+def toml(document: Mapping[str, Any], section: str = "") -> str:
     """A configuration file's text.
+
+    :param section: the name of the section that the document is, with a dot; empty: it is all.
 
     >>> print(toml({"driver": "local", "server": {"threads": 4}, "users": [{"name": "a", "prefixes": ["b"]}]}))
     driver = "local"
@@ -45,9 +47,9 @@ def toml(document: Mapping[str, Any]) -> str:
     lines = [f"{key} = {_value(value)}" for key, value in document.items() if not _is_table(value)]
     for key, value in document.items():
         if isinstance(value, Mapping):
-            lines += [f"[{key}]", toml(value)]
+            lines += [f"[{section}{key}]", toml(value, f"{section}{key}.")]
         elif _is_table(value):
-            lines += [line for table in value for line in (f"[[{key}]]", toml(table))]
+            lines += [line for table in value for line in (f"[[{section}{key}]]", toml(table))]
     return "\n".join(line for line in lines if line)
 
 

@@ -85,7 +85,7 @@ class World:
         self.services.uploads.put(KEY, "text/plain", Body(content), ExpectedDigests(), None)
 
     def put_form(self, *parts: bytes) -> None:
-        plan = FormPlan(admit=lambda key: None, content_type=lambda key: "text/plain")
+        plan = FormPlan(admit=lambda key: None, content_type=lambda key: "text/plain", tags=lambda key: {})
         self.services.uploads.store_form(Body(form(*parts)), BOUNDARY.encode(), plan)
 
     def delete(self) -> None:

@@ -12,13 +12,17 @@ from typing import Any, get_type_hints
 import pytest
 
 import kci_storage
-from kci_storage.config import SECTIONS, Config, ConfigError, User, expectation, load, settings
+from kci_storage.config import SECTIONS, Config, ConfigError, RetentionRule, User, expectation, load, settings
 
 ROOT = Path(kci_storage.__file__).parent.parent
 SAMPLE = (ROOT / "config.toml.sample").read_text()
 DOCUMENT = (ROOT / "docs" / "configuration.md").read_text()
-ALL_SECTIONS: dict[str, type[Any]] = {"": Config, **SECTIONS, "users": User}
-HEADINGS = {"Top level": "", "`[[users]]`": "users", **{f"`[{name}]`": name for name in SECTIONS}}
+ALL_SECTIONS: dict[str, type[Any]] = {"": Config, **SECTIONS, "retention.rules": RetentionRule, "users": User}
+HEADINGS = {
+    "Top level": "",
+    **{f"`[{name}]`": name for name in SECTIONS},
+    **{f"`[[{name}]]`": name for name in ("retention.rules", "users")},
+}
 VARIABLE = re.compile(r"(?:KCI_)?STORAGE_[A-Z_]+|CREDENTIALS_DIRECTORY")
 
 
@@ -30,7 +34,7 @@ def sample_keys() -> Iterator[tuple[str, str, str, Any]]:
     section, comment = "", ""
     for line in SAMPLE.splitlines():
         text = line.removeprefix("# ")
-        if heading := re.fullmatch(r"\[+(\w+)\]+", text):
+        if heading := re.fullmatch(r"\[+([\w.]+)\]+", text):
             section = heading[1]
         elif re.fullmatch(r"\w+ = .+", text):
             key, value = next(iter(tomllib.loads(text).items()))

@@ -252,7 +252,7 @@ class Failing(Driver):
     def read(self, key, start=0, stop=None, etag=None):
         fail(key)
 
-    def writer(self, key, content_type):
+    def writer(self, key, content_type, tags=None):
         return Writer(key)
 
     def delete(self, key):

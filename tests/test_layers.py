@@ -17,9 +17,10 @@ MODULES = {
     if path.name != "__init__.py"
 }
 
-PURE = {"csp", "keys", "kinds", "http_semantics", "media", "errors", "problems", "sizes", "unpacking"}
+PURE = {"csp", "keys", "kinds", "http_semantics", "media", "errors", "problems", "sizes", "unpacking", "retention"}
 SERVICES = {
     "archive",
+    "expire",
     "upload",
     "forms",
     "digests",

@@ -18,6 +18,7 @@ from tests.load import Load, slow_download
 from tests.wire import SECONDS, Wire, new_folder, put, request
 
 UNITS = Path(kci_storage.__file__).parent.parent / "deploy/systemd"
+NAMES = ("kci-storage.service", "kci-storage.socket", "kci-storage-expire.service", "kci-storage-expire.timer")
 WORST_EXPOSURE = 2.0
 
 # What systemd does before it starts a service that has a socket (sd_listen_fds(3)).
@@ -37,7 +38,7 @@ def systemd_analyze(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_units_are_valid(tmp_path: Path):
-    for name in ("kci-storage.service", "kci-storage.socket"):
+    for name in NAMES:
         text = (UNITS / name).read_text()
         assert name != "kci-storage.service" or "ExecStart=/opt/kci-storage/bin/kci-storage serve" in text
         (tmp_path / name).write_text(text.replace("/opt/kci-storage/bin/kci-storage", sys.executable))
@@ -45,9 +46,10 @@ def test_the_units_are_valid(tmp_path: Path):
     assert (found.returncode, found.stdout + found.stderr) == (0, "")
 
 
-def test_the_service_is_shut_off_from_the_machine():
-    found = systemd_analyze("security", "--offline=true", "--no-pager", UNITS / "kci-storage.service")
-    level = re.search(r"Overall exposure level for kci-storage.service: ([0-9.]+)", found.stdout)
+@pytest.mark.parametrize("name", ["kci-storage.service", "kci-storage-expire.service"])
+def test_a_service_is_shut_off_from_the_machine(name: str):
+    found = systemd_analyze("security", "--offline=true", "--no-pager", UNITS / name)
+    level = re.search(rf"Overall exposure level for {name}: ([0-9.]+)", found.stdout)
     assert level is not None, found.stdout + found.stderr
     assert float(level[1]) <= WORST_EXPOSURE
 

@@ -12,7 +12,7 @@ import sqlite3
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from kci_storage.config import Config, ConfigError
@@ -71,7 +71,7 @@ class SqliteDriver(Driver):
                 raise ObjectChanged("the object was replaced")
             return _Reader(info, connection, start, info.size if stop is None else stop, stack.pop_all())
 
-    def writer(self, key: str, content_type: str) -> ObjectWriter:
+    def writer(self, key: str, content_type: str, tags: Mapping[str, str] | None = None) -> ObjectWriter:
         return _Writer(self, key, content_type)
 
     def delete(self, key: str) -> None:

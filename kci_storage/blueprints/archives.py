@@ -11,7 +11,7 @@ from kci_storage import logs
 from kci_storage.archive import ArchivePlan, ArchiveReport
 from kci_storage.blueprints.failures import storage_error
 from kci_storage.blueprints.routing import authenticated, exchange, services
-from kci_storage.blueprints.uploads import admitted_body, form_boundary, log_stored, stored_type
+from kci_storage.blueprints.uploads import admitted_body, form_boundary, log_stored, stored_tags, stored_type
 from kci_storage.errors import StorageError
 from kci_storage.forms import FORM_OVERHEAD
 
@@ -41,6 +41,7 @@ def plan(email: str) -> ArchivePlan:
         admit_folder=admit_folder,
         admit=lambda key: permissions.check(email, key),
         content_type=stored_type(),
+        tags=stored_tags(email),
         stored=lambda stored: log_stored(stored, email, request_id),
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from urllib.parse import quote
 
 from flask import Blueprint, Response, jsonify, request
@@ -29,7 +29,10 @@ def upload() -> Response:
     with services().metrics.uploading():
         email = authenticated()
         body, boundary = admitted_body(FORM_OVERHEAD), form_boundary()
-        plan = FormPlan(admit=lambda key: services().permissions.check(email, key), content_type=stored_type())
+        permissions = services().permissions
+        plan = FormPlan(
+            admit=lambda key: permissions.check(email, key), content_type=stored_type(), tags=stored_tags(email)
+        )
         return report(services().uploads.store_form(body, boundary, plan), 200)
 
 
@@ -41,8 +44,8 @@ def put(path: str) -> Response:
         key = keys.for_put(request.environ["PATH_INFO"])
         services().permissions.check(email, key)
         refuse_a_part()
-        body, content_type = admitted_body(0), stored_type()(key)
-        stored = services().uploads.put(key, content_type, body, expected_digests(), replacement_rule())
+        body, content_type, tags = admitted_body(0), stored_type()(key), stored_tags(email)(key)
+        stored = services().uploads.put(key, content_type, body, expected_digests(), replacement_rule(), tags)
     response = report([stored], 201 if stored.created else 200)
     response.headers["ETag"] = etag_header(stored.info.etag)
     return response
@@ -54,7 +57,8 @@ def delete(path: str) -> Response:
     email = authenticated()
     key = keys.for_put(request.environ["PATH_INFO"])
     services().permissions.check(email, key)
-    services().objects.delete(key, replacement_rule())
+    rule = replacement_rule()
+    services().objects.delete(key, None if rule is None else lambda info: rule(info.etag))
     log.info(logs.logfmt(event="deleted", key=key, user=email, request_id=exchange().request_id))
     return without_body(204)
 
@@ -96,6 +100,12 @@ def stored_type() -> Callable[[str], str]:
     """How the content type to store follows from a key: as asked for, else by the name."""
     asked = media.normalise(request.headers.get("Content-Type-Upstream"))
     return lambda key: asked or media.guess(key)
+
+
+def stored_tags(email: str) -> Callable[[str], Mapping[str, str]]:
+    """How the tags to store follow from a key."""
+    retention = services().policies.retention
+    return lambda key: retention.tags(email, key)
 
 
 def expected_digests() -> ExpectedDigests:

@@ -117,8 +117,8 @@ class AzureDriver(Driver):
     def read(self, key: str, start: int = 0, stop: int | None = None, etag: str | None = None) -> ObjectReader:
         return self._process.reads.read(key, start, stop, etag)
 
-    def writer(self, key: str, content_type: str) -> ObjectWriter:
-        return _Writer(self, key, content_type)
+    def writer(self, key: str, content_type: str, tags: Mapping[str, str] | None = None) -> ObjectWriter:
+        return _Writer(self, key, content_type, tags)
 
     def delete(self, key: str) -> None:
         with _own_errors():
@@ -280,10 +280,11 @@ class _BlocksLost(Exception):
 class _Writer(ObjectWriter):
     """Blocks on their way to the backend, or, up to one block, just bytes in memory."""
 
-    def __init__(self, driver: AzureDriver, key: str, content_type: str):
+    def __init__(self, driver: AzureDriver, key: str, content_type: str, tags: Mapping[str, str] | None):
         self._driver = driver
         self._key = key
         self._content_type = content_type
+        self._tags = tags
         self._upload_id = secrets.token_hex(16)
         self._begin(BLOCK_ID_SIZE)
 
@@ -376,6 +377,7 @@ class _Writer(ObjectWriter):
                 content_type=self._content_type, content_md5=bytearray(digests.md5) if digests.md5 else None
             ),
             "metadata": {"sha256": digests.sha256, _UPLOAD_ID: self._upload_id},
+            "tags": self._tags or None,
             **_expecting(expected),
         }
         blob = self._driver.blob(self._key)

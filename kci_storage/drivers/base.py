@@ -19,7 +19,7 @@ from __future__ import annotations
 import enum
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 from kci_storage.config import Config
@@ -37,6 +37,7 @@ class ObjectInfo:
     content_type: str | None = None  # None: the backend knows none
     sha256: str | None = None  # hex, of the whole content; None: the backend knows none
     md5: bytes | None = None  # 16 bytes, of the whole content; None: the backend knows none
+    tags: Mapping[str, str] = field(default_factory=dict, hash=False)  # empty, too, where they must be asked for
 
     def to_fields(self) -> dict[str, Any]:
         """The properties as plain values that JSON can hold."""
@@ -206,9 +207,11 @@ class Driver(ABC):
         """
 
     @abstractmethod
-    def writer(self, key: str, content_type: str) -> ObjectWriter:
+    def writer(self, key: str, content_type: str, tags: Mapping[str, str] | None = None) -> ObjectWriter:
         """Begin a new version. It asks the backend nothing yet.
 
+        :param tags: stored with the object, in the request that commits it, for what tidies up the backend (who owns
+            the object, how long it is kept). Names and values are ASCII letters, digits, blanks and ``+-./:=_``.
         :raises InsufficientStorage: this server's disk is full, and the driver stores there.
         """
 

@@ -13,7 +13,7 @@ import hashlib
 import io
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
 from itertools import islice
@@ -97,7 +97,7 @@ class LocalDriver(Driver):
             raise ObjectChanged("the object was replaced")
         return _Reader(info, io.FileIO(fd), start, info.size if stop is None else min(stop, info.size))
 
-    def writer(self, key: str, content_type: str) -> ObjectWriter:
+    def writer(self, key: str, content_type: str, tags: Mapping[str, str] | None = None) -> ObjectWriter:
         """Begin a new version.
 
         :raises KeyConflict: a file or folder is in the way; said before the body is sent.
@@ -107,7 +107,7 @@ class LocalDriver(Driver):
             raise BadKey(f'"{side_files.FOLDER}/" is reserved, for what an earlier server has left there')
         with _own_errors(_write_error):
             self._check_place(key)
-            return _Writer(self, key, content_type, durable.NewFile.unnamed(self._temporary))
+            return _Writer(self, key, content_type, tags or {}, durable.NewFile.unnamed(self._temporary))
 
     def delete(self, key: str) -> None:
         _check_visible(key)
@@ -319,10 +319,13 @@ class _Reader(ObjectReader):
 class _Writer(ObjectWriter):
     """A temporary file that becomes the object's."""
 
-    def __init__(self, driver: LocalDriver, key: str, content_type: str, file: durable.NewFile):
+    def __init__(
+        self, driver: LocalDriver, key: str, content_type: str, tags: Mapping[str, str], file: durable.NewFile
+    ):
         self._driver = driver
         self._key = key
         self._content_type = content_type
+        self._tags = tags
         self._file = file
 
     def flush(self) -> None:
@@ -342,7 +345,9 @@ class _Writer(ObjectWriter):
         if digests.size != self._file.size:
             raise BackendError("not all of the content was written", detail=f"{self._file.size} of {digests.size} B")
         etag = _etag(digests.sha256, self._content_type)
-        info = ObjectInfo(self._key, digests.size, etag, 0, self._content_type, digests.sha256, digests.md5)
+        info = ObjectInfo(
+            self._key, digests.size, etag, 0, self._content_type, digests.sha256, digests.md5, self._tags
+        )
         return self._driver._commit(self._file, info, expected)
 
     def abort(self) -> None:

@@ -1,0 +1,73 @@
+"""Deleting what is over its age, for backends that do not do it themselves. It may run while the server does."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from kci_storage.drivers.base import Driver, ObjectInfo
+from kci_storage.errors import ObjectNotFound, PreconditionFailed, StorageError
+from kci_storage.objects import Objects
+from kci_storage.retention import is_expired
+
+
+@dataclass(frozen=True, slots=True)
+class Expired:
+    """An object that is over its age."""
+
+    info: ObjectInfo
+    failure: str | None = None  # why it could not be deleted; None: it is gone
+
+
+class Expiry:
+    """Finds what is over its age, and deletes it.
+
+    An object's age counts from its last upload; how long it is kept is what its tag says.
+
+    :param tag_key: the name of that tag.
+    """
+
+    def __init__(self, driver: Driver, objects: Objects, tag_key: str):
+        self._driver = driver
+        self._objects = objects
+        self._tag_key = tag_key
+        self.seen = 0  # objects that were looked at
+
+    def find(self) -> Iterator[ObjectInfo]:
+        """What is over its age, as the backend lists it.
+
+        :raises BackendError: it cannot be listed.
+        """
+        marker = None
+        while True:
+            page = self._driver.list(marker=marker)
+            for info in page.objects:
+                self.seen += 1
+                if self._is_expired(info):
+                    yield info
+            marker = page.next_marker
+            if marker is None:
+                return
+
+    def run(self) -> Iterator[Expired]:
+        """Delete it, one by one; what was uploaded again meanwhile, or deleted by others, is left out.
+
+        :raises BackendError: the objects cannot be listed.
+        """
+        for info in self.find():
+            if (outcome := self.delete(info)) is not None:
+                yield outcome
+
+    def delete(self, info: ObjectInfo) -> Expired | None:
+        """Delete an object that was found; None: it is no longer there, or no longer over its age."""
+        try:
+            self._objects.delete(info.key, self._is_expired)
+        except (ObjectNotFound, PreconditionFailed):
+            return None
+        except StorageError as exc:
+            return Expired(info, exc.message)
+        return Expired(info)
+
+    def _is_expired(self, info: ObjectInfo) -> bool:
+        return is_expired(info.tags, self._tag_key, info.last_modified, time.time())

@@ -1,0 +1,135 @@
+"""How long objects are kept: the tags that say so, and what they mean. Pure.
+
+An object gets its tags when it is uploaded, and keeps them: other rules are for what is uploaded from then on.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from kci_storage.keys import Prefix
+
+if TYPE_CHECKING:
+    from kci_storage.config import RetentionConfig
+
+OWNER = "owner"  # the tag that names who has uploaded an object
+LONGEST_VALUE = 256  # characters; Azure's limit
+SECONDS_PER_DAY = 86_400
+_DAYS = {"d": 1.0, "m": 365 / 12, "y": 365.0}
+_AGE = re.compile(r"([1-9][0-9]{0,3})([dmy])")
+_REFUSED = re.compile(r"[^A-Za-z0-9 +\-./:=_]")  # by Azure, in the names and values of blob index tags
+
+
+def days_of(age: str) -> int:
+    """An age, such as ``30d``, ``6m`` or ``2y``, in days; parts of a day count as one.
+
+    :raises ValueError: it is no age.
+
+    >>> days_of("30d"), days_of("6m"), days_of("12m"), days_of("2y")
+    (30, 183, 365, 730)
+    """
+    match = _AGE.fullmatch(age)
+    if match is None:
+        raise ValueError(f"not an age: {age}")
+    return math.ceil(int(match[1]) * _DAYS[match[2]])
+
+
+def is_age(text: str) -> bool:
+    """Whether that is an age.
+
+    >>> is_age("6m"), is_age("6 months")
+    (True, False)
+    """
+    return _AGE.fullmatch(text) is not None
+
+
+def tag_value(text: str) -> str:
+    """A text as it may be the value of a tag.
+
+    >>> tag_value("user@example.com")
+    'user_example.com'
+    """
+    return _REFUSED.sub("_", text)[:LONGEST_VALUE]
+
+
+def is_tag_key(text: str) -> bool:
+    """Whether that may be the name of a tag.
+
+    >>> is_tag_key("retention"), is_tag_key("a@b")
+    (True, False)
+    """
+    return 0 < len(text) <= 128 and _REFUSED.search(text) is None
+
+
+@dataclass(frozen=True, slots=True)
+class _Rule:
+    prefix: Prefix
+    value: str
+
+
+class Retention:
+    """The tags of what is uploaded.
+
+    :param config: the section ``[retention]``. Without a value and a rule, nothing is tagged.
+    """
+
+    def __init__(self, config: RetentionConfig):
+        self._key = config.tag_key
+        self._default = config.tag_value
+        rules = [_Rule(Prefix.parse(rule.prefix), rule.value) for rule in config.rules]
+        self._rules = sorted(rules, key=lambda rule: len(rule.prefix.start), reverse=True)
+
+    def tags(self, email: str, key: str) -> Mapping[str, str]:
+        """Those of an object.
+
+        :param email: of who uploads it.
+        """
+        if not self._default and not self._rules:
+            return {}
+        value = self._value(key)
+        return {OWNER: tag_value(email), **({self._key: value} if value else {})}
+
+    def _value(self, key: str) -> str:
+        """What the rule with the longest prefix says; empty: it is kept for ever."""
+        return next((rule.value for rule in self._rules if rule.prefix.covers(key)), self._default)
+
+
+def is_expired(tags: Mapping[str, str], tag_key: str, last_modified: float, now: float) -> bool:
+    """Whether an object is older than its tag allows; without one, or with one that is no age, it is not.
+
+    :param last_modified: seconds since the epoch; ``now``, too.
+
+    >>> is_expired({"retention": "1d"}, "retention", 0, 86_401), is_expired({}, "retention", 0, 1e12)
+    (True, False)
+    """
+    age = tags.get(tag_key, "")
+    return is_age(age) and now - last_modified > days_of(age) * SECONDS_PER_DAY
+
+
+def lifecycle_policy(config: RetentionConfig, container: str) -> dict[str, Any]:
+    """What Azure is to be told, so that it deletes what is over its age: one rule for each age.
+
+    :param container: where the objects are.
+    """
+    values = {value for value in (config.tag_value, *(rule.value for rule in config.rules)) if value}
+    return {"rules": [_lifecycle_rule(config.tag_key, value, container) for value in sorted(values, key=days_of)]}
+
+
+def _lifecycle_rule(tag_key: str, value: str, container: str) -> dict[str, Any]:
+    return {
+        "enabled": True,
+        "name": f"{container}-{value}",
+        "type": "Lifecycle",
+        "definition": {
+            "filters": {
+                "blobTypes": ["blockBlob"],
+                "prefixMatch": [f"{container}/"],
+                "blobIndexMatch": [{"name": tag_key, "op": "==", "value": value}],
+            },
+            "actions": {"baseBlob": {"delete": {"daysAfterModificationGreaterThan": days_of(value)}}},
+        },
+    }
