@@ -1,4 +1,4 @@
-"""What is known of a local object beyond what its file says: content type, digests, ETag.
+"""What is known of a local object beyond what its file says: content type, digests, ETag, tags.
 
 Such a record lies on the file itself, as an extended attribute (``getfattr -n user.kci-storage FILE`` shows it), or,
 where the file system has none, in a file of its own below ``.kci/meta``. It says which version it is of: an attribute
@@ -20,7 +20,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from kci_storage import durable
 from kci_storage.drivers.base import ObjectInfo
@@ -147,7 +147,15 @@ def files_in(directory: Path) -> Iterator[Path]:
 def _to_attribute(info: ObjectInfo, identity: Identity) -> bytes:
     """All but what the file itself says. It must fit into a block of the file system, so the key is left out, too."""
     md5 = info.md5.hex() if info.md5 else None
-    fields = {"of": identity.version, "etag": info.etag, "type": info.content_type, "sha256": info.sha256, "md5": md5}
+    fields: dict[str, Any] = {
+        "of": identity.version,
+        "etag": info.etag,
+        "type": info.content_type,
+        "sha256": info.sha256,
+        "md5": md5,
+    }
+    if info.tags:
+        fields["tags"] = dict(info.tags)
     return json.dumps(fields).encode()
 
 
@@ -158,9 +166,10 @@ def _read_attribute(fd: int, key: str, identity: Identity) -> ObjectInfo | None:
             return None
         md5 = bytes.fromhex(fields["md5"]) if fields["md5"] else None
         etag, content_type, sha256 = fields["etag"], fields["type"], fields["sha256"]
+        tags = dict(fields.get("tags", {}))
     except (OSError, ValueError, TypeError, KeyError):  # there is none, or it is damaged
         return None
-    return ObjectInfo(key, identity.size, etag, identity.mtime_ns // 10**9, content_type, sha256, md5)
+    return ObjectInfo(key, identity.size, etag, identity.mtime_ns // 10**9, content_type, sha256, md5, tags)
 
 
 def _read_file(path: Path) -> ObjectInfo | None:
