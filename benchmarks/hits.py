@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from benchmarks import load
-from benchmarks.measuring import OURS, RATE, TIME, BenchError, Sample, Workload, cpu_seconds
+from benchmarks.measuring import OURS, P99, RATE, TIME, BenchError, Measure, Sample, Workload, cpu_seconds
 from benchmarks.scale import KIB, MIB, size_text
 from benchmarks.stage import Stage
 from tests.harness import Server
@@ -123,9 +123,11 @@ class _Load:
         self._scale = stage.scale
         self._targets = targets
 
-    def _workload(self, title: str, turn: Callable[[str, Target], Sample], rate: bool = True) -> Workload:
+    def _workload(
+        self, title: str, turn: Callable[[str, Target], Sample], measures: tuple[Measure, ...] = (RATE, P99)
+    ) -> Workload:
         turns = {name: _bound(turn, name, target) for name, target in self._targets.items()}
-        return Workload("hits", title, (RATE if rate else TIME,), turns)
+        return Workload("hits", title, measures, turns)
 
     def many(self, title: str, keys: Sequence[str], size: int) -> Workload:
         """Whole objects of one size."""
@@ -158,7 +160,7 @@ class _Load:
 
     def one(self, title: str, key: str) -> Workload:
         """A large file, by one client."""
-        return self._workload(title, lambda _, target: self._curl(target, key), rate=False)
+        return self._workload(title, lambda _, target: self._curl(target, key), (TIME,))
 
     def _curl(self, target: Target, key: str) -> Sample:
         before = cpu_seconds(target.pid)
@@ -169,7 +171,7 @@ class _Load:
         before = cpu_seconds(target.pid)
         arguments = (self._scale.seconds, self._stage.folder, "get.lua", requests)
         rate = load.wrk(target.port, CONNECTIONS, *arguments, body=size)
-        return Sample((rate.per_second,), rate.requests, cpu_seconds(target.pid) - before)
+        return Sample((rate.per_second, 1000 * rate.p99), rate.requests, cpu_seconds(target.pid) - before)
 
     def _requests(self, lines: Iterable[str]) -> Path:
         """The file that get.lua reads."""

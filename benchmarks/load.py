@@ -29,6 +29,7 @@ class Rate:
 
     requests: int
     seconds: float
+    p99: float  # seconds within which 99 of a hundred requests were answered to the last byte
 
     @property
     def per_second(self) -> float:
@@ -61,7 +62,7 @@ def _checked_rate(summary: Mapping[str, Any], connections: int, body: int) -> Ra
     most = (requests + connections) * (body + HEAD_ROOM)
     if errors or not requests or not requests * body <= summary["bytes"] <= most:
         raise BenchError(f"wrk got something else than {body} bytes each time: {dict(summary)}")
-    return Rate(requests, summary["seconds"])
+    return Rate(requests, summary["seconds"], summary["p99"])
 
 
 def _output(command: Sequence[object]) -> str:

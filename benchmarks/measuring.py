@@ -28,6 +28,7 @@ class Measure:
 
 RATE = Measure("requests/s", more_is_better=True)
 TIME = Measure("s")
+P99 = Measure("ms", "p99")
 
 
 @dataclass(frozen=True)
