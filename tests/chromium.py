@@ -52,10 +52,8 @@ class Visit:
 
     def _on_message(self, message: ConsoleMessage) -> None:
         """The browser says here, too, what a policy has kept from running."""
-        url = message.location["url"]
-        is_icon = url.endswith("/favicon.ico")  # a text names none of its own
-        if message.type in ("error", "warning") and not is_icon:
-            self.complaints.append(f"{message.text} ({url})")
+        if message.type in ("error", "warning"):
+            self.complaints.append(f"{message.text} ({message.location['url']})")
 
     def _on_error(self, error: Error) -> None:
         self.complaints.append(f"script: {error}")
