@@ -15,7 +15,7 @@ from werkzeug.middleware.proxy_fix import ProxyFix
 from kci_storage import drivers, logs, master, memory
 from kci_storage.archive import Archives
 from kci_storage.auth import Authenticator, Permissions
-from kci_storage.blueprints import admin, archives, auth, browse, downloads, failures, uploads
+from kci_storage.blueprints import admin, archives, auth, browse, challenge, downloads, failures, uploads
 from kci_storage.blueprints.routing import KeyConverter
 from kci_storage.cache import Cache
 from kci_storage.config import Config, load, wants_debug
@@ -87,7 +87,7 @@ def create_app(config: Config | None = None) -> Flask:
     app.url_map.converters["path"] = KeyConverter
     app.extensions["kci_storage"] = services
     services.metrics.watch(app)
-    for module in (admin, archives, auth, browse, uploads, downloads):
+    for module in (admin, archives, auth, browse, challenge, uploads, downloads):
         app.register_blueprint(module.blueprint)
     failures.install(app)
     app.wsgi_app = transport(app.wsgi_app, services)  # type: ignore[method-assign]
@@ -183,7 +183,7 @@ def transport(app: Callable[..., Any], services: Services) -> Callable[..., Any]
         memory.give_back(max(exchange.sent, exchange.body.received))
 
     hits = Hits(app, services.objects, services.responder)
-    guard = Guard(hits, services.policies, services.metrics.refused)
+    guard = Guard(hits, services.policies, services.metrics.refused, services.metrics.challenged)
     wrapped: Callable[..., Any] = Transport(guard, finished)
     proxies = services.config.server.trusted_proxies
     return ProxyFix(wrapped, x_for=proxies, x_proto=proxies, x_host=proxies) if proxies else wrapped

@@ -138,6 +138,10 @@ def _is_given(value: str) -> bool:
     return bool(value)
 
 
+def _is_long_secret(secret: str) -> bool:
+    return not secret or len(secret) >= 32
+
+
 def _is_subnet(text: str) -> bool:
     return parse_subnet(text) is not None
 
@@ -349,6 +353,42 @@ class LimitsConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class DownloadChallengeConfig:
+    """``[download_challenge]``: browsers that must run a script before they get a file."""
+
+    user_agents: tuple[str, ...] = _setting(
+        (),
+        "browsers whose User-Agent holds one of these texts, in whatever case, are checked before a download",
+        expects="a list of texts that are not empty",
+        accepts=_is_given,
+    )
+    secret: str = _setting(
+        "",
+        "cookies are signed with this secret",
+        expects="nothing or text of at least 32 characters",
+        accepts=_is_long_secret,
+        secret=True,
+    )
+    cookie_ttl_seconds: int = _setting(
+        600, "how long a browser that was checked is not checked again", unit="seconds", minimum=30, maximum=_DAY
+    )
+    ipv4_prefix_length: int = _setting(
+        24, "how much of an IPv4 address must stay the same meanwhile", unit="bits", minimum=1, maximum=32
+    )
+    ipv6_prefix_length: int = _setting(
+        64, "how much of an IPv6 address must stay the same meanwhile", unit="bits", minimum=1, maximum=128
+    )
+    fallback_bytes_per_second: int = _setting(
+        0,
+        "the rate for browsers without JavaScript, kept by nginx in front (X-Accel-Limit-Rate); 0: they get nothing",
+        unit="bytes",
+        minimum=0,
+        maximum=_MOST_BYTES,
+    )
+    secure_cookie: bool = _setting(True, "whether the cookie goes over HTTPS only")
+
+
+@dataclass(frozen=True, slots=True)
 class User:
     """``[[users]]``: who may write where. Without any, every valid token may write everywhere."""
 
@@ -397,6 +437,7 @@ class Config:
     retention: RetentionConfig = RetentionConfig()
     useragent: UserAgentConfig = UserAgentConfig()
     limits: LimitsConfig = LimitsConfig()
+    download_challenge: DownloadChallengeConfig = DownloadChallengeConfig()
     users: tuple[User, ...] = ()
     plugins: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, repr=False)  # may hold secrets
 
@@ -415,12 +456,13 @@ SECTIONS: Mapping[str, type[Any]] = {
     "retention": RetentionConfig,
     "useragent": UserAgentConfig,
     "limits": LimitsConfig,
+    "download_challenge": DownloadChallengeConfig,
 }
 
 
 # What changes in a running server when the configuration is read again: the top level's keys and sections from which
 # kci_storage.policies are made.
-RELOADABLE = ("block_subnets", "useragent", "limits", "retention", "users")
+RELOADABLE = ("block_subnets", "useragent", "limits", "download_challenge", "retention", "users")
 
 
 def settings(section: type[Any]) -> dict[str, dataclasses.Field[Any]]:
@@ -526,6 +568,7 @@ class _File:
         self._check_secrets(config)
         self._check_azure(config)
         self._check_cache(config.cache)
+        self._check_challenge(config.download_challenge)
         self._check_folders(config)
         return config
 
@@ -671,6 +714,10 @@ class _File:
     def _check_cache(self, cache: CacheConfig) -> None:
         if cache.low_disk_percent > cache.recover_disk_percent:
             self.fail("cache.recover_disk_percent", "expected not less than cache.low_disk_percent")
+
+    def _check_challenge(self, challenge: DownloadChallengeConfig) -> None:
+        if challenge.user_agents and not challenge.secret:
+            self.fail("download_challenge.secret", "expected with download_challenge.user_agents, it is missing")
 
     def _check_folders(self, config: Config) -> None:
         """Whatever lies under ``storage_path`` is public: neither this file nor the cache may."""

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kci_storage import problems
+from kci_storage.challenge import POLICY, Challenge, Verdict
 from kci_storage.crawlers import UserAgents
 from kci_storage.errors import Refused, SubnetRefused, UserAgentRefused, meaning
 from kci_storage.limits import Cells, Downloads, Ledger, Rate
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 ROBOTS = "/robots.txt"  # a crawler may read that it is not wanted
 ROUTE = "refused"  # for the metrics
+CHALLENGE_ROUTE = "challenge"  # the same, of the page that a browser gets instead of a file
 REMEMBERED_CLIENTS = 16_384  # addresses, about 500 bytes each
 
 
@@ -92,18 +94,43 @@ class Guard:
     :param app: gets those that are let in.
     :param policies: have the rules, which may change.
     :param refused: called with the label of the rule by which a request is refused.
+    :param challenged: called with what becomes of a browser's download.
     """
 
-    def __init__(self, app: Callable[..., Iterable[bytes]], policies: Policies, refused: Callable[[str], None]):
+    def __init__(
+        self,
+        app: Callable[..., Iterable[bytes]],
+        policies: Policies,
+        refused: Callable[[str], None],
+        challenged: Callable[[str], None],
+    ):
         self._app = app
         self._policies = policies
         self._refused = refused
+        self._challenged = challenged
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         try:
             environ[EXCHANGE].release = self._policies.admission.admit(environ)
         except Refused as refusal:
             return self._refuse(refusal, environ, start_response)
+        challenge = self._policies.challenge
+        if challenge is not None:
+            return self._ask(challenge, environ, start_response)
+        return self._app(environ, start_response)
+
+    def _ask(
+        self, challenge: Challenge, environ: dict[str, Any], start_response: Callable[..., Any]
+    ) -> Iterable[bytes]:
+        """Let a browser pass that has run the script of the page."""
+        verdict = challenge.judge(environ)
+        if verdict is None:
+            return self._app(environ, start_response)
+        self._challenged(verdict.value)
+        if verdict is Verdict.SHOWN:
+            return _show(challenge, environ, start_response)
+        if verdict is Verdict.SLOWED:
+            start_response = _slowly(start_response, challenge.fallback_rate)
         return self._app(environ, start_response)
 
     def _refuse(
@@ -117,6 +144,36 @@ class Guard:
         content_type, body = problems.body(kind.status, kind.title, refusal.message, environ.get("HTTP_ACCEPT"))
         start_response(f"{kind.status} {kind.title}", _headers(refusal, content_type, len(body)))
         return [body]
+
+
+def _show(challenge: Challenge, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+    """The page instead of the file: an error, so that nobody takes it for the file, or for the rest of one."""
+    body = challenge.page(environ["PATH_INFO"], environ["QUERY_STRING"])
+    environ[EXCHANGE].route = CHALLENGE_ROUTE
+    headers = [
+        ("Content-Type", "text/html; charset=utf-8"),
+        ("Content-Length", str(len(body))),
+        ("Content-Security-Policy", POLICY),
+        ("Referrer-Policy", "no-referrer"),
+        ("Cache-Control", "no-store"),
+        NOSNIFF,
+        *CORS_HEADERS,
+    ]
+    start_response("403 Forbidden", headers)
+    return () if environ["REQUEST_METHOD"] == "HEAD" else (body,)
+
+
+def _slowly(start_response: Callable[..., Any], rate: int) -> Callable[..., Any]:
+    """Have nginx, in front, send a response at so many bytes per second.
+
+    It keeps no rate for what it does not buffer, so it is told to do that.
+    """
+    slowly = [("X-Accel-Limit-Rate", str(rate)), ("X-Accel-Buffering", "yes")]
+
+    def start(status: str, headers: Headers, *exc_info: Any) -> Any:
+        return start_response(status, [*headers, *slowly], *exc_info)
+
+    return start
 
 
 def _headers(refusal: Refused, content_type: str, size: int) -> Headers:

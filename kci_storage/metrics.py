@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS")
 STARTING_SECONDS = 1  # a worker takes microseconds to fill a file that it has made
+CHALLENGES = ("shown", "solved", "passed", "slowed")
 RULES = ("useragent", "subnet", "rate", "concurrency")
 OPERATIONS = ("stat", "read", "commit", "delete", "list", "probe")
 DURATIONS = (0.005, 0.02, 0.1, 0.5, 2, 10, 60, 300, 1800)  # seconds; a root file system on a slow link takes minutes
@@ -49,6 +50,7 @@ _request_seconds = Histogram(
     buckets=DURATIONS,
 )
 _refused = Counter("kci_storage_refused", "Requests refused before any work, by rule", ["rule"])
+_challenges = Counter("kci_storage_challenges", "Browser challenges, by what became of them", ["result"])
 _sent = Counter("kci_storage_sent_bytes", "Bytes of response bodies that went out")
 _received = Counter("kci_storage_received_bytes", "Bytes of request bodies that came in")
 _served = Counter("kci_storage_cache_requests", "Objects opened, by where they came from", ["result"])
@@ -106,6 +108,8 @@ class Metrics:
         self._disks = tuple(disks)
         for rule in RULES:
             _refused.labels(rule)
+        for result in CHALLENGES:
+            _challenges.labels(result)
         for result in ("hit", "miss", "stale"):
             _served.labels(result)
         for result in ("fresh", "changed", "deleted", "failed"):
@@ -135,6 +139,10 @@ class Metrics:
     def refused(self, rule: str) -> None:
         """A request was not let in: the label of its error."""
         _refused.labels(rule).inc()
+
+    def challenged(self, result: str) -> None:
+        """A browser's download met the challenge, or a browser solved it."""
+        _challenges.labels(result).inc()
 
     def served(self, status: CacheStatus) -> None:
         """An object was opened."""

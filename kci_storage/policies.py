@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kci_storage.auth import Permissions
+from kci_storage.challenge import Challenge
 from kci_storage.guard import Admission
 from kci_storage.retention import Retention
 
@@ -24,6 +25,7 @@ class Policies:
 
     permissions: Permissions
     admission: Admission
+    challenge: Challenge | None  # None: there is none
     retention: Retention
 
     def __init__(self, config: Config, ledger: Ledger):
@@ -33,5 +35,6 @@ class Policies:
     def apply(self, config: Config) -> None:
         """From the next request on, this configuration holds."""
         self.admission = Admission(config, self._ledger)
+        self.challenge = Challenge(config.download_challenge) if config.download_challenge.user_agents else None
         self.permissions = Permissions(config.users)
         self.retention = Retention(config.retention)

@@ -12,6 +12,7 @@ from kci_storage.config import SECTIONS, Config, ConfigError, User, expectation,
 
 SECRET = 'jwt_secret = "a secret that is long enough for HS256"\n'
 LOCAL = f'driver = "local"\n{SECRET}'
+CHALLENGE = f"{LOCAL}[download_challenge]\n"
 AZURE = f'{SECRET}[azure]\naccount = "kernelci"\nkey = "c2VjcmV0"\ncontainer = "artifacts"\n'
 
 
@@ -437,6 +438,14 @@ def test_impossible_binds(write, bind):
             f'{AZURE}endpoint = "http://h/?sig=1"',
             "azure.endpoint: expected nothing or an http(s) URL without a query",
         ),
+        # download_challenge
+        (f'{CHALLENGE}user_agents = ["Mozilla"]', "download_challenge.secret: expected with download_challenge.user"),
+        (f'{CHALLENGE}secret = "{"s" * 31}"', "download_challenge.secret: expected nothing or text of at least 32"),
+        (f'{CHALLENGE}user_agents = [""]', "download_challenge.user_agents: expected a list of texts that are not"),
+        (f"{CHALLENGE}cookie_ttl_seconds = 29", "download_challenge.cookie_ttl_seconds: expected a whole number of"),
+        (f"{CHALLENGE}ipv4_prefix_length = 33", "download_challenge.ipv4_prefix_length: expected a whole number of"),
+        (f"{CHALLENGE}fallback_bytes_per_second = -1", "download_challenge.fallback_bytes_per_second: expected a w"),
+        (f"{CHALLENGE}secure_cookie = 1", "download_challenge.secure_cookie: expected true or false, got 1"),
         # users
         (f'{LOCAL}[[users]]\nprefixes = ["a"]', "users #1 name: expected the user's email, it is missing"),
         (f'{LOCAL}[[users]]\nname = "a"\n[[users]]\nname = ""', "users #2 name: expected text that is not empty"),
@@ -463,6 +472,10 @@ def test_one_line_names_the_file_the_key_and_what_was_expected(write, content, p
 @pytest.mark.parametrize("key", ["jwt_secret", "unified_secret"])
 def test_a_refused_secret_is_not_shown(write, key):
     assert "hush" not in failure(write(f'driver = "local"\n{key} = ["hush"]'))
+
+
+def test_a_refused_secret_of_the_challenge_is_not_shown(write):
+    assert "hush" not in failure(write(f'{CHALLENGE}secret = "hush"'))
 
 
 @pytest.mark.parametrize("key", ["key", "sastoken"])
