@@ -16,6 +16,7 @@ import psutil
 
 from benchmarks.measuring import BenchError, family
 from tests.harness import reserve_port
+from tests.nginx import main_configuration
 
 START_SECONDS, STOP_SECONDS = 60, 10
 WORKERS, THREADS, KEEPALIVE = 2, 64, 75  # processes, threads in each, seconds: as the server itself
@@ -144,30 +145,16 @@ def bare_gunicorn(name: str, worker_class: str, folder: Path, files: Path, fsync
 # nginx
 
 
-_NGINX = """
-daemon off;
-{user}
-worker_processes 2;
-pid {folder}/pid;
-error_log {folder}/error.log;
-events {{ worker_connections 1024; }}
-http {{
-    access_log {folder}/access.log;
+_SITE = """
+server {{
+    listen 127.0.0.1:{port};
     default_type application/octet-stream;
     sendfile on;
     tcp_nopush on;
+    gzip off;
     keepalive_requests 1000000;
     client_max_body_size 0;
-    client_body_temp_path {folder}/body;
-    proxy_temp_path {folder}/proxy;
-    fastcgi_temp_path {folder}/unused;
-    uwsgi_temp_path {folder}/unused;
-    scgi_temp_path {folder}/unused;
-    {http}
-    server {{
-        listen 127.0.0.1:{port};
-        {server}
-    }}
+    {server}
 }}
 """
 
@@ -214,9 +201,9 @@ _CACHED = """
 @contextlib.contextmanager
 def _nginx(name: str, folder: Path, http: str, server: str) -> Iterator[Program]:
     with _free_port() as port:
-        user = "user root;" if os.getuid() == 0 else ""  # else its workers could not read the scratch folder
         config = folder / "nginx.conf"
-        config.write_text(_NGINX.format(folder=folder, port=port, user=user, http=http, server=server))
+        config.write_text(main_configuration(folder, "site.conf", beside=http))
+        (folder / "site.conf").write_text(_SITE.format(port=port, server=server))
         command = [find("nginx", "nginx"), "-p", folder, "-c", config, "-e", folder / "error.log"]
         with running(name, command, port, folder / "log") as program:
             yield program
