@@ -7,7 +7,7 @@ import time
 import unicodedata
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jwt
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 MAX_HEADER = 8192  # characters; a token of ours has some 200
 MIN_SECRET_BYTES = 32  # RFC 7518 section 3.2: as long as the hash
 SECONDS_PER_DAY = 86400
+REMEMBERED = 1_000  # tokens that were verified; then the memory starts afresh
 
 _ALGORITHMS = ["HS256"]  # a list: PyJWT searches a plain string for substrings
 _OPTIONS: Any = {"verify_aud": False, "verify_iat": False, "verify_sub": False, "verify_jti": False}
@@ -33,8 +34,15 @@ _REASONS: dict[type[jwt.PyJWTError], str] = {
 warnings.filterwarnings("ignore", category=jwt.InsecureKeyLengthWarning)
 
 
+class _Known(NamedTuple):
+    """A token that was verified."""
+
+    email: str
+    until: float  # seconds since the epoch; then it has expired, and may be refused
+
+
 class Authenticator:
-    """Verifies tokens.
+    """Verifies tokens, each once: a build uploads thousands of files with one.
 
     :param secrets: tried in this order.
     :param leeway: seconds by which other machines' clocks may be off.
@@ -43,6 +51,7 @@ class Authenticator:
     def __init__(self, secrets: Sequence[str], leeway: float = 30):
         self._secrets = tuple(secrets)
         self._leeway = leeway
+        self._known: dict[str, _Known] = {}
 
     def verify(self, authorization: str | None) -> str:
         """The email of the token's owner.
@@ -51,9 +60,25 @@ class Authenticator:
         :raises Unauthorized: there is no valid token. The reason is in ``detail``, the token never is.
         """
         token = _token(authorization)
+        known = self._known.get(token)
+        if known is None or time.time() >= known.until:
+            known = self._verified(token)
+            self._remember(token, known)
+        return known.email
+
+    def _remember(self, token: str, known: _Known) -> None:
+        if len(self._known) >= REMEMBERED:
+            self._known.clear()
+        self._known[token] = known
+
+    def _verified(self, token: str) -> _Known:
+        claims = self._claims(token)
+        return _Known(_email(claims), int(claims["exp"]) + self._leeway if "exp" in claims else float("inf"))
+
+    def _claims(self, token: str) -> dict[str, Any]:
         for secret in self._secrets:
             try:
-                return _email(self._decode(token, secret))
+                return self._decode(token, secret)
             except (jwt.InvalidSignatureError, jwt.InvalidKeyError):
                 continue
             except jwt.PyJWTError as exc:

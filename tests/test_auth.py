@@ -123,6 +123,49 @@ def test_clocks_may_be_off_by_the_leeway(claim: str) -> None:
         Authenticator([JWT_SECRET], leeway=0).verify(late)
 
 
+class TestMemory:
+    """A token that was verified is not verified again before it may have expired."""
+
+    @pytest.fixture
+    def authenticator(self, monkeypatch: pytest.MonkeyPatch) -> Authenticator:
+        """One that notes in ``decoded`` which tokens it looks at."""
+        made = Authenticator([JWT_SECRET], leeway=0)
+        decode = made._decode
+        made.decoded = []
+        monkeypatch.setattr(made, "_decode", lambda *args: made.decoded.append(args[0]) or decode(*args))
+        return made
+
+    def test_a_token_is_looked_at_once(self, authenticator: Authenticator) -> None:
+        one, other = token(), token(email="other@example.com")
+        for _ in range(3):
+            assert authenticator.verify(f"Bearer {one}") == authenticator.verify(one) == EMAIL
+            assert authenticator.verify(other) == "other@example.com"
+        assert authenticator.decoded == [one, other]
+
+    def test_one_that_may_have_expired_is_looked_at_again(
+        self, authenticator: Authenticator, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        expires = int(time.time()) + HOUR
+        short = token(exp=expires)
+        assert authenticator.verify(short) == EMAIL
+        for now, looks in ((expires - 1, 1), (expires, 2)):
+            monkeypatch.setattr(time, "time", lambda now=now: now)
+            authenticator.verify(short)
+            assert len(authenticator.decoded) == looks
+
+    def test_what_was_refused_is_looked_at_again(self, authenticator: Authenticator) -> None:
+        for _ in range(2):
+            with pytest.raises(Unauthorized):
+                authenticator.verify(token(UNIFIED_SECRET))
+        assert len(authenticator.decoded) == 2
+
+    def test_it_is_bounded(self, authenticator: Authenticator, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(auth, "REMEMBERED", 3)
+        for number in range(10):
+            authenticator.verify(token(number=number))
+            assert len(authenticator._known) <= 3
+
+
 def test_leeway_is_there_unless_it_is_set() -> None:
     assert verify(token(exp=int(time.time()) - 1, nbf=int(time.time()) + 1)) == EMAIL
 
