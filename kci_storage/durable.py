@@ -182,7 +182,7 @@ class NewFile:
     def discard(self) -> None:
         """Remove the temporary file and close; nothing when it was published, discarded or closed."""
         try:
-            if self._fd >= 0 and is_file_at(self._fd, self.path):
+            if self._fd >= 0 and not self.named and is_file_at(self._fd, self.path):
                 remove(self.path)
         finally:
             self.close()
