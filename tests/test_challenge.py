@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
+import http.client
 import re
 import signal
 import time
@@ -189,6 +191,16 @@ def test_without_a_script_the_file_comes_at_a_limited_rate(site):
     assert "X-Accel-Limit-Rate" not in ask(site, f"{quote(KEY)}?challenge_fallback=1", agent=CURL).headers
     missing = ask(site, "farm/missing?challenge_fallback=1")
     assert (missing.status_code, missing.headers["X-Accel-Limit-Rate"]) == (404, str(RATE))
+
+
+def test_an_address_full_of_markup_is_text_in_the_page(site):
+    connection = http.client.HTTPConnection("127.0.0.1", site.port, timeout=SECONDS)  # sends it as it stands
+    with contextlib.closing(connection):
+        connection.request("GET", '/<b>"/a?"><b>', headers={"User-Agent": BROWSER})
+        page = connection.getresponse().read().decode()
+    assert 'href="?&quot;&gt;&lt;b&gt;&amp;challenge_fallback=1"' in page
+    assert 'href="/%3Cb%3E%22/"' in page
+    assert "<b>" not in page
 
 
 def test_the_metric_counts_what_became_of_them(site):
