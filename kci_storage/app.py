@@ -19,11 +19,11 @@ from kci_storage.blueprints import admin, archives, auth, browse, challenge, dow
 from kci_storage.blueprints.routing import KeyConverter
 from kci_storage.cache import Cache
 from kci_storage.config import Config, load, wants_debug
+from kci_storage.downloads import Downloads
 from kci_storage.drivers.base import Driver, LocalObjects, Sweepable
 from kci_storage.evict import Housekeeper
 from kci_storage.fill import Fills
 from kci_storage.guard import Guard
-from kci_storage.hits import Hits
 from kci_storage.limits import Ledger
 from kci_storage.metrics import Metrics
 from kci_storage.misses import Misses
@@ -182,8 +182,8 @@ def transport(app: Callable[..., Any], services: Services) -> Callable[..., Any]
         logs.log_access(exchange)
         memory.give_back(max(exchange.sent, exchange.body.received))
 
-    hits = Hits(app, services.objects, services.responder)
-    guard = Guard(hits, services.policies, services.metrics.refused, services.metrics.challenged)
+    downloading = Downloads(app, services.objects, services.responder)
+    guard = Guard(downloading, services.policies, services.metrics.refused, services.metrics.challenged)
     wrapped: Callable[..., Any] = Transport(guard, finished)
     proxies = services.config.server.trusted_proxies
     return ProxyFix(wrapped, x_for=proxies, x_proto=proxies, x_host=proxies) if proxies else wrapped

@@ -21,6 +21,7 @@ from kci_storage.errors import BadRequest
 
 MAX_RANGES = 64  # of one request
 _MAX_DIGITS = 18  # of an offset; what is longer is beyond any file
+_BOUNDED_RANGE = re.compile(r"bytes=([0-9]{1,15})-([0-9]{1,15})")
 _BEYOND_ANY_FILE = 10**_MAX_DIGITS
 
 
@@ -43,11 +44,11 @@ class RequestHeaders:
         'bytes=0-'
         """
         sent = {field: environ[name] for name, field in _ENVIRON_NAMES if name in environ}
-        return cls(**sent) if sent else _NO_HEADERS
+        return cls(**sent) if sent else UNCONDITIONAL
 
 
 _ENVIRON_NAMES = tuple((f"HTTP_{field.upper()}", field) for field in RequestHeaders.__slots__)
-_NO_HEADERS = RequestHeaders()
+UNCONDITIONAL = RequestHeaders()
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +72,21 @@ class ByteRange:
         'bytes 0-9/100'
         """
         return f"bytes {self.start}-{self.stop - 1}/{size}"
+
+
+def bounded_range(headers: RequestHeaders) -> ByteRange | None:
+    """The one range of which both ends are known, if a request asks for that and nothing else.
+
+    >>> bounded_range(RequestHeaders(range="bytes=5-9"))
+    ByteRange(start=5, stop=10)
+    >>> bounded_range(RequestHeaders(range="bytes=5-")), bounded_range(RequestHeaders(range="bytes=9-5"))
+    (None, None)
+    """
+    found = _BOUNDED_RANGE.fullmatch(headers.range or "")
+    if found is None or headers != RequestHeaders(range=headers.range):
+        return None
+    wanted = ByteRange(int(found[1]), int(found[2]) + 1)
+    return wanted if wanted.length > 0 else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +115,7 @@ def decide(method: str, headers: RequestHeaders, etag: str, last_modified: int, 
     >>> decide("GET", RequestHeaders(if_none_match='W/"v1"', range="bytes=0-9"), "v1", 0, 100)
     Decision(status=304, ranges=())
     """
-    if headers is _NO_HEADERS or headers == _NO_HEADERS:
+    if headers is UNCONDITIONAL or headers == UNCONDITIONAL:
         return _WHOLE
     if not _is_wanted_version(headers, etag, last_modified):
         return _PRECONDITION_FAILED

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from kci_storage.cache import Cache
-from kci_storage.drivers.base import Driver, LocalObjects, ObjectInfo
+from kci_storage.drivers.base import Driver, LocalObjects, ObjectInfo, ObjectReader
 from kci_storage.errors import (
     BackendError,
     InsufficientStorage,
@@ -25,12 +25,14 @@ from kci_storage.fetch import resumed, verified
 from kci_storage.fill import AlreadyCached, Fill, Fills, Region
 from kci_storage.flights import Flights
 from kci_storage.freshness import Freshness, Verdict
+from kci_storage.http_semantics import UNCONDITIONAL, ByteRange, RequestHeaders, bounded_range
 from kci_storage.locks import POLL_INTERVAL
 from kci_storage.misses import Misses
 
 if TYPE_CHECKING:
     from kci_storage.metrics import Metrics
 
+DIRECT_SIZE = 1024 * 1024  # bytes of a range that is asked for at once, before its object's properties are known
 FOLLOW_AHEAD = 1024 * 1024  # bytes; a range that begins this little ahead of a running fill follows it
 
 
@@ -134,12 +136,22 @@ class RemoteContent(Content):
 
     :param fills: None: the cache has no room for it.
     :param patience: seconds to wait for a fill to begin.
+    :param begun: a part that is on its way already, closed with the content.
     """
 
     status = CacheStatus.MISS
 
-    def __init__(self, driver: Driver, fills: Fills | None, info: ObjectInfo, metrics: Metrics, patience: float):
+    def __init__(
+        self,
+        driver: Driver,
+        fills: Fills | None,
+        info: ObjectInfo,
+        metrics: Metrics,
+        patience: float,
+        begun: tuple[ByteRange, ObjectReader] | None = None,
+    ):
         self.info = info
+        self._begun = begun
         self._driver = driver
         self._metrics = metrics
         self._fills = fills
@@ -147,6 +159,8 @@ class RemoteContent(Content):
         self._followed: list[FilledContent] = []
 
     def segments(self, start: int, stop: int) -> Iterator[bytes | Region]:
+        if self._begun is not None and not self._wants_most(start, stop) and self._begun[0].start == start:
+            return map(bytes, resumed(self._driver, self.info, start, stop, self._begun[1]))
         content = self._to_follow(self._fills, start, stop) if self._fills is not None else None
         if content is not None:
             self._followed.append(content)
@@ -154,12 +168,15 @@ class RemoteContent(Content):
         pieces = resumed(self._driver, self.info, start, stop)
         return map(bytes, verified(self.info, pieces) if stop - start == self.info.size else pieces)
 
+    def _wants_most(self, start: int, stop: int) -> bool:
+        return 2 * (stop - start) >= self.info.size
+
     def _to_follow(self, fills: Fills, start: int, stop: int) -> FilledContent | None:
         """The running fill if it soon gets there, or a new one for who wants most of the object; else None.
 
         Who wants less, such as a crawler that reads the end of every image, starts no fill.
         """
-        wants_most = 2 * (stop - start) >= self.info.size
+        wants_most = self._wants_most(start, stop)
         running, here = fills.progress(self.info.key) or (None, 0)
         if start > here + FOLLOW_AHEAD:
             if wants_most:
@@ -186,6 +203,8 @@ class RemoteContent(Content):
         return None
 
     def close(self) -> None:
+        if self._begun is not None:
+            self._begun[1].close()
         while self._followed:
             self._followed.pop().close()
 
@@ -220,34 +239,16 @@ class Objects:
         self._freshness = Freshness(driver, cache, metrics, revalidate_after)
         self._questions: Flights[ObjectInfo] = Flights()
 
-    def open(self, key: str, *, whole: bool = True) -> Content:
+    def open(self, key: str, method: str = "GET", conditions: RequestHeaders = UNCONDITIONAL) -> Content:
         """The object, to be read.
 
-        :param whole: False: maybe only its properties are wanted, or some of its bytes, so that nothing is fetched
-            yet if it is not here.
+        :param method: with another one than ``GET``, and under conditions, maybe only its properties are wanted, or
+            some of its bytes: then no more than those is fetched if it is not here.
         :raises ObjectNotFound: there is none.
         :raises Overloaded: an upload of the key took too long to wait for.
         :raises BackendError: it is not here, and cannot be fetched.
         """
-        content = self._open(key, whole)
-        self._metrics.served(content.status)
-        return content
-
-    def open_hit(self, key: str) -> FileContent | None:
-        """The object if it lies on this machine and may be served without asking anybody, else None."""
-        if self._local is not None:
-            try:
-                content = self._open_local(self._local, key)
-            except StorageError:
-                return None  # who asks for it in full will be told
-        else:
-            entry = self._cache.lookup(key)
-            if entry is None:
-                return None
-            content = FileContent(entry.record.info, CacheStatus.HIT, entry.fd, entry.path)
-            if self._freshness.is_due(entry.record):
-                content.close()
-                return None
+        content = self._open(key, method, conditions)
         self._metrics.served(content.status)
         return content
 
@@ -256,12 +257,12 @@ class Objects:
         info, fd = local.open(key)
         return FileContent(info, CacheStatus.HIT, fd, None)
 
-    def _open(self, key: str, whole: bool) -> Content:
+    def _open(self, key: str, method: str, conditions: RequestHeaders) -> Content:
         if self._local is not None:
             return self._open_local(self._local, key)
         deadline = time.monotonic() + self._wait_timeout
         while True:
-            content = self._open_copy(key) or self._open_cold(key, whole)
+            content = self._open_copy(key) or self._open_cold(key, method, conditions)
             if content is not None:
                 return content
             if time.monotonic() > deadline:
@@ -281,7 +282,7 @@ class Objects:
             return None
         return content
 
-    def _open_cold(self, key: str, whole: bool) -> Content | None:
+    def _open_cold(self, key: str, method: str, conditions: RequestHeaders) -> Content | None:
         """A content that is fetched; None when one has to look again."""
         if self._cache.is_being_written(key):
             return None
@@ -289,7 +290,7 @@ class Objects:
             raise ObjectNotFound("no such file")
         changes = self._misses.changes(key)
         try:
-            return self._open_fill(key) if whole else self._open_remote(key, self._fills)
+            return self._fetch(key, method, conditions)
         except AlreadyCached:
             return None
         except InsufficientStorage:  # not even for the first byte of a fill
@@ -298,6 +299,21 @@ class Objects:
         except ObjectNotFound:
             self._misses.remember(key, changes)
             raise
+
+    def _fetch(self, key: str, method: str, conditions: RequestHeaders) -> Content:
+        if method == "GET" and conditions == UNCONDITIONAL:
+            return self._open_fill(key)
+        wanted = bounded_range(conditions) if method == "GET" else None
+        if wanted is not None and wanted.length <= DIRECT_SIZE and self._fills.progress(key) is None:
+            return self._open_range(key, wanted)
+        return self._open_remote(key, self._fills)
+
+    def _open_range(self, key: str, wanted: ByteRange) -> RemoteContent:
+        """A small part, which one request brings together with the object's properties."""
+        reader = self._driver.read(key, wanted.start, wanted.stop)
+        return RemoteContent(
+            self._driver, self._fills, reader.info, self._metrics, self._wait_timeout, (wanted, reader)
+        )
 
     def _open_fill(self, key: str) -> FilledContent:
         fill = self._fills.join(key)

@@ -1,6 +1,6 @@
 """From a content and a request's conditions to the WSGI response: the one place where that is decided.
 
-It knows no framework, since both a view and the short way of hits (:mod:`kci_storage.hits`) send what it makes.
+It knows no framework: downloads are answered without (:mod:`kci_storage.downloads`).
 """
 
 from __future__ import annotations

@@ -114,10 +114,12 @@ def test_a_cold_download_of_nothing(bench: Bench):
         ("HEAD", {}, 200, {PROPERTIES: 1}),
         ("GET", {"If_None_Match": "*"}, 304, {PROPERTIES: 1}),
         ("GET", {"If_Match": '"another"'}, 412, {PROPERTIES: 1}),
-        ("GET", {"Range": "bytes=1000000-1000099"}, 206, {PROPERTIES: 1, GET_BLOB: 1}),
+        ("GET", {"Range": "bytes=1000000-1000099"}, 206, {GET_BLOB: 1}),
+        ("GET", {"Range": "bytes=-100"}, 206, {PROPERTIES: 1, GET_BLOB: 1}),
+        ("GET", {"Range": "bytes=90000000-90000099"}, 416, {PROPERTIES: 1, GET_BLOB: 1}),
         ("GET", {"Range": "bytes=90000000-"}, 416, {PROPERTIES: 1}),
     ],
-    ids=["HEAD", "304", "412", "range", "416"],
+    ids=["HEAD", "304", "412", "range", "last bytes", "beyond", "416"],
 )
 def test_a_cold_request_for_less(bench: Bench, method: str, headers: dict[str, str], status: int, expected: Any):
     key = bench.store(os.urandom(2 * MIB))

@@ -109,7 +109,7 @@ def test_services_know_no_view_and_no_certain_driver(name):
     known = own_imports(name)
     assert not known & VIEWS
     assert known & DRIVERS <= {"drivers.base"}
-    assert not known & {"app", "metrics", "worker", "serving", "hits", "sending", "transport"}
+    assert not known & {"app", "metrics", "worker", "serving", "downloads", "sending", "transport"}
 
 
 @pytest.mark.parametrize("name", sorted(DRIVERS))

@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING
 from flask import current_app, request
 from werkzeug.routing import BaseConverter
 
-from kci_storage import keys
-from kci_storage.errors import BadKey, ObjectNotFound
 from kci_storage.transport import EXCHANGE, Exchange
 
 if TYPE_CHECKING:
@@ -33,17 +31,6 @@ def exchange() -> Exchange:
     """The request as it goes over the wire."""
     current: Exchange = request.environ[EXCHANGE]
     return current
-
-
-def download_key() -> str:
-    """The key that a download asks for.
-
-    :raises ObjectNotFound: it breaks a rule; no driver may see such a key.
-    """
-    try:
-        return keys.check(keys.from_path_info(request.environ["PATH_INFO"]))
-    except BadKey as exc:
-        raise ObjectNotFound("no such file", detail=exc.message) from exc
 
 
 def authenticated() -> str:
