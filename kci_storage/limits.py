@@ -1,8 +1,8 @@
 """How much one client may have at once, counted over all workers of a server, without a lock between them.
 
-The counts are in memory that the workers share (:class:`Ledger`). A client has three cells there, chosen by a hash
-that nobody outside knows, and the least of the three counts: where another client has the same cell, it hardly has
-the same other two (a count-min sketch). So the memory is bounded however many clients there are, and nothing has to
+The counts are in memory that the workers share (:class:`Ledger`). A client has two cells there, chosen by a hash
+that nobody outside knows, and the lesser of the two counts: where another client has the same cell, it hardly has the
+same other one (a count-min sketch). So the memory is bounded however many clients there are, and nothing has to
 be cleared.
 
 - Downloads: each worker counts its own, in cells that only it writes; the sum is what counts. When a worker dies, its
@@ -25,13 +25,12 @@ from typing import NoReturn
 
 from kci_storage.errors import TooManyDownloads, TooManyRequests
 
-CELLS = 1 << 14
-CELLS_PER_CLIENT = 3
+CELLS = 1 << 16
 RATE_BYTES, COUNT_BYTES = 8, 4  # of a cell: a double, an unsigned int
 MANY_DOWNLOADS_RETRY = 5  # seconds; nobody knows when a download ends
 _ROUNDING = 1e-6  # seconds
 
-Cells = tuple[int, ...]
+Cells = tuple[int, int]
 
 
 class Ledger:
@@ -79,41 +78,45 @@ class Ledger:
 
     def cells(self, client: str) -> Cells:
         """Where a client's counts are."""
-        digest = hashlib.blake2b(client.encode(), key=self._salt, digest_size=2 * CELLS_PER_CLIENT).digest()
-        numbers = (int.from_bytes(digest[at : at + 2], "big") for at in range(0, len(digest), 2))
-        return tuple(number % CELLS for number in numbers)
+        digest = hashlib.blake2b(client.encode(), key=self._salt, digest_size=8).digest()
+        return int.from_bytes(digest[:4], "big") % CELLS, int.from_bytes(digest[4:], "big") % CELLS
 
     def begin(self, cells: Cells) -> None:
         """Count a download as begun."""
-        own = self._own
+        own, (one, other) = self._own, cells
         with self._lock:
-            for cell in cells:
-                own[cell] += 1
+            own[one] += 1
+            own[other] += 1
+
+    def end(self, cells: Cells) -> None:
+        """Count it as ended."""
+        own, (one, other) = self._own, cells
+        with self._lock:
+            own[one] -= 1
+            own[other] -= 1
 
     def has_more_than(self, cells: Cells, limit: int) -> bool:
         """Whether the client has more downloads than so many."""
         used = self._rows[: self._used[0] or 1]
-        # One cell that has no more says enough, so that usually one is looked at.
-        return all(sum([row[cell] for row in used]) > limit for cell in cells)
-
-    def end(self, cells: Cells) -> None:
-        """Count it as ended."""
-        own = self._own
-        with self._lock:
-            for cell in cells:
-                own[cell] -= 1
+        for cell in cells:
+            count = 0
+            for row in used:
+                count += row[cell]
+            if count <= limit:
+                return False
+        return True
 
 
 class Downloads:
     """How many downloads a client may have at a time.
 
     >>> downloads = Downloads(Ledger(rows=1), limit=1)
-    >>> end = downloads.begin((1, 2, 3))
-    >>> downloads.begin((1, 2, 3))
+    >>> end = downloads.begin((1, 2))
+    >>> downloads.begin((1, 2))
     Traceback (most recent call last):
     kci_storage.errors.TooManyDownloads: no more than 1 download at a time from one network; try again later
     >>> end()
-    >>> end = downloads.begin((1, 2, 3))
+    >>> end = downloads.begin((1, 2))
     """
 
     def __init__(self, ledger: Ledger, limit: int):
@@ -145,11 +148,11 @@ class Rate:
     :param burst: requests at once, after a pause.
 
     >>> rate = Rate(Ledger(rows=1), per_second=2, burst=1)
-    >>> rate.count((1, 2, 3), now=100.0)
-    >>> rate.count((1, 2, 3), now=100.25)
+    >>> rate.count((1, 2), now=100.0)
+    >>> rate.count((1, 2), now=100.25)
     Traceback (most recent call last):
     kci_storage.errors.TooManyRequests: too many requests from one network; try again in 1 s
-    >>> rate.count((1, 2, 3), now=100.5)
+    >>> rate.count((1, 2), now=100.5)
     """
 
     def __init__(self, ledger: Ledger, per_second: float, burst: int):
@@ -164,14 +167,15 @@ class Rate:
         :param now: on the monotonic clock, which all processes share, in seconds.
         :raises TooManyRequests: it is one too many. It does not count.
         """
-        full_at = self._full_at
-        ahead = max(0.0, min([full_at[cell] for cell in cells]) - now)
+        full_at, (one, other) = self._full_at, cells
+        ahead = max(0.0, min(full_at[one], full_at[other]) - now)
         if ahead > self._tolerance + _ROUNDING:
             self._refuse(cells, now, min(ahead, self._most))
         full = now + ahead + self._interval
-        for cell in cells:
-            if full_at[cell] < full:
-                full_at[cell] = full
+        if full_at[one] < full:
+            full_at[one] = full
+        if full_at[other] < full:
+            full_at[other] = full
 
     def _refuse(self, cells: Cells, now: float, ahead: float) -> NoReturn:
         for cell in cells:  # there may be more only from before, when the limit was another one

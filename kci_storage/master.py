@@ -48,7 +48,7 @@ class Master:
 
     def __init__(self, config: Config):
         self.config = config  # the last one that was valid
-        self.ledger = Ledger(rows=4 * config.server.worker_count + 4)  # old workers may end while new ones serve
+        self.ledger = Ledger(rows=2 * config.server.worker_count + 8)  # old workers may end while new ones serve
         self.edition = 0  # how often the configuration had changed when this one was read
         self._latest_edition = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("Q")  # which all processes see
 

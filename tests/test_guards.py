@@ -342,7 +342,7 @@ def test_the_bucket_fills_again_with_time() -> None:
         """How many requests are let in at this time."""
         for number in itertools.count():
             try:
-                rate.count((1, 2, 3), now)
+                rate.count((1, 2), now)
             except TooManyRequests as exc:
                 assert exc.retry_after == 1
                 return number
@@ -352,11 +352,11 @@ def test_the_bucket_fills_again_with_time() -> None:
 
 def test_a_stricter_limit_of_before_is_not_held_against_anybody() -> None:
     ledger = Ledger(rows=1)
-    Rate(ledger, per_second=0.001, burst=1).count((1, 2, 3), now=100)
+    Rate(ledger, per_second=0.001, burst=1).count((1, 2), now=100)
     quick = Rate(ledger, per_second=10, burst=5)
     with pytest.raises(TooManyRequests):
-        quick.count((1, 2, 3), now=100)
-    quick.count((1, 2, 3), now=100.1)
+        quick.count((1, 2), now=100)
+    quick.count((1, 2), now=100.1)
 
 
 class Clients:
@@ -427,15 +427,14 @@ def test_a_worker_that_is_killed_takes_its_counts_along(clients: Clients) -> Non
 
 
 def test_a_clients_cells_are_told_apart_from_others() -> None:
-    """Two clients that meet in one cell do not in all three."""
+    """Two clients that meet in one cell do not in the other."""
     ledger = Ledger(rows=1)
-    cells = {tuple(ledger.cells(f"192.0.{number >> 8}.{number & 255}/32")) for number in range(10_000)}
-    assert len(cells) == 10_000
-    ledger.begin((1, 2, 3))
-    ledger.begin((1, 2, 3))
-    ledger.begin((3, 4, 5))
-    assert not ledger.has_more_than((3, 4, 5), 1)
-    assert ledger.has_more_than((1, 2, 3), 1)
+    assert len({ledger.cells(f"192.0.2.{number}/32") for number in range(100)}) == 100
+    ledger.begin((1, 2))
+    ledger.begin((1, 2))
+    ledger.begin((2, 3))
+    assert not ledger.has_more_than((2, 3), 1)
+    assert ledger.has_more_than((1, 2), 1)
 
 
 def test_rows_of_dead_workers_are_used_again() -> None:
@@ -443,16 +442,16 @@ def test_rows_of_dead_workers_are_used_again() -> None:
     ledger.assign(1)
     ledger.assign(2)
     ledger.take(1)
-    ledger.begin((1, 2, 3))
+    ledger.begin((1, 2))
     ledger.take(2)
-    ledger.begin((1, 2, 3))
-    assert ledger.has_more_than((1, 2, 3), 1)
+    ledger.begin((1, 2))
+    assert ledger.has_more_than((1, 2), 1)
     ledger.release(1)
-    assert not ledger.has_more_than((1, 2, 3), 1)
+    assert not ledger.has_more_than((1, 2), 1)
     ledger.assign(3)
     ledger.take(3)
-    ledger.begin((1, 2, 3))
-    assert ledger.has_more_than((1, 2, 3), 1)
+    ledger.begin((1, 2))
+    assert ledger.has_more_than((1, 2), 1)
     ledger.release(2)
     ledger.release(3)
-    assert not ledger.has_more_than((1, 2, 3), 0)
+    assert not ledger.has_more_than((1, 2), 0)
