@@ -13,7 +13,7 @@ import sys
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from kci_storage import auth
+from kci_storage import auth, tls
 from kci_storage.config import Config, ConfigError, load
 
 REHEARSAL_SECONDS = 60.0  # a driver may ask its backend something when it is made
@@ -30,7 +30,19 @@ def usable(path: Path | None = None) -> Config:
         if (value := getattr(config, name)) and (reason := auth.check_secret(value)):
             raise ConfigError(f"{config.path}: {name}: expected a secret that can sign tokens, but {reason}")
     _check_driver(config)
+    _check_certificate(config)
     return config
+
+
+def _check_certificate(config: Config) -> None:
+    server = config.server
+    try:
+        tls.server_context(server.certfile, server.keyfile)
+    except OSError as exc:
+        reason = getattr(exc, "reason", None) or exc.strerror or exc
+        raise ConfigError(
+            f"{config.path}: server.certfile: expected a certificate and its key, in PEM, that can be read: {reason}"
+        ) from None
 
 
 def _check_driver(config: Config) -> None:

@@ -113,6 +113,15 @@ class ClientSocket(socket.socket):
         self.pace = Pace(min(GRACE_SECONDS, patience))
         self.rest: Rest | None = None  # of the response, which its reader was too slow for
 
+    is_handshaking = False  # whether it has begun to agree with its client on how to talk
+    is_secure = False  # whether nobody listens
+    speaks_plain = False  # whether its client does not know that it should be
+
+    @property
+    def has_more(self) -> bool:
+        """Whether there is something to receive that the kernel does not know of."""
+        return False
+
     # What gunicorn does to a socket
 
     def setblocking(self, flag: bool) -> None:
@@ -140,14 +149,11 @@ class ClientSocket(socket.socket):
         """As of a blocking socket."""
         while True:
             try:
-                size = super().recv_into(buffer, nbytes, flags)
+                return self.recv_into_now(buffer, nbytes, flags)
             except BlockingIOError:
                 self._wait(select.POLLIN)
             except TimeoutError as exc:
                 raise _stalled() from exc
-            else:
-                self._gone += size
-                return size
 
     def recv_now(self, size: int, flags: int = 0) -> bytes:
         """What is there.
@@ -158,18 +164,40 @@ class ClientSocket(socket.socket):
         self._gone += len(data)
         return data
 
+    def recv_into_now(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:
+        """Put what is there into the buffer.
+
+        :raises BlockingIOError: nothing.
+        """
+        size = super().recv_into(buffer, nbytes, flags)
+        self._gone += size
+        return size
+
+    def send_now(self, data: Any, flags: int = 0) -> int:
+        """Send what the client takes without waiting.
+
+        :raises BlockingIOError: nothing; the same data are to be sent again, when there is room.
+        """
+        sent = super().send(data, flags)
+        self._gone += sent
+        return sent
+
     def send(self, data: Any, flags: int = 0) -> int:
         """As of a blocking socket."""
         while True:
             try:
-                sent = super().send(data, flags)
+                return self.send_now(data, flags)
             except BlockingIOError:
                 self._wait(select.POLLOUT)
             except TimeoutError as exc:
                 raise _stalled() from exc
-            else:
-                self._gone += sent
-                return sent
+
+    def answer_now(self, data: bytes) -> None:
+        """Send a short answer as far as that is possible without waiting.
+
+        :raises OSError: it is not.
+        """
+        self.send_now(data)
 
     def sendall(self, data: Any, flags: int = 0) -> None:  # type: ignore[override]
         """As of a blocking socket."""
@@ -222,11 +250,18 @@ class ClientSocket(socket.socket):
     def _send_some(self, fd: int, position: int, count: int) -> int | None:
         """How much of a file went into the kernel; None: it takes nothing now."""
         try:
-            sent = os.sendfile(self.fileno(), fd, position, count)
+            return self.send_file_now(fd, position, count)
         except BlockingIOError:
             return None
         except TimeoutError as exc:
             raise _stalled() from exc
+
+    def send_file_now(self, fd: int, position: int, count: int) -> int:
+        """Send what the client takes of a file without waiting; how much; 0: there is nothing at that position.
+
+        :raises BlockingIOError: it takes nothing; the same part is to be sent again, when there is room.
+        """
+        sent = os.sendfile(self.fileno(), fd, position, count)
         self._gone += sent
         return sent
 

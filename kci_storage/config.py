@@ -180,6 +180,11 @@ class ServerConfig:
         60.0, "after this long without progress a stalled client is dropped", unit="seconds", minimum=1, maximum=_DAY
     )
 
+    certfile: str = _setting(
+        "", "the certificate, with those up to its root, for TLS without a proxy; empty: no TLS", expects="a path"
+    )
+    keyfile: str = _setting("", "its key; empty: it stands in the same file", expects="a path")
+
     @property
     def worker_count(self) -> int:
         """How many worker processes there are."""
@@ -461,8 +466,11 @@ SECTIONS: Mapping[str, type[Any]] = {
 
 
 # What changes in a running server when the configuration is read again: the top level's keys and sections from which
-# kci_storage.policies are made.
-RELOADABLE = ("block_subnets", "useragent", "limits", "download_challenge", "retention", "users")
+# kci_storage.policies are made, and the certificate.
+RELOADABLE = (
+    "block_subnets", "useragent", "limits", "download_challenge", "retention", "users", "server.certfile",
+    "server.keyfile",
+)  # fmt: skip
 
 
 def settings(section: type[Any]) -> dict[str, dataclasses.Field[Any]]:
@@ -569,6 +577,7 @@ class _File:
         self._check_azure(config)
         self._check_cache(config.cache)
         self._check_challenge(config.download_challenge)
+        self._check_certificate(config.server)
         self._check_folders(config)
         return config
 
@@ -633,6 +642,9 @@ class _File:
             if len(os.fsencode(socket)) > _LONGEST_SOCKET_PATH:
                 self.fail("server.bind", f"expected a socket's path of at most {_LONGEST_SOCKET_PATH} bytes")
             paths["bind"] = f"unix:{socket}"
+        if isinstance(section, ServerConfig):
+            files = {name: getattr(section, name) for name in ("certfile", "keyfile")}
+            paths |= {name: str(self.folder / path) for name, path in files.items() if path}
         return dataclasses.replace(section, **paths)
 
     def _users(self, tables: object) -> tuple[User, ...]:
@@ -718,6 +730,10 @@ class _File:
     def _check_challenge(self, challenge: DownloadChallengeConfig) -> None:
         if challenge.user_agents and not challenge.secret:
             self.fail("download_challenge.secret", "expected with download_challenge.user_agents, it is missing")
+
+    def _check_certificate(self, server: ServerConfig) -> None:
+        if server.keyfile and not server.certfile:
+            self.fail("server.certfile", "expected with server.keyfile, it is missing")
 
     def _check_folders(self, config: Config) -> None:
         """Whatever lies under ``storage_path`` is public: neither this file nor the cache may."""

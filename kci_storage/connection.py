@@ -77,14 +77,16 @@ class Connection(TConn):
 
     def receive(self) -> bool:
         """Take what has come of the next request, without waiting; False: the client has closed the connection."""
-        try:
-            data = self.sock.recv_now(HEAD_SIZE)
-        except BlockingIOError:
-            return True
-        except OSError:
-            return False
-        self.head = self.head + data if self.head else data
-        return bool(data)
+        while True:
+            try:
+                data = self.sock.recv_now(HEAD_SIZE)
+            except BlockingIOError:
+                return True
+            except OSError:
+                return False
+            self.head = self.head + data if self.head else data
+            if not data or not self.sock.has_more:
+                return bool(data)
 
     def take_unread(self) -> None:
         """Take back what came after the request that has been answered."""
@@ -93,8 +95,8 @@ class Connection(TConn):
 
     @property
     def has_begun(self) -> bool:
-        """Whether a request has begun. An empty line before it is none (RFC 9112, 2.2)."""
-        return self.head not in (b"", b"\r", b"\r\n")
+        """Whether a request, or what must precede it, has begun. An empty line is neither (RFC 9112, 2.2)."""
+        return self.head not in (b"", b"\r", b"\r\n") or self.sock.is_handshaking
 
     @property
     def has_head(self) -> bool:
@@ -110,6 +112,9 @@ class Connection(TConn):
             with contextlib.suppress(OSError):  # the client has closed it already
                 self._background.add(Lingering(self.sock))
                 return
+        if self.sock.is_secure:
+            with contextlib.suppress(OSError):
+                self.sock.shutdown(socket.SHUT_WR)
         super().close()
 
 

@@ -44,9 +44,12 @@ class Master:
     """The master process's own.
 
     :param config: with which the server starts.
+    :param prepare: called with each configuration, in the master and in the workers, for what connections need.
     """
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, prepare: Callable[[Config], None]):
+        self.prepare = prepare
+        prepare(config)
         self.config = config  # the last one that was valid
         self.ledger = Ledger(rows=2 * config.server.worker_count + 8)  # old workers may end while new ones serve
         self.edition = 0  # how often the configuration had changed when this one was read
@@ -60,13 +63,14 @@ class Master:
         try:
             config = check.usable(self.config.path)
             changed = set(changes(self.config, config))
-            needs_workers = {name for name in changed - AT_START if name.partition(".")[0] not in RELOADABLE}
+            needs_workers = {name for name in changed - AT_START if not _is_reloadable(name)}
             if needs_workers:
                 check.rehearse(config)
         except ConfigError as exc:
             log.error(logs.logfmt(event="reload_refused", reason=exc))
             return
         self.config = config
+        self.prepare(config)
         self.edition += 1
         self._latest_edition[0] = self.edition
         log.info(logs.logfmt(event="reloaded", changed=_joined(changed), new_workers=_joined(needs_workers)))
@@ -81,6 +85,10 @@ class Master:
         return self._latest_edition[0]
 
 
+def _is_reloadable(name: str) -> bool:
+    return name in RELOADABLE or name.partition(".")[0] in RELOADABLE
+
+
 def _joined(names: set[str]) -> str:
     return ",".join(sorted(names)) or "nothing"
 
@@ -88,10 +96,10 @@ def _joined(names: set[str]) -> str:
 current: Master | None = None  # in the master, and in the workers that it forked
 
 
-def begin(config: Config) -> Master:
+def begin(config: Config, prepare: Callable[[Config], None]) -> Master:
     """In the master, before the first fork."""
     global current
-    current = Master(config)
+    current = Master(config, prepare)
     return current
 
 
@@ -125,7 +133,9 @@ class Follower:
 
     def _take_over(self) -> None:
         try:
-            self._apply(check.usable(self._master.config.path))
+            config = check.usable(self._master.config.path)
+            self._master.prepare(config)
+            self._apply(config)
         except ConfigError as exc:  # it was changed again since the master read it
             log.error(logs.logfmt(event="reload_refused", reason=exc))
         else:

@@ -16,9 +16,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from kci_storage import check, logs, master
+from kci_storage import check, logs, master, tls
 from kci_storage.auth import MIN_SECRET_BYTES, is_weak
-from kci_storage.config import ConfigError, wants_debug
+from kci_storage.config import Config, ConfigError, wants_debug
 from kci_storage.worker import LONGEST_REQUEST_LINE, Worker, hold_signals, release_signals
 
 METRICS_PREFIX = "kci-storage-metrics"
@@ -38,6 +38,11 @@ def metrics_directory() -> str:
     return tempfile.mkdtemp(prefix=f"{METRICS_PREFIX}-{os.getuid()}-{os.getpid()}-", dir=parent)
 
 
+def _use_certificate(config: Config) -> None:
+    """New connections have this configuration's certificate; also when only the file's content is another one."""
+    Worker.tls = tls.server_context(config.server.certfile, config.server.keyfile)
+
+
 try:
     _config = check.usable()
 except ConfigError as exc:
@@ -46,7 +51,7 @@ except ConfigError as exc:
 
 os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", metrics_directory())
 logs.configure(debug=wants_debug())
-_master = master.begin(_config)
+_master = master.begin(_config, _use_certificate)
 Worker.send_timeout = _config.server.send_timeout
 
 bind = _config.server.bind
@@ -69,10 +74,10 @@ forwarded_allow_ips = ""
 
 
 def on_starting(server: Any) -> None:
-    """TLS is the business of a proxy in front. Old secrets that can be guessed work, with one warning."""
+    """gunicorn's own TLS would hide what the worker has to see. Weak secrets work, with one warning."""
     server.handle_hup = partial(_master.reload, server.reload)  # gunicorn's own does not look whether all is valid
     if server.cfg.is_ssl:
-        print("kci-storage: TLS is for a proxy in front", file=sys.stderr)
+        print("kci-storage: for TLS, set certfile and keyfile in the configuration's [server]", file=sys.stderr)
         sys.exit(os.EX_CONFIG)
     if any(is_weak(secret) for secret in _config.secrets):
         server.log.warning(logs.logfmt(event="weak_secret", message=f"shorter than {MIN_SECRET_BYTES} bytes"))

@@ -23,6 +23,7 @@ import select
 import selectors
 import signal
 import socket
+import ssl
 import time
 from collections import deque
 from functools import partial
@@ -38,6 +39,7 @@ from kci_storage.client_socket import ClientSocket
 from kci_storage.connection import Connection, Waiting, WorkerConnection
 from kci_storage.pool import Pool
 from kci_storage.response import Response
+from kci_storage.tls import TlsSocket
 from kci_storage.transport import CONNECTION, new_request_id
 
 # A key of 1,024 characters has up to 12 KiB when percent-encoded; gunicorn would cap its own setting at 8,190.
@@ -70,6 +72,7 @@ class Worker(ThreadWorker):
     """The worker class of this server."""
 
     send_timeout: float = 60  # seconds; set before the workers are forked
+    tls: ssl.SSLContext | None = None  # for connections from now on; set by the master, and when that is reloaded
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -125,12 +128,19 @@ class Worker(ThreadWorker):
         self.nr_conns += 1
         if self.nr_conns > self.cfg.worker_connections and (waiting := self._idle or self._heads):
             self._drop(waiting.oldest())
-        sock = ClientSocket(sock, self.send_timeout, self.tpool)
+        sock = self._client_socket(sock)
         self._await_request(Connection(self.cfg, sock, address, listener.getsockname(), self._background))
         return True
 
+    def _client_socket(self, sock: socket.socket) -> ClientSocket:
+        if self.tls is None:
+            return ClientSocket(sock, self.send_timeout, self.tpool)
+        return TlsSocket(self.tls, sock, self.send_timeout, self.tpool)
+
     def _await_request(self, conn: Connection) -> None:
         """Have the next request collected, of which there may be something."""
+        if conn.sock.has_more:
+            conn.receive()
         if conn.has_begun and conn.has_head:
             self._ready.append(conn)
             return
@@ -142,7 +152,7 @@ class Worker(ThreadWorker):
         if conn not in self._idle and conn not in self._heads:
             return  # it was dropped while the event was on its way
         if not conn.receive():
-            self._drop(conn)
+            self._drop_or_explain(conn)
         elif conn.has_head:
             self._stop_waiting(conn)
             self._ready.append(conn)
@@ -151,6 +161,15 @@ class Worker(ThreadWorker):
         elif conn in self._idle and conn.has_begun:
             self._idle.remove(conn)
             self._heads.add(conn)
+        elif conn in self._heads and not conn.has_begun:  # it has shaken hands, and may take its time now
+            self._heads.remove(conn)
+            self._idle.add(conn)
+
+    def _drop_or_explain(self, conn: Connection) -> None:
+        if conn.sock.speaks_plain:
+            self._refuse(conn, 400, "this port speaks HTTPS")
+        else:
+            self._drop(conn)
 
     def _stop_waiting(self, conn: Connection) -> None:
         self.poller.unregister(conn.sock)
@@ -163,12 +182,12 @@ class Worker(ThreadWorker):
         self.nr_conns -= 1
         conn.close()
 
-    def _refuse(self, conn: Connection, status: int) -> None:
+    def _refuse(self, conn: Connection, status: int, text: str = "") -> None:
         """Answer a request whose head is not all there, and close."""
         self._stop_waiting(conn)
-        answer = refusal(status, conn.client)
+        answer = refusal(status, conn.client, text=text)
         with contextlib.suppress(OSError):  # also if there is no room: the main loop waits for nobody
-            socket.socket.send(conn.sock, answer)
+            conn.sock.answer_now(answer)
         self.nr_conns -= 1
         conn.close(graceful=True)
 
@@ -275,6 +294,8 @@ class Worker(ThreadWorker):
         response, environ = wsgi.create(req, conn.sock, conn.client, conn.server, self.cfg, Response)
         environ["wsgi.multithread"] = True
         environ[CONNECTION] = connection
+        if conn.sock.is_secure:
+            environ["wsgi.url_scheme"] = "https"
         if not self.alive or not self.cfg.keepalive:
             response.force_close()
         try:
@@ -330,13 +351,15 @@ class _MethodQueue(PollableMethodQueue):
         """Nothing; the process ends."""
 
 
-def refusal(status: int, address: Any, reason: str = "IncompleteHead") -> bytes:
+def refusal(status: int, address: Any, reason: str = "IncompleteHead", text: str = "") -> bytes:
     """The answer to what never became a request; it is logged.
 
     :param address: the client's, as of ``accept``.
     :param reason: for the log: the class of what is wrong.
+    :param text: what the answer says; empty: what is usual for the status.
     """
-    title, text = _REFUSALS[status]
+    title, usual = _REFUSALS[status]
+    text = text or usual
     request_id, body = new_request_id(), f"{text}\n"
     head = (
         f"HTTP/1.1 {status} {title}\r\nConnection: close\r\nContent-Type: text/plain; charset=utf-8\r\n"

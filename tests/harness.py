@@ -108,6 +108,8 @@ class Server:
         self.port: int = self._reserved.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.document = self._complete(document)
+        if self.document["server"].get("certfile"):
+            self.url = f"https://127.0.0.1:{self.port}"
         self.secret: str = self.document["jwt_secret"]
         self._environ = environ or {}
         self._arguments = list(arguments)
