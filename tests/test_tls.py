@@ -11,6 +11,7 @@ import ssl
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import requests
@@ -179,6 +180,81 @@ def test_requests_that_come_at_once(server: Server) -> None:
             assert wire.answer().body == b"ok"
 
 
+class Records:
+    """A connection to a server on which a test says where a TLS record ends, and what is sent together."""
+
+    def __init__(self, sock: socket.socket):
+        self._socket = sock
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        context = ssl.create_default_context(cafile=os.environ["REQUESTS_CA_BUNDLE"])
+        self.tls = context.wrap_bio(self._incoming, self._outgoing, server_hostname="127.0.0.1")
+
+    def send(self, *records: bytes) -> None:
+        """Each as a record of its own, all in one piece."""
+        for record in records:
+            self.tls.write(record)
+        self.flush()
+
+    def flush(self, size: int = 1 << 20) -> None:
+        """Send what is encrypted, so many bytes at a time."""
+        data = self._outgoing.read()
+        for at in range(0, len(data), size):
+            self._socket.sendall(data[at : at + size])
+
+    def read_until(self, end: bytes) -> bytes:
+        """What comes, up to this."""
+        data = b""
+        while not data.endswith(end):
+            data += self._patiently(lambda: self.tls.read(1 << 16))
+        return data
+
+    def shake_hands(self, size: int = 1 << 20) -> None:
+        """With so many bytes at a time."""
+        self._patiently(self.tls.do_handshake, size)
+        self.flush(size)
+
+    def _patiently(self, step: Callable[[], Any], size: int = 1 << 20) -> Any:
+        while True:
+            try:
+                return step()
+            except ssl.SSLWantReadError:
+                self.flush(size)
+                data = self._socket.recv(1 << 16)
+                assert data, "the connection ended"
+                self._incoming.write(data)
+
+
+@contextlib.contextmanager
+def records(server: Server) -> Iterator[Records]:
+    """A connection that has not shaken hands yet."""
+    with socket.create_connection(("127.0.0.1", server.port), SECONDS) as sock:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        yield Records(sock)
+
+
+def assert_what_comes_with_a_body_is_a_request(server: Server) -> None:
+    """It was received and not decrypted when the body was read, so the kernel does not know of it."""
+    headers = {**server.headers(), "Content-Length": 5, "Expect": "100-continue"}
+    with records(server) as client:
+        client.shake_hands()
+        client.send(request("PUT", f"/{new_folder()}/x", headers))
+        assert b"100 Continue" in client.read_until(b"\r\n\r\n")
+        client.send(b"bytes", request("GET", "/v1/health"))
+        client.read_until(b"ok")
+
+
+def test_what_comes_with_a_body_is_a_request(server: Server) -> None:
+    assert_what_comes_with_a_body_is_a_request(server)
+
+
+def test_a_handshake_byte_by_byte_is_one(server: Server) -> None:
+    with records(server) as client:
+        client.shake_hands(size=1)
+        client.tls.write(request("GET", "/v1/health"))
+        client.flush(size=1)
+        assert client.read_until(b"ok").startswith(b"HTTP/1.1 200")
+
+
 def test_a_head_of_several_records(server: Server) -> None:
     head = request("GET", "/v1/health", {f"X-{number}": "x" * 4000 for number in range(8)})
     with TlsWire(server) as wire:
@@ -258,28 +334,6 @@ def test_handshakes_that_never_end_hold_up_nobody(server: Server) -> None:
             assert get(server, "v1/health").ok
 
 
-def test_a_handshake_byte_by_byte_is_one(server: Server) -> None:
-    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-    context = ssl.create_default_context(cafile=os.environ["REQUESTS_CA_BUNDLE"])
-    client = context.wrap_bio(incoming, outgoing, server_hostname="127.0.0.1")
-    with socket.create_connection(("127.0.0.1", server.port), SECONDS) as sock:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        while True:
-            try:
-                client.do_handshake()
-                break
-            except ssl.SSLWantReadError:
-                for byte in outgoing.read():
-                    sock.sendall(bytes([byte]))
-                incoming.write(sock.recv(1 << 16))
-        client.write(request("GET", "/v1/health", {"Connection": "close"}))
-        for byte in outgoing.read():
-            sock.sendall(bytes([byte]))
-        while data := sock.recv(1 << 16):
-            incoming.write(data)
-    assert client.read(1 << 16).startswith(b"HTTP/1.1 200")
-
-
 def test_slow_readers_cost_no_threads_and_get_all_of_it(server: Server) -> None:
     key, content = f"{new_folder()}/large", os.urandom(MIB) * 24
     stored_by_another_program(server, key, content)
@@ -299,7 +353,7 @@ def test_who_stands_still_in_the_middle_is_dropped_and_who_only_waits_is_not(
     start_server: Callable[..., Server], files: dict[str, Path]
 ) -> None:
     """A browser opens connections ahead of its needs, and shakes hands."""
-    server = start_server(server={"send_timeout": 2, **files})
+    server = start_server(server={"send_timeout": 2, "threads": 1, **files})
     key, hello = f"{new_folder()}/large", client_hello()
     stored_by_another_program(server, key, os.urandom(MIB) * 24)
     upload = request("PUT", f"/{new_folder()}/x", {**server.headers(), "Content-Length": 1000})
@@ -320,6 +374,7 @@ def test_who_stands_still_in_the_middle_is_dropped_and_who_only_waits_is_not(
                 wire.read(1 << 20)  # to its end
         waiting.send(request("GET", "/v1/health"))
         assert waiting.answer().body == b"ok"
+    assert_what_comes_with_a_body_is_a_request(server)  # over the main loop, where there is one thread
 
 
 # The certificate
