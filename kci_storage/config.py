@@ -468,9 +468,15 @@ SECTIONS: Mapping[str, type[Any]] = {
 # What changes in a running server when the configuration is read again: the top level's keys and sections from which
 # kci_storage.policies are made, and the certificate.
 RELOADABLE = (
-    "block_subnets", "useragent", "limits", "download_challenge", "retention", "users", "server.certfile",
+    "block_subnets",
+    "useragent",
+    "limits",
+    "download_challenge",
+    "retention",
+    "users",
+    "server.certfile",
     "server.keyfile",
-)  # fmt: skip
+)
 
 
 def settings(section: type[Any]) -> dict[str, dataclasses.Field[Any]]:

@@ -65,6 +65,8 @@ def test_the_defaults_are_the_contracts():
         "accel_redirect": "",
         "cache_control": "public, no-cache",
         "send_timeout": 60,
+        "certfile": "",
+        "keyfile": "",
     }
     assert dataclasses.asdict(config.cache) == {
         "directory": Path("./cache"),

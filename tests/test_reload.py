@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from kci_storage import master
-from kci_storage.config import RELOADABLE, SECTIONS, Config, ServerConfig, User
+from kci_storage.config import RELOADABLE, SECTIONS, Config, ServerConfig, User, settings
 from tests.harness import Server, running, wait_until
 from tests.load import Load, slow_download
 from tests.wire import SECONDS, get, new_folder, put
@@ -193,6 +193,6 @@ def test_changes_are_named_by_their_keys() -> None:
 
 def test_the_names_of_what_reloads_are_names() -> None:
     """A misspelt one would have its section replace the workers."""
-    assert set(RELOADABLE) <= {*SECTIONS, "users", "block_subnets"}
-    sections = {name.partition(".")[0] for name in master.AT_START}
-    assert sections <= set(SECTIONS)
+    keys = {f"{section}.{name}" for section, cls in SECTIONS.items() for name in settings(cls)}
+    assert set(RELOADABLE) <= {*SECTIONS, *keys, "users", "block_subnets"}
+    assert set(master.AT_START) <= keys
