@@ -215,10 +215,10 @@ class ClientSocket(socket.socket):
         if isinstance(file, SentSegments):
             return file.send_to(self)
         assert count is not None
-        position, stop = offset, offset + count
+        fd, position, stop = file.fileno(), offset, offset + count
         try:
             while position < stop:
-                sent = self._send_some(file.fileno(), position, stop - position)
+                sent = self._send_some(fd, position, stop - position)
                 if sent == 0:
                     break  # the file is shorter; its owner sees to that
                 if sent is not None:
@@ -286,7 +286,7 @@ class ClientSocket(socket.socket):
         """Whether the client, which is waited for, has been slower than the least rate for longer than the grace."""
         try:
             return self.pace.is_behind(time.monotonic(), self._transferred())
-        except OSError:  # closed meanwhile
+        except (OSError, ValueError):  # closed meanwhile
             return False
 
     def give_up(self) -> None:

@@ -108,7 +108,7 @@ class Responder:
             if _nginx_agrees(environ, conditions, decision):
                 return self._handed_over(content, content.path, headers, decision)
         if len(decision.ranges) > 1:
-            return _several_ranges(content, decision.ranges, headers)
+            return _several_ranges(content, decision.ranges, headers, environ["wsgi.file_wrapper"])
         return _one_range(content, decision, headers, method, environ["wsgi.file_wrapper"])
 
 
@@ -215,21 +215,26 @@ def _one_range(
     return Response(decision.status, headers, _arriving(content, wanted, wrap_file))
 
 
-def _several_ranges(content: Content, ranges: tuple[ByteRange, ...], headers: Headers) -> Response:
-    """Several parts, as ``multipart/byteranges``."""
+def _several_ranges(
+    content: Content, ranges: tuple[ByteRange, ...], headers: Headers, wrap_file: Callable[..., Iterable[bytes]]
+) -> Response:
+    """Several parts, as ``multipart/byteranges``; those of a file by ``sendfile``."""
     part_type = dict(headers)["Content-Type"]
     body = MultipartRanges(ranges, content.info.size, part_type, secrets.token_hex(16))
 
-    def pieces() -> Iterator[bytes]:
+    def pieces(read: Callable[[int, int], Iterator[bytes | Region]]) -> Iterator[bytes | Region]:
         for segment in body.segments:
             if isinstance(segment, bytes):
                 yield segment
             else:
-                yield from content.read(segment.start, segment.stop)
+                yield from read(segment.start, segment.stop)
 
     headers = [header for header in headers if header[0] != "Content-Type"]
     headers += (("Content-Type", body.content_type), ("Content-Length", str(body.content_length)))
-    return Response(206, headers, _Pieces(content, _begun(pieces())[1]))
+    if isinstance(content, FileContent):
+        file = SentSegments(pieces(content.segments), content.fd, content.close)
+        return Response(206, headers, wrap_file(file))
+    return Response(206, headers, _Pieces(content, _begun(pieces(content.read))[1]))
 
 
 def _arriving(content: Content, wanted: ByteRange, wrap_file: Callable[..., Iterable[bytes]]) -> Iterable[bytes]:
