@@ -66,8 +66,6 @@ GIB = 1 << 30
         b"/.kci/tmp/x",
         b"/%2ekci/lock",
         b"/upload",
-        b"/robots.txt",
-        b"/favicon.ico",
         b"/v1",
         b"/v1/nothing",
         b"/v1/../config.toml",
