@@ -1,6 +1,6 @@
 """Run the bench:
 
-    python -m benchmarks [hits] [uploads] [cold]
+    python -m benchmarks [hits] [uploads] [archives] [cold]
 
 Without a name, all groups run. Environment: ``BENCH_ONLY`` names groups too, with commas; ``BENCH_QUICK=1`` is a
 short run; ``BENCH_DIR`` is a folder on the disk to be used; ``BENCH_OUT`` is where bench.json and bench.svg go.
@@ -17,12 +17,17 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import chart, cold, hits, measuring, report, uploads
+from benchmarks import archives, chart, cold, hits, measuring, report, uploads
 from benchmarks.measuring import BenchError, Row
 from benchmarks.scale import SCALES, Scale
 from benchmarks.stage import Stage, stage
 
-GROUPS = {"hits": hits.workloads, "uploads": uploads.workloads, "cold": cold.workloads}
+GROUPS = {
+    "hits": hits.workloads,
+    "uploads": uploads.workloads,
+    "archives": archives.workloads,
+    "cold": cold.workloads,
+}
 
 
 def main(arguments: Sequence[str]) -> int:

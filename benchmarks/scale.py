@@ -21,19 +21,21 @@ class Scale:
     small_files: int  # of 4 KiB; hits are spread over them
     mebibyte_files: int
     cold_files: int  # of 16 KiB, each fetched once
+    trees: int  # device trees in an archive
 
     @property
     def disk(self) -> int:
         """Bytes of disk that a run needs at most: files, uploads, copies in caches, and what Azurite has."""
-        return 6 * self.large + 3 * self.followed + (2 * self.rounds + 4) * self.medium + 256 * MIB
+        trees = (3 * self.rounds + 2) * self.trees * 64 * KIB
+        return 6 * self.large + 3 * self.followed + (2 * self.rounds + 4) * self.medium + trees + 256 * MIB
 
 
 SCALES = {
     scale.name: scale
     for scale in (
-        Scale("full", 5, 5, GIB, 256 * MIB, 32 * MIB, GIB, 400, 32, 500),
-        Scale("quick", 3, 1, 256 * MIB, 64 * MIB, 16 * MIB, 256 * MIB, 200, 16, 200),
-        Scale("tiny", 1, 1, 4 * MIB, 2 * MIB, MIB, 2 * MIB, 8, 2, 16),
+        Scale("full", 5, 5, GIB, 256 * MIB, 32 * MIB, GIB, 400, 32, 500, 2000),
+        Scale("quick", 3, 1, 256 * MIB, 64 * MIB, 16 * MIB, 256 * MIB, 200, 16, 200, 500),
+        Scale("tiny", 1, 1, 4 * MIB, 2 * MIB, MIB, 2 * MIB, 8, 2, 16, 8),
     )
 }
 

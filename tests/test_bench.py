@@ -35,6 +35,7 @@ SECONDS = 600
 SYSTEMS = {  # beside ours
     "hits": {"gunicorn", "our worker", "nginx"},
     "uploads": {"gunicorn", "gunicorn, fsync", "nginx"},
+    "archives": {"Azure SDK"},
     "cold": {"nginx", "nginx, tuned", "Varnish"},
 }
 WORKLOADS = {
@@ -49,6 +50,7 @@ WORKLOADS = {
     ("uploads", "forms of 16 KiB"): {},
     ("uploads", "PUTs of 16 KiB"): {},
     ("uploads", "form of 2 MiB to Azurite"): {"others": {"Azure SDK"}},
+    ("archives", "8 made-up device trees to Azurite"): {},
     ("cold", "2 MiB, one client"): {"measures": ["total", "first byte"], "more": {"Azurite"}},
     ("cold", "2 MiB, 16 clients"): {"measures": ["total", "first byte"]},
     ("cold", "1 MiB, 50 clients"): {"measures": ["total", "first byte"]},
@@ -86,7 +88,8 @@ class Run:
 
 def environment(scratch: Path, out: Path, **more: str) -> dict[str, str]:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("BENCH_")}
-    return {**inherited, "BENCH_SCALE": "tiny", "BENCH_DIR": str(scratch), "BENCH_OUT": str(out), **more}
+    ours = {"BENCH_SCALE": "tiny", "BENCH_DIR": str(scratch), "BENCH_OUT": str(out), "BENCH_TREES": str(out)}
+    return {**inherited, **ours, **more}
 
 
 def bench(scratch: Path, out: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
@@ -191,7 +194,7 @@ def test_a_missing_load_generator_is_one_line(tmp_path):
 def test_an_unknown_group_is_one_line(tmp_path):
     result = bench(tmp_path, tmp_path, "hits", BENCH_ONLY="cold,warm")
     assert (result.returncode, result.stdout) == (1, "")
-    assert result.stderr == "bench: there is no group warm, only hits, uploads, cold\n"
+    assert result.stderr == "bench: there is no group warm, only hits, uploads, archives, cold\n"
 
 
 def test_too_little_room_is_told_before_anything_starts(tmp_path, monkeypatch):
