@@ -187,7 +187,8 @@ class Cache:
 
     def _read_record(self, slot: Slot) -> Record | None:
         try:
-            data = slot.record.read_bytes()
+            with open(f"{slot.stem}{RECORD}", "rb", 0) as file:  # most often it is not there: no detour by a Path
+                data = file.readall()
         except FileNotFoundError:
             return None
         try:

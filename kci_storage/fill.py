@@ -25,6 +25,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -42,6 +43,7 @@ log = logging.getLogger(__name__)
 
 READ_SIZE = 256 * 1024  # bytes read from a part at a time
 WATCH_INTERVAL = 0.005  # seconds between two looks at a part that another process fills
+THREADS = 1000  # of one process, for fills that it runs, watches, or has waiting
 STOP_SECONDS = 5.0  # for which a process waits for its fills to end
 SLOT_INTERVAL = 1.0  # seconds between two looks whether anybody still waits for a fill that may not begin yet
 
@@ -319,7 +321,9 @@ class Fills:
         self._queue_size = queue_size
         self.stopping = False
         self._running: dict[str, Fill] = {}
-        self._threads: set[threading.Thread] = set()
+        # Kept, since to start a thread costs a small file more than to fetch it. Who waits for his turn has one, too.
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="fill")
+        self._at_work: set[Future[None]] = set()
         self._mutex = threading.Lock()
 
     def join(self, key: str) -> Fill:
@@ -350,14 +354,12 @@ class Fills:
     def stop(self) -> None:
         """Have the fills end before the process does; a few seconds are enough, unless the backend is silent."""
         self.stopping = True
-        deadline = time.monotonic() + STOP_SECONDS
-        for thread in tuple(self._threads):
-            thread.join(max(deadline - time.monotonic(), 0))
+        wait(tuple(self._at_work), STOP_SECONDS)
 
     def _start(self, fill: Fill) -> None:
-        thread = threading.Thread(target=self._run, args=(fill,), name="fill", daemon=True)
-        thread.start()
-        self._threads.add(thread)
+        work = self._threads.submit(self._run, fill)
+        self._at_work.add(work)
+        work.add_done_callback(self._at_work.discard)
 
     def _run(self, fill: Fill) -> None:
         error: BaseException | None = None
@@ -376,7 +378,6 @@ class Fills:
 
     def _forget(self, fill: Fill) -> None:
         with self._mutex:
-            self._threads.discard(threading.current_thread())
             if self._running.get(fill.key) is fill:
                 del self._running[fill.key]
 
