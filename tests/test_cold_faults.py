@@ -12,6 +12,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from pathlib import Path
 
 import pytest
 import requests
@@ -20,7 +21,9 @@ from kci_storage import fetch
 from kci_storage.cache import Cache
 from kci_storage.config import AzureConfig
 from kci_storage.drivers.azure import AzureDriver
-from kci_storage.errors import BackendError
+from kci_storage.errors import BackendError, CorruptObject
+from kci_storage.fill import Fill, Fills
+from kci_storage.metrics import Metrics
 from tests.azurite import Azurite
 from tests.cold import (
     MIB,
@@ -202,6 +205,39 @@ def test_a_wrong_length_of_the_object_is_never_cached(bench: Bench, fault: Fault
     assert not cached(bench, key)
     rule.end()
     assert get(bench.server, key).content == content
+
+
+@pytest.mark.parametrize("fault", [LieOfAll(1000), LieOfAll(-1000)], ids=repr)
+def test_a_wrong_length_is_noticed_at_once(bench: Bench, fault: Fault) -> None:
+    """Not by asking for what is missing until patience is at its end."""
+    content = some_bytes(18 * MIB)  # so that the last of several ranges shows it
+    key = bench.store(content)
+    bench.proxy.inject(fault, key=key)
+    [visit] = crowd(bench.server, key, 1, content)
+    assert not visit.complete and not visit.deceived
+    assert bench.proxy.count(CONTENT, key) <= 3
+
+
+def test_the_last_piece_waits_for_the_digest(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a fill has appended is for everybody to read: the end of something damaged must never be there."""
+    content = some_bytes(3 * MIB)
+    key = bench.store(content)
+    lengths: list[int] = []
+    advance = Fill.advance
+    monkeypatch.setattr(Fill, "advance", lambda fill, length: (lengths.append(length), advance(fill, length)))
+    cache = Cache(tmp_path)
+    with contextlib.closing(AzureDriver(AzureConfig(**bench.server.document["azure"]))) as driver:
+        bench.proxy.inject(Flip(MIB), key=key)
+        fills = Fills(driver, cache, Metrics(cache, []), lambda size: True, at_once=1, queue_size=1)
+        fill = fills.join(key)
+        with pytest.raises(CorruptObject):
+            list(fill.read(0, len(content)))
+        fill.leave()
+        fills.stop()
+    assert MIB < max(lengths) < len(content)
+    assert cache.check() == []
 
 
 def test_a_read_that_has_begun_is_given_up_after_a_while(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
