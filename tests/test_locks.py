@@ -129,6 +129,7 @@ class TestExclusion:
             assert not peer.call(take, locks.directory, "name")
             return durable.try_lock(fd)
 
+        prepare_markers(locks, 2)
         first = locks.try_acquire("name")
         assert first is not None
         monkeypatch.setattr(durable, "try_lock", slow_lock)
@@ -188,6 +189,25 @@ class TestTheDead:
             holder.kill()
             assert waiter.answer() is True
 
+    def test_who_comes_second_to_what_they_left_does_not_hold_the_lock(
+        self, locks: KeyLocks, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Two open the file of a dead holder; before the second one locks it, the first has seen to it."""
+
+        def slow_lock(fd: int) -> bool:
+            monkeypatch.undo()
+            assert first.call(wait_for, locks.directory, "name") is True
+            assert first.call(take, locks.directory, "name") is False
+            return durable.try_lock(fd)
+
+        with peers(2) as [dead, first]:
+            dead.call(take, locks.directory, "name")
+            dead.kill()
+            prepare_markers(locks, 1)
+            monkeypatch.setattr(durable, "try_lock", slow_lock)
+            assert locks.try_acquire("name") is None
+            first.call(let_go)
+
     def test_a_holder_that_let_go_in_good_order_is_not_taken_for_dead(
         self, locks: KeyLocks, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -198,6 +218,7 @@ class TestTheDead:
             first.release()
             return durable.try_lock(fd)
 
+        prepare_markers(locks, 2)
         first = locks.try_acquire("name")
         assert first is not None
         monkeypatch.setattr(durable, "try_lock", slow_lock)
@@ -213,6 +234,13 @@ class TestTheDead:
         with locks.hold_if_free("name") as lease:
             assert lease is not None
             assert lease.orphaned
+
+
+def prepare_markers(locks: KeyLocks, count: int) -> None:
+    """Have so many markers of our own, so that none need be made, and locked, when one is wanted."""
+    with contextlib.ExitStack() as held:
+        for number in range(count):
+            held.enter_context(locks.hold(str(number), TIMEOUT))
 
 
 def live_and_die(peer: Peer, locks: KeyLocks) -> None:
@@ -242,9 +270,7 @@ class TestMarkers:
         assert len(inodes) == 1
 
     def test_no_more_are_kept_than_are_likely_to_be_used(self, locks: KeyLocks) -> None:
-        with contextlib.ExitStack() as held:
-            for number in range(KEPT + 5):
-                held.enter_context(locks.hold(str(number), TIMEOUT))
+        prepare_markers(locks, KEPT + 5)
         assert len(markers(locks)) == KEPT
 
     def test_those_of_the_dead_are_swept(self, locks: KeyLocks, peer: Peer) -> None:
