@@ -206,6 +206,26 @@ def test_a_copy_that_keeps_times_and_attributes_keeps_the_records(driver, root, 
     assert LocalDriver(tmp_path / "restored").stat("folder/a") == info
 
 
+def test_an_upload_makes_one_file_and_deletes_none(driver, root, monkeypatch):
+    """ext4 searches past the inodes of files that were deleted lately whenever one is made."""
+    put(driver, "folder/a", b"content")  # the folders are there, and a marker for the lock
+    made, deleted = [], []
+    real_open, real_unlink = os.open, os.unlink
+
+    def counted_open(path: Any, flags: int, *args: Any, **options: Any) -> int:
+        made.extend([path] if flags & os.O_CREAT else [])
+        return real_open(path, flags, *args, **options)
+
+    def counted_unlink(path: Any, **options: Any) -> None:
+        deleted.extend([path] if os.stat(path).st_nlink == 1 else [])
+        real_unlink(path, **options)
+
+    monkeypatch.setattr(os, "open", counted_open)
+    monkeypatch.setattr(os, "unlink", counted_unlink)
+    put(driver, "folder/b", b"content", "text/plain")
+    assert (len(made), deleted) == (1, [])
+
+
 def test_a_type_as_long_as_can_be_is_kept(driver, root):
     content_type = "text/" + "x" * 250
     put(driver, "a", b"content", content_type)
