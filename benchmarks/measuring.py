@@ -106,14 +106,28 @@ def ratio(ours: float, other: float, more_is_better: bool) -> float:
 
 
 def run(workload: Workload, rounds: int, progress: Callable[[str], None]) -> list[Row]:
-    """Give each system its turn, then each its next: what else the machine does then falls on all of them alike."""
+    """Give each system its turn, then each its next: what else the machine does then falls on all of them alike.
+
+    Each round begins with another one: on a virtual machine who comes first gets memory that its host has to find,
+    the others what the one before has just freed. For 1 GiB that was a second of processor time.
+    """
     samples: dict[str, list[Sample]] = {system: [] for system in workload.turns}
     for number in range(1, rounds + 1):
-        for system, turn in workload.turns.items():
-            sample = turn()
+        for system in rotated(list(workload.turns), number - 1):
+            sample = workload.turns[system]()
             samples[system].append(sample)
             progress(f"{workload.group}: {workload.title}, {number} of {rounds}: {system} {_told(workload, sample)}")
     return list(_rows(workload, samples))
+
+
+def rotated(names: list[str], places: int) -> list[str]:
+    """The names in their order, but beginning so many places further on.
+
+    >>> rotated(["a", "b", "c"], 4)
+    ['b', 'c', 'a']
+    """
+    start = places % len(names)
+    return names[start:] + names[:start]
 
 
 def _told(workload: Workload, sample: Sample) -> str:
