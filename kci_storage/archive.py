@@ -12,9 +12,8 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 from werkzeug.sansio.multipart import Data, Event, Field, File
@@ -37,7 +36,7 @@ from kci_storage.upload import LONGEST_PATH_FIELD, Stored, Uploads
 if TYPE_CHECKING:
     from kci_storage.metrics import Metrics
 
-UNPACKED_AT_ONCE = 16  # archives, of one worker; each may need as much memory as its compression allows
+UNPACKED_AT_ONCE = 32  # archives, of one worker; each may need as much memory as its compression allows
 UPLOAD_MEMORY = 96 * 1024 * 1024  # bytes that the uploads of one worker's archives may hold, all together
 MOST_HELD = 40 * 1024 * 1024  # bytes that one upload's driver holds at most: the blocks that it has in flight
 DIGESTING = 2 * 1024 * 1024  # bytes of the buffers of one upload's digests, unless it is small
@@ -85,6 +84,7 @@ class Archives:
         self.limits = limits
         self.parallelism = parallelism
         self.memory = _Budget(UPLOAD_MEMORY)
+        self.threads = ThreadPoolExecutor(parallelism, thread_name_prefix="archive")  # begun as they are needed
         self._unpacking = threading.BoundedSemaphore(UNPACKED_AT_ONCE)
 
     def store(self, body: Body, boundary: bytes, plan: ArchivePlan) -> ArchiveReport:
@@ -112,11 +112,6 @@ class Archives:
             yield
         finally:
             self._unpacking.release()
-
-    @cached_property
-    def threads(self) -> ThreadPoolExecutor:
-        """They upload; made with the first archive, after the worker's fork."""
-        return ThreadPoolExecutor(self.parallelism, thread_name_prefix="archive")
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,19 +224,23 @@ class _Run:
 
     def upload(self, files: Mapping[str, _Extent]) -> ArchiveReport:
         """Upload them all; one that fails keeps no other from being stored."""
-        for key, extent in files.items():
-            self._places.acquire()
-            if self._failed_in_a_row > self._archives.parallelism:
-                self._places.release()
-                self._failed(key, "not tried, since the uploads before it failed")
-            else:
-                held = held_for(extent.size)
-                self._archives.memory.take(held)
-                self._archives.threads.submit(self._upload, key, extent, held)
-        for _ in range(self._archives.parallelism):  # wait for the last of them
-            self._places.acquire()
+        begun: list[Future[None]] = []
+        try:
+            for key, extent in files.items():
+                if self._failed_in_a_row > self._archives.parallelism:
+                    self._failed(key, "not tried, since the uploads before it failed")
+                else:
+                    begun.append(self._begin(key, extent))
+        finally:
+            wait(begun)  # whatever happens: they read the spool file
         self._report.failures.sort()
         return self._report
+
+    def _begin(self, key: str, extent: _Extent) -> Future[None]:
+        held = held_for(extent.size)
+        self._places.acquire()
+        self._archives.memory.take(held)
+        return self._archives.threads.submit(self._upload, key, extent, held)
 
     def _upload(self, key: str, extent: _Extent, held: int) -> None:
         try:

@@ -463,17 +463,20 @@ def test_when_the_backend_is_away_the_rest_is_not_tried(start_server: Callable[.
 
 
 def test_as_many_files_are_uploaded_at_a_time_as_configured(start_server: Callable[..., Server], tmp_path: Path):
+    """By a worker, whatever number of archives they are of."""
     pauses = Pauses(tmp_path, "local")
     server = start_server(
         "pausing", server={"workers": 1}, environ={**pauses.environ, "KCI_STORAGE_ARCHIVE_PARALLELISM": "3"}
     )
     content = {f"f{number}": b"1" for number in range(10)}
-    with ThreadPoolExecutor(1) as clients:
+    with ThreadPoolExecutor(2) as clients:
         with pauses.during("before-commit"):
-            response = clients.submit(post, server, "f", tar(content))
-            wait_until(lambda: len(list((server.cache_directory / "locks").iterdir())) >= 3, SECONDS, "three uploads")
-            assert len(list((server.cache_directory / "locks").iterdir())) == 3
-        assert_stored(response.result(), "f", content)
+            responses = [clients.submit(post, server, folder, tar(content)) for folder in "ab"]
+            wait_until(lambda: len(pauses.waiting("before-commit")) >= 3, SECONDS, "three uploads")
+            wait_until(lambda: scrape(server)["kci_storage_archives_in_progress", frozenset()] == 2, SECONDS, "both")
+            assert len(pauses.waiting("before-commit")) == 3
+        for folder, response in zip("ab", responses, strict=True):
+            assert_stored(response.result(), folder, content)
 
 
 def test_archives_of_the_same_files_wait_for_each_other(server: Server):
