@@ -114,16 +114,20 @@ class _Reader(ObjectReader):
         self, info: ObjectInfo, connection: sqlite3.Connection, start: int, stop: int, stack: contextlib.ExitStack
     ):
         self.info = info
-        self._connection, self._start, self._stop, self._stack = connection, start, stop, stack
+        self._connection, self._position, self._stop, self._stack = connection, start, stop, stack
 
-    def __iter__(self) -> Iterator[bytes]:
-        first = self._start - self._start % PIECE_SIZE
-        for start in range(first, min(self._stop, self.info.size), PIECE_SIZE):
-            with _own_errors():
-                query = "SELECT data FROM pieces WHERE etag = ? AND start = ?"
-                (data,) = self._connection.execute(query, (self.info.etag, start)).fetchone()
-            if piece := data[max(self._start - start, 0) : self._stop - start]:
-                yield piece
+    def readinto(self, buffer: memoryview) -> int:
+        offset = self._position % PIECE_SIZE
+        stop = min(self._stop, self.info.size) - self._position
+        if stop <= 0:
+            return 0
+        with _own_errors():
+            query = "SELECT substr(data, ?, ?) FROM pieces WHERE etag = ? AND start = ?"
+            wanted = offset + 1, min(stop, len(buffer)), self.info.etag, self._position - offset
+            (data,) = self._connection.execute(query, wanted).fetchone()
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
 
     def close(self) -> None:
         self._stack.close()
