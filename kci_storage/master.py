@@ -20,7 +20,7 @@ import threading
 from collections.abc import Callable, Iterator
 
 from kci_storage import check, logs
-from kci_storage.config import RELOADABLE, SECTIONS, Config, ConfigError, settings
+from kci_storage.config import RELOADABLE, SECTIONS, Config, ConfigError
 from kci_storage.limits import Ledger
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ def changes(old: Config, new: Config) -> Iterator[str]:
     for field in dataclasses.fields(Config):
         before, after = getattr(old, field.name), getattr(new, field.name)
         if field.name in SECTIONS:
-            names = settings(SECTIONS[field.name])
+            names = (item.name for item in dataclasses.fields(SECTIONS[field.name]))
             yield from (f"{field.name}.{name}" for name in names if getattr(before, name) != getattr(after, name))
         elif before != after:
             yield field.name

@@ -193,7 +193,7 @@ def test_local_disk_keeps_the_tags(server: Server):
 def test_a_reload_is_for_what_is_uploaded_from_then_on(server: Server):
     put(server, "a", b"1")
     server.document["retention"] = {"tag_value": "1d"}
-    reload(server)
+    assert "changed=retention.rules,retention.tag_value new_workers=nothing" in reload(server)
     put(server, "b", b"1")
     assert {key: tags["retention"] for key, tags in local_tags(server).items()} == {"a": "6m", "b": "1d"}
 
