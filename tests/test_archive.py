@@ -236,11 +236,10 @@ BAD_KEYS = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-@pytest.mark.parametrize("suffix", ["tar", "gz"])
-def test_a_hostile_archive_is_refused_as_a_whole(limited: Server, name: str, suffix: str):
+def test_a_hostile_archive_is_refused_as_a_whole(limited: Server, name: str):
     folder = new_folder()
     bad, says = HOSTILE[name]
-    data = COMPRESS.get(suffix, bytes)(entry("good", b"1") + bad + entry("good too", b"2") + ZEROS)
+    data = gzip.compress(entry("good", b"1") + bad + entry("good too", b"2") + ZEROS)
     assert says in assert_refused(post(limited, folder, data), limited, folder)
     known = folder if name in BAD_KEYS else ""  # of others it is said before the path has come
     response = post_parts(limited, part("archive", data, "a"), part("path", folder.encode()))

@@ -222,31 +222,24 @@ def filled(server: Server) -> Server:
     return server
 
 
-KEPT = {"mainline/v6.12/b", "by-hand"}
-
-
-@pytest.mark.parametrize(
-    ("days", "gone"),
-    [
+def test_what_is_over_its_age_is_deleted(filled: Server):
+    left = set(keys(filled, ""))
+    for days, gone in (
         (29, set()),
         (31, {"next/26/c", "next/26/d"}),
-        (184, {"next/26/c", "next/26/d", "e"}),
-        (10_000, {"next/26/c", "next/26/d", "e", "mainline/v6.1/a"}),
-    ],
-)
-def test_what_is_over_its_age_is_deleted(filled: Server, days: int, gone: set[str]):
-    before = set(keys(filled, ""))
-    for arguments, there, done in (
-        (["--dry-run"], before, "would be deleted"),
-        ([], before - gone, "deleted"),
+        (184, {"e"}),
+        (10_000, {"mainline/v6.1/a"}),
     ):
-        result = run(filled, "expire", *arguments, days=days)
-        assert (result.returncode, set(result.stdout.splitlines())) == (0, gone), result.stderr
-        assert f"{len(gone)} of 6 objects {done}" in result.stderr
-        assert set(keys(filled, "")) == there
-    assert all(get(filled, key).status_code == 404 for key in gone)
+        total = len(left)
+        for arguments, there, done in ((["--dry-run"], left, "would be deleted"), ([], left - gone, "deleted")):
+            result = run(filled, "expire", *arguments, days=days)
+            assert (result.returncode, set(result.stdout.splitlines())) == (0, gone), result.stderr
+            assert f"{len(gone)} of {total} objects {done}" in result.stderr
+            assert set(keys(filled, "")) == there
+        assert all(get(filled, key).status_code == 404 for key in gone)
+        left -= gone
+    assert left == {"mainline/v6.12/b", "by-hand"}
     assert get(filled, "mainline/v6.12/b").status_code == 200
-    assert run(filled, "expire", days=days).stdout == ""
     wait_until_tidy(filled)
 
 
