@@ -97,14 +97,15 @@ class Ledger:
 
     def has_more_than(self, cells: Cells, limit: int) -> bool:
         """Whether the client has more downloads than so many."""
-        used = self._rows[: self._used[0] or 1]
-        for cell in cells:
-            count = 0
-            for row in used:
-                count += row[cell]
-            if count <= limit:
-                return False
-        return True
+        one, other = cells
+        return self._count(one) > limit and self._count(other) > limit
+
+    def _count(self, cell: int) -> int:
+        count, row, rows = 0, 0, self._used[0] or 1
+        while row < rows:
+            count += self._rows[row][cell]
+            row += 1
+        return count
 
 
 class Downloads:
@@ -168,7 +169,8 @@ class Rate:
         :raises TooManyRequests: it is one too many. It does not count.
         """
         full_at, (one, other) = self._full_at, cells
-        ahead = max(0.0, min(full_at[one], full_at[other]) - now)
+        full = full_at[one] if full_at[one] < full_at[other] else full_at[other]
+        ahead = full - now if full > now else 0.0
         if ahead > self._tolerance + _ROUNDING:
             self._refuse(cells, now, min(ahead, self._most))
         full = now + ahead + self._interval
