@@ -17,6 +17,7 @@ COLOURS = {  # which can be told apart by those who see few
     "Varnish": "#d55e00",
     "Azure SDK": "#cc79a7",
     "Azurite": "#888888",
+    "default rules": "#000000",
 }
 LABELS, WIDTH, RIGHT, LINE, TOP = 320, 480, 40, 22, 58  # pixels
 TICKS = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)

@@ -49,6 +49,7 @@ def workloads(stage: Stage) -> Iterator[Workload]:
     small, mebibytes = keys[SMALL], keys[MEBIBYTE]
     yield cached.many(size_text(4 * KIB), small, 4 * KIB)
     yield local.many(f"{size_text(4 * KIB)}, local driver", small, 4 * KIB)
+    yield _Load(stage, _rules(stage)).many(f"{size_text(4 * KIB)}, every rule on", small, 4 * KIB)
     yield cached.unchanged("304 Not Modified", small)
     yield cached.many(size_text(MIB), mebibytes, MIB)
     yield cached.ranges(f"ranges of {size_text(MIB)} of {size_text(stage.scale.large)}", LARGE)
@@ -60,6 +61,11 @@ def _targets(stage: Stage, server: Server) -> dict[str, Target]:
     bare: dict[str, Target] = {"gunicorn": stage.gunicorn, "our worker": stage.worker}
     nginx = {"nginx": stage.nginx} if stage.nginx else {}
     return {OURS: Ours(server), **bare, **nginx}
+
+
+def _rules(stage: Stage) -> dict[str, Target]:
+    """Our server with all that it can look at before it lets a request in, and as it is without configuration."""
+    return {OURS: Ours(stage.guarded_server), "default rules": Ours(stage.local_server)}
 
 
 # The files

@@ -58,13 +58,24 @@ class Stage:
         return self._server("local", {"driver": "local", "local": {"storage_path": self.files}})
 
     @cached_property
+    def guarded_server(self) -> Server:
+        """The same with every rule about who may come in, of which none refuses anybody."""
+        rules = {
+            "useragent": {"ban": ["NastyBot"]},
+            "block_subnets": [f"198.51.{number}.0/24" for number in range(100)] + ["2001:db8::/32"],
+            "limits": {"downloads_per_client": 1_000_000, "requests_per_second": 1e6, "burst": 1_000_000},
+            "download_challenge": {"user_agents": ["Mozilla"], "secret": "s" * 32},
+        }
+        return self._server("guarded", {"driver": "local", "local": {"storage_path": self.files}, **rules})
+
+    @cached_property
     def azure_server(self) -> Server:
         """The server on Azurite."""
         azure = {"account": self.azurite.account, "key": self.azurite.key, "endpoint": self.azurite.endpoint}
         return self._server("azure", {"driver": "azure", "azure": {**azure, "container": self.container}})
 
     def _server(self, name: str, document: dict[str, object]) -> Server:
-        self.progress(f"starting the server on the driver {name}")
+        self.progress(f"starting the server: {name}")
         # Evicting when a disk is nearly full is not what is measured.
         cache = {"low_disk_percent": 0, "recover_disk_percent": 0}
         document |= {"server": {"workers": yardsticks.WORKERS, "threads": yardsticks.THREADS}, "cache": cache}

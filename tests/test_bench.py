@@ -41,6 +41,7 @@ SYSTEMS = {  # beside ours
 WORKLOADS = {
     ("hits", "4 KiB"): {"measures": ["", "p99"]},
     ("hits", "4 KiB, local driver"): {"measures": ["", "p99"]},
+    ("hits", "4 KiB, every rule on"): {"measures": ["", "p99"], "others": {"default rules"}},
     ("hits", "304 Not Modified"): {"measures": ["", "p99"]},
     ("hits", "1 MiB"): {"measures": ["", "p99"]},
     ("hits", "ranges of 1 MiB of 4 MiB"): {"measures": ["", "p99"]},
