@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import socket
 import threading
+import time
 import traceback
 from base64 import b64encode
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from azure.core.exceptions import ResourceNotFoundError
@@ -697,6 +698,18 @@ def sas_token(azurite: Azurite, container: str, permissions: str = "racwdl") -> 
     """A token for one container."""
     expiry = datetime.now(UTC) + timedelta(hours=1)
     return generate_container_sas(azurite.account, container, azurite.key, permission=permissions, expiry=expiry)
+
+
+def test_reads_are_authorised_for_reading_alone_and_anew_in_time(azurite, monkeypatch):
+    signature = azure._Signature(azurite.settings())
+    token = signature()
+    assert parse_qs(token)["sp"] == ["r"]
+    expires = datetime.fromisoformat(parse_qs(token)["se"][0])
+    assert timedelta(0) < expires - datetime.now(UTC) <= timedelta(seconds=azure.SIGNATURE_SECONDS)
+    assert signature() is token
+    now = time.monotonic()
+    monkeypatch.setattr(azure.time, "monotonic", lambda: now + azure.SIGNATURE_SECONDS / 2 + 1)
+    assert signature() is not token
 
 
 @pytest.mark.parametrize("mark", ["", "?"])
