@@ -66,11 +66,11 @@ class Master:
             needs_workers = {name for name in changed - AT_START if not _is_reloadable(name)}
             if needs_workers:
                 check.rehearse(config)
-        except ConfigError as exc:
+            self.prepare(config)
+        except (ConfigError, OSError) as exc:  # as for a certificate that is being replaced just now
             log.error(logs.logfmt(event="reload_refused", reason=exc))
             return
         self.config = config
-        self.prepare(config)
         self.edition += 1
         self._latest_edition[0] = self.edition
         log.info(logs.logfmt(event="reloaded", changed=_joined(changed), new_workers=_joined(needs_workers)))
@@ -136,7 +136,7 @@ class Follower:
             config = check.usable(self._master.config.path)
             self._master.prepare(config)
             self._apply(config)
-        except ConfigError as exc:  # it was changed again since the master read it
+        except (ConfigError, OSError) as exc:  # it was changed again since the master read it
             log.error(logs.logfmt(event="reload_refused", reason=exc))
         else:
             log.info(logs.logfmt(event="rules_renewed"))
