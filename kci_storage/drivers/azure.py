@@ -328,7 +328,9 @@ class _Writer(ObjectWriter):
 
     def _send(self, block_id: str, data: bytes) -> None:
         with _own_errors(), _lost_blocks():
-            self._driver.blob(self._key).stage_block(block_id, data, length=len(data))
+            self._driver.blob(self._key).stage_block(
+                block_id, data, length=len(data), client_request_id=_request_id()
+            )
 
     def _settle(self) -> None:
         try:
@@ -378,6 +380,7 @@ class _Writer(ObjectWriter):
             ),
             "metadata": {"sha256": digests.sha256, _UPLOAD_ID: self._upload_id},
             "tags": self._tags or None,
+            "client_request_id": _request_id(),
             **_expecting(expected),
         }
         blob = self._driver.blob(self._key)
@@ -411,6 +414,14 @@ class _Writer(ObjectWriter):
         while self._in_flight:
             self._in_flight.pop().cancel()
         self._block = io.BytesIO()
+
+
+def _request_id() -> str:
+    """A name for a request, as the backend's logs will have it.
+
+    The SDK's own is a UUID of the system's time, for which all threads of all processes queue at one locked file.
+    """
+    return secrets.token_hex(16)
 
 
 def _others_block_id_size(blob: BlobClient) -> int | None:
