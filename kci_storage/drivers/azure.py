@@ -47,10 +47,12 @@ from azure.storage.blob import (
 )
 
 from kci_storage.config import AzureConfig, Config
+from kci_storage.drivers import blob_writes
 from kci_storage.drivers.base import Digests, Driver, Expectation, ObjectInfo, ObjectReader, ObjectWriter, Page
 from kci_storage.drivers.blob_errors import RETRIES, RETRY_WAIT, breakage, nonsense, refusal, silence
 from kci_storage.drivers.blob_http import Pool
 from kci_storage.drivers.blob_reads import BlobReads, pinned, valid_sha256
+from kci_storage.drivers.blob_writes import BlobWrites
 from kci_storage.errors import (
     BackendError,
     BadRequest,
@@ -64,7 +66,7 @@ from kci_storage.keys import MAX_CHARACTERS, is_valid
 BLOCK_SIZE = 8 * 1024 * 1024  # bytes; at most 50,000 blocks make an object, so 390 GiB
 BLOCKS_IN_FLIGHT = 4  # of one upload; it holds one block more in memory
 SEND_SIZE = 256 * 1024  # bytes given to the socket at a time
-SIGNATURE_SECONDS = 2 * 60 * 60.0  # for which reads are authorised at a time
+SIGNATURE_SECONDS = 2 * 60 * 60.0  # for which requests are authorised at a time
 THREADS = 128  # of one process, for blocks and for asking ahead
 CONNECTIONS = 128  # kept for later use, of one process
 LIST_SIZE, NAMES_SIZE = 1000, 5000  # entries in one page of a listing; 0.2 ms and 0.04 ms of work each
@@ -102,6 +104,11 @@ class AzureDriver(Driver):
         pid = os.getpid()
         found = self._processes.get(pid)
         return found or self._processes.setdefault(pid, _Process(self._settings))
+
+    @property
+    def writes(self) -> BlobWrites:
+        """What stores small objects."""
+        return self._process.writes
 
     def blob(self, key: str) -> BlobClient:
         """The SDK's client for one object."""
@@ -166,7 +173,10 @@ class _Process:
         session = _session(endpoint)
         self.container = _client(settings, endpoint, session)
         self.threads = ThreadPoolExecutor(THREADS, thread_name_prefix="azure")
-        self.reads = _reads(settings, self.container, session, self.threads)
+        pool = _pool(settings, self.container, session)
+        path, version = urlsplit(self.container.url).path, self.container.api_version
+        self.reads = BlobReads(pool, path, _signature(settings, self.container, "r"), version, self.threads.submit)
+        self.writes = BlobWrites(pool, path, _signature(settings, self.container, "cwt"), version)
 
     def close(self) -> None:
         """Let go of both; what is under way ends by itself."""
@@ -210,26 +220,29 @@ def _client(settings: AzureConfig, endpoint: str, session: requests.Session) -> 
     )
 
 
-def _reads(
-    settings: AzureConfig, container: ContainerClient, session: requests.Session, threads: ThreadPoolExecutor
-) -> BlobReads:
-    """Reads of the same container."""
-    url = urlsplit(container.url)
-    signature = _Signature(settings) if settings.key else lambda: url.query
+def _pool(settings: AzureConfig, container: ContainerClient, session: requests.Session) -> Pool:
+    """Connections to the same service, past the SDK."""
     authorities = session.verify if isinstance(session.verify, str) else requests.certs.where()
     proxy = requests.utils.select_proxy(container.url, session.proxies)
-    pool = Pool(container.url, proxy, authorities, settings.connect_timeout, settings.read_timeout)
-    return BlobReads(pool, url.path, signature, container.api_version, threads.submit)
+    return Pool(container.url, proxy, authorities, settings.connect_timeout, settings.read_timeout)
+
+
+def _signature(settings: AzureConfig, container: ContainerClient, permission: str) -> Callable[[], str]:
+    """What gives the query that authorises requests in the container."""
+    return _Signature(settings, permission) if settings.key else lambda: urlsplit(container.url).query
 
 
 class _Signature:
-    """The query that authorises reads: a SAS token, which is made of the account key and renewed in time.
+    """The query that authorises requests: a SAS token, which is made of the account key and renewed in time.
+
+    :param permission: what for, in Azure's letters, in Azure's order.
 
     To sign each request would cost more than the request; and only the SDK knows how.
     """
 
-    def __init__(self, settings: AzureConfig):
+    def __init__(self, settings: AzureConfig, permission: str = "r"):
         self._settings = settings
+        self._permission = permission
         self._token, self._renewed = "", -SIGNATURE_SECONDS
 
     def __call__(self) -> str:
@@ -241,7 +254,7 @@ class _Signature:
         settings = self._settings
         expiry = datetime.now(UTC) + timedelta(seconds=SIGNATURE_SECONDS)
         return generate_container_sas(
-            settings.account, settings.container, settings.key, permission="r", expiry=expiry
+            settings.account, settings.container, settings.key, permission=self._permission, expiry=expiry
         )
 
 
@@ -363,17 +376,29 @@ class _Writer(ObjectWriter):
     def _commit(self, digests: Digests, expected: str | Expectation) -> ObjectInfo:
         try:
             with _own_errors(PreconditionFailed("the stored version is not the expected one")), _lost_blocks():
-                answer = self._put(digests, expected)
+                etag, modified = self._put(digests, expected)
         except (PreconditionFailed, _BlocksLost):
             landed = self._landed()
             if landed is None:
                 raise
             return landed
-        etag, modified = answer["etag"].strip('"'), int(answer["last_modified"].timestamp())
         return ObjectInfo(self._key, digests.size, etag, modified, self._content_type, digests.sha256, digests.md5)
 
-    def _put(self, digests: Digests, expected: str | Expectation) -> Mapping[str, Any]:
-        """The request that makes it the object's content."""
+    def _put(self, digests: Digests, expected: str | Expectation) -> tuple[str, int]:
+        """Make it the object's content, by one request; its ETag, and when it was modified."""
+        if not self._blocks and not self._lost and self._size <= blob_writes.LARGEST:
+            return self._put_small(digests, expected)
+        answer = self._put_large(digests, expected)
+        return answer["etag"].strip('"'), int(answer["last_modified"].timestamp())
+
+    def _put_small(self, digests: Digests, expected: str | Expectation) -> tuple[str, int]:
+        metadata = {"sha256": digests.sha256, _UPLOAD_ID: self._upload_id}
+        headers = blob_writes.properties(self._content_type, digests.md5, metadata, self._tags)
+        return self._driver.writes.put(
+            self._key, self._block.getvalue(), {**headers, **blob_writes.condition(expected)}
+        )
+
+    def _put_large(self, digests: Digests, expected: str | Expectation) -> Mapping[str, Any]:
         options = {
             "content_settings": ContentSettings(
                 content_type=self._content_type, content_md5=bytearray(digests.md5) if digests.md5 else None

@@ -13,6 +13,7 @@ from kci_storage.errors import (
 
 RETRIES = 2  # of a request that found no connection, or a failing server
 RETRY_WAIT = 0.5  # seconds before each of them, give or take a half
+WORTH_ANOTHER_TRY = {408, *range(500, 600)} - {501, 505}  # statuses
 RETRY_AFTER = 5  # seconds, when a throttling backend does not say it itself
 
 

@@ -1,4 +1,4 @@
-"""HTTP/1.1 (RFC 9112) as far as reading blobs needs it: requests without a body, answers of a known length.
+"""HTTP/1.1 (RFC 9112) as far as blobs need it: requests with a small body or none, answers of a known length.
 
 The SDK's pipeline would cost more processor time than most of what else a small cold file needs, and would take a
 large one in through several hands. Here a body goes from the socket into the reader's own buffer, without a thread of
@@ -57,11 +57,12 @@ class Pool:
             self._prefix = f"http://{self._url.netloc}"
             self._common |= _authorization(self._proxy)
 
-    def ask(self, method: str, target: str, headers: Mapping[str, str]) -> Answer:
+    def ask(self, method: str, target: str, headers: Mapping[str, str], body: bytes = b"") -> Answer:
         """Send a request; the answer, of which only the head is here.
 
-        :param method: ``GET`` or ``HEAD``.
+        :param method: ``GET``, ``HEAD`` or ``PUT``.
         :param target: path and query, quoted.
+        :param body: small; its length is one of the headers.
         :raises Unanswered: nobody has answered.
         :raises BackendTimeout: nothing came for too long.
         :raises BackendError: the answer makes no sense.
@@ -70,7 +71,7 @@ class Pool:
         if any(map(_NOT_IN_HEADERS.search, fields.values())):
             raise nonsense("a header's value would be several lines")
         lines = [f"{method} {self._prefix}{target} HTTP/1.1", *(f"{name}: {value}" for name, value in fields.items())]
-        return self._take().ask("\r\n".join([*lines, "", ""]).encode("latin-1", "replace"), method)
+        return self._take().ask("\r\n".join([*lines, "", ""]).encode("latin-1", "replace") + body, method)
 
     def _take(self) -> Connection:
         with contextlib.suppress(IndexError):  # there is none, or another thread was quicker

@@ -42,7 +42,6 @@ GATHER_SECONDS = 0.005  # for which a reader waits for more than it has, once it
 
 _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
 _RANGE = re.compile(r"bytes ([0-9]+)-(-?[0-9]+)/([0-9]+)\Z")  # Azurite says 0--1/0 of nothing
-_WORTH_ANOTHER_TRY = {408, *range(500, 600)} - {501, 505}
 
 
 class BlobReads:
@@ -138,7 +137,7 @@ class BlobReads:
                 if answer.status in (200, 206):
                     return answer
                 answer.discard()
-                if answer.status not in _WORTH_ANOTHER_TRY or tried == blob_errors.RETRIES:
+                if answer.status not in blob_errors.WORTH_ANOTHER_TRY or tried == blob_errors.RETRIES:
                     raise _refusal(answer)
             time.sleep(blob_errors.RETRY_WAIT * random.uniform(0.5, 1.5))
         raise AssertionError("unreachable")
