@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent import futures
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -99,8 +100,9 @@ class World:
         except ObjectNotFound:
             return None
         finally:
+            futures.wait(tuple(self.services.fills._at_work))
             for thread in threading.enumerate():
-                if thread.name in ("fill", "revalidate"):
+                if thread.name == "revalidate":
                     thread.join()
 
     def stored(self) -> bytes | None:
@@ -215,6 +217,7 @@ def kill_everywhere(folder: Path, name: str) -> int:
         scenario.prepare(world)
 
         def act(number: int = number) -> None:
+            world.services = world.new_worker()  # in a fork there are no threads of the one that was
             with Steps(folder, CHANGING, die_at(number)).counted():
                 scenario.act(world)
 
