@@ -143,7 +143,7 @@ class Guard:
         exchange.failed(refusal)
         content_type, body = problems.body(kind.status, kind.title, refusal.message, environ.get("HTTP_ACCEPT"))
         start_response(f"{kind.status} {kind.title}", _headers(refusal, content_type, len(body)))
-        return [body]
+        return () if environ["REQUEST_METHOD"] == "HEAD" else (body,)
 
 
 def _show(challenge: Challenge, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
