@@ -176,6 +176,7 @@ def test_a_filter_narrows_the_page(visit):
     assert visitor.names() == ["../", "build.log.gz"]
     assert summary.inner_text() == "1 of 8 shown"
     page.get_by_role("link", name="read").click()
+    page.wait_for_url("**?view=1")
     page.go_back()
     assert visitor.names() == ["../", "build.log.gz"], "Back forgets what was typed"
     page.get_by_role("searchbox").press("Escape")
@@ -253,6 +254,7 @@ def test_without_scripts_everything_but_the_filter_is_there(visit):
     page.goto("/v1/browse/")
     assert page.locator("#filter").is_hidden()
     page.get_by_role("link", name="many/").click()
+    page.wait_for_url("**/many/")  # all of it: rows are shown as they arrive
     seen = visitor.names()[1:]
     assert len(seen) == 1_000
     assert seen == sorted(seen, key=lambda name: int(name[:-4])), "numbers are in natural order"
