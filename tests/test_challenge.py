@@ -27,7 +27,7 @@ from tests.wire import SECONDS, access, get, put
 SECRET = "s" * 32
 BROWSER = "Mozilla/5.0 (X11; Linux x86_64; rv:128.0) Gecko/20100101 Firefox/128.0"
 CURL = "curl/8.14.1"
-KEY = "farm/a b/<i>Image.bin"
+KEY = "lab/a b/<i>Image.bin"
 CONTENT = bytes(range(256)) * 4096
 LOG = "Booting\n"
 RATE = 500_000  # bytes per second
@@ -46,7 +46,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     document = {"server": {"trusted_proxies": 1}, "download_challenge": SETTINGS}
     with running(Server(tmp_path_factory.mktemp("site"), document)) as server:
         assert put(server, quote(KEY), CONTENT).status_code == 201
-        assert put(server, "farm/boot.log.gz", gzip.compress(LOG.encode())).status_code == 201
+        assert put(server, "lab/boot.log.gz", gzip.compress(LOG.encode())).status_code == 201
         yield server
 
 
@@ -102,14 +102,14 @@ def test_other_programs_are_not_asked(site, agent):
 
 @pytest.mark.parametrize(
     ("path", "status"),
-    [("", 200), ("farm/", 200), ("v1/browse/", 200), ("v1/health", 200), ("robots.txt", 200), ("favicon.ico", 200)],
+    [("", 200), ("lab/", 200), ("v1/browse/", 200), ("v1/health", 200), ("robots.txt", 200), ("favicon.ico", 200)],
 )
 def test_what_is_no_download_needs_no_cookie(site, path, status):
     assert ask(site, path).status_code == status
 
 
 def test_a_browser_may_upload(site):
-    assert put(site, "farm/by-hand", b"1", **{"User-Agent": BROWSER}).status_code == 201
+    assert put(site, "lab/by-hand", b"1", **{"User-Agent": BROWSER}).status_code == 201
 
 
 def test_the_cookie_lets_a_browser_in(site):
@@ -189,7 +189,7 @@ def test_without_a_script_the_file_comes_at_a_limited_rate(site):
     assert answer.headers["X-Accel-Limit-Rate"] == str(RATE)
     assert ask(site, f"{quote(KEY)}?challenge_fallback=0").status_code == 403
     assert "X-Accel-Limit-Rate" not in ask(site, f"{quote(KEY)}?challenge_fallback=1", agent=CURL).headers
-    missing = ask(site, "farm/missing?challenge_fallback=1")
+    missing = ask(site, "lab/missing?challenge_fallback=1")
     assert (missing.status_code, missing.headers["X-Accel-Limit-Rate"]) == (404, str(RATE))
 
 
@@ -278,14 +278,14 @@ def visit(browser: Browser, site: Server) -> Iterator[Callable[..., Visit]]:
 def test_a_browser_solves_it_and_saves_the_file(visit, tmp_path):
     visitor = visit()
     page = visitor.page
-    page.goto("/farm/a b/")
+    page.goto("/lab/a b/")
     with page.expect_download() as download:
         page.get_by_role("link", name="<i>Image.bin").click()
     assert Path(download.value.path()).read_bytes() == CONTENT
     assert download.value.suggested_filename == "_i_Image.bin"
     assert page.get_by_role("status").inner_text() == "Your file comes now."
     page.get_by_role("link", name="All files of this folder").click()  # the page is still there
-    page.wait_for_url("**/farm/a%20b/")
+    page.wait_for_url("**/lab/a%20b/")
     with page.expect_download() as download:
         page.get_by_role("link", name="<i>Image.bin").click()
     assert Path(download.value.path()).read_bytes() == CONTENT
@@ -294,7 +294,7 @@ def test_a_browser_solves_it_and_saves_the_file(visit, tmp_path):
 
 def test_a_browser_solves_it_and_shows_a_text(visit):
     page = visit().page
-    page.goto("/farm/boot.log.gz?view=1")
+    page.goto("/lab/boot.log.gz?view=1")
     page.wait_for_selector("pre")
     assert page.inner_text("pre") == LOG
 
@@ -303,7 +303,7 @@ def test_a_browser_that_keeps_no_cookies_is_told_so_and_does_not_go_round_in_cir
     visitor = visit()
     page = visitor.page
     page.route(f"**{ASK}", lambda route: route.fulfill(status=204))
-    page.goto("/farm/boot.log.gz?view=1")
+    page.goto("/lab/boot.log.gz?view=1")
     page.get_by_text("does not keep the cookie").wait_for()
     assert sum(url.endswith(ASK) for url in visitor.asked) == 1
 
