@@ -126,17 +126,24 @@ def decide(method: str, headers: RequestHeaders, etag: str, last_modified: int, 
     return _WHOLE
 
 
-def write_allowed(if_match: str | None, if_none_match: str | None, current_etag: str | None) -> bool:
-    """Whether a PUT or DELETE may go on; else it is 412 (RFC 9110 sections 13.1.1 and 13.1.2).
+def conditional_write(headers: RequestHeaders) -> bool:
+    """Whether a PUT or DELETE with these headers depends on what is there."""
+    return (headers.if_match, headers.if_none_match, headers.if_unmodified_since) != (None, None, None)
 
-    :param current_etag: of the version that is there, without quotes; None: there is none.
 
-    >>> write_allowed(None, "*", "v1"), write_allowed(None, "*", None), write_allowed('"v1"', None, "v1")
-    (False, True, True)
+def write_allowed(headers: RequestHeaders, etag: str | None, last_modified: int | None) -> bool:
+    """Whether a PUT or DELETE may go on; else it is 412 (RFC 9110 section 13.2.2).
+
+    :param etag: of the version that is there, without quotes; None: there is none.
+    :param last_modified: of the same, seconds since the epoch.
+
+    >>> create = RequestHeaders(if_none_match="*")
+    >>> write_allowed(create, "v1", 0), write_allowed(create, None, None)
+    (False, True)
     """
-    if if_match is not None and not _names_strongly(if_match, current_etag):
-        return False
-    return if_none_match is None or not _names_weakly(if_none_match, current_etag)
+    if etag is None or last_modified is None:
+        return headers.if_match is None  # section 13.1.4: what is not there has no date to compare
+    return decide("PUT", headers, etag, last_modified, size=0) != _PRECONDITION_FAILED
 
 
 def _is_wanted_version(headers: RequestHeaders, etag: str, last_modified: int) -> bool:

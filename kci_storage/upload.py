@@ -106,13 +106,13 @@ class Uploads:
         content_type: str,
         body: Body,
         digests: ExpectedDigests,
-        may_replace: Callable[[str | None], bool] | None,
+        may_replace: Callable[[ObjectInfo | None], bool] | None,
         tags: Mapping[str, str] | None = None,
     ) -> Stored:
         """Store a body under a key.
 
         :param tags: stored with it.
-        :param may_replace: None: always; else it is given the present version's ETag, or None when there is none.
+        :param may_replace: None: always; else it is given the present version, or None when there is none.
         :raises PreconditionFailed: the present version may not be replaced.
         :raises DigestMismatch: the body is not what the client said.
         """
@@ -126,15 +126,15 @@ class Uploads:
                 return upload.commit_new_or_replaced()
             return Stored(upload.commit(expected), upload.sha256, created=expected is Expectation.NOTHING)
 
-    def _expectation(self, key: str, may_replace: Callable[[str | None], bool]) -> str | Expectation:
+    def _expectation(self, key: str, may_replace: Callable[[ObjectInfo | None], bool]) -> str | Expectation:
         """What must be stored at the commit, since it is stored now and may be replaced."""
         try:
-            etag = self.driver.stat(key).etag
+            present = self.driver.stat(key)
         except ObjectNotFound:
-            etag = None
-        if not may_replace(etag):
+            present = None
+        if not may_replace(present):
             raise PreconditionFailed("the stored file is not the version that the request asks for")
-        return etag or Expectation.NOTHING
+        return present.etag if present else Expectation.NOTHING
 
     def store_form(self, body: Body, boundary: bytes, plan: FormPlan) -> list[Stored]:
         """Store the files of a multipart form (RFC 7578).

@@ -355,33 +355,41 @@ def test_long_headers_cost_no_more_than_their_length(piece: str, template: str) 
 
 
 @pytest.mark.parametrize(
-    ("says", "if_match", "if_none_match", "current", "allowed"),
+    ("says", "headers", "current", "allowed"),
     [
-        ("13.2.1 no condition, new", None, None, None, True),
-        ("13.2.1 no condition, replaced", None, None, "v1", True),
-        ("13.1.2 If-None-Match * creates", None, "*", None, True),
-        ("13.1.2 If-None-Match * does not replace", None, "*", "v1", False),
-        ("13.1.2 If-None-Match names the version", None, '"v1"', "v1", False),
-        ("13.1.2 If-None-Match compares weakly", None, 'W/"v1"', "v1", False),
-        ("13.1.2 If-None-Match names another", None, '"v2"', "v1", True),
-        ("13.1.2 If-None-Match lists the version", None, '"v2", "v1"', "v1", False),
-        ("13.1.2 If-None-Match names one, none is there", None, '"v1"', None, True),
-        ("13.1.1 If-Match * replaces", "*", None, "v1", True),
-        ("13.1.1 If-Match * does not create", "*", None, None, False),
-        ("13.1.1 If-Match names the version", '"v1"', None, "v1", True),
-        ("13.1.1 If-Match names another", '"v2"', None, "v1", False),
-        ("13.1.1 If-Match compares strongly", 'W/"v1"', None, "v1", False),
-        ("13.1.1 If-Match lists the version", '"v0", "v1"', None, "v1", True),
-        ("13.1.1 If-Match names one, none is there", '"v1"', None, None, False),
-        ("13.1.1 If-Match malformed", '"v1', None, "v1", False),
-        ("13.1.1 If-Match empty", "", None, "v1", False),
-        ("13.2.2 both must hold: first fails", '"v2"', '"v2"', "v1", False),
-        ("13.2.2 both must hold: second fails", '"v1"', '"v1"', "v1", False),
-        ("13.2.2 both hold", '"v1"', '"v2"', "v1", True),
+        ("13.2.1 no condition, new", {}, None, True),
+        ("13.2.1 no condition, replaced", {}, "v1", True),
+        ("13.1.2 If-None-Match * creates", {"if_none_match": "*"}, None, True),
+        ("13.1.2 If-None-Match * does not replace", {"if_none_match": "*"}, "v1", False),
+        ("13.1.2 If-None-Match names the version", {"if_none_match": '"v1"'}, "v1", False),
+        ("13.1.2 If-None-Match compares weakly", {"if_none_match": 'W/"v1"'}, "v1", False),
+        ("13.1.2 If-None-Match names another", {"if_none_match": '"v2"'}, "v1", True),
+        ("13.1.2 If-None-Match lists the version", {"if_none_match": '"v2", "v1"'}, "v1", False),
+        ("13.1.2 If-None-Match names one, none is there", {"if_none_match": '"v1"'}, None, True),
+        ("13.1.1 If-Match * replaces", {"if_match": "*"}, "v1", True),
+        ("13.1.1 If-Match * does not create", {"if_match": "*"}, None, False),
+        ("13.1.1 If-Match names the version", {"if_match": '"v1"'}, "v1", True),
+        ("13.1.1 If-Match names another", {"if_match": '"v2"'}, "v1", False),
+        ("13.1.1 If-Match compares strongly", {"if_match": 'W/"v1"'}, "v1", False),
+        ("13.1.1 If-Match lists the version", {"if_match": '"v0", "v1"'}, "v1", True),
+        ("13.1.1 If-Match names one, none is there", {"if_match": '"v1"'}, None, False),
+        ("13.1.1 If-Match malformed", {"if_match": '"v1'}, "v1", False),
+        ("13.1.1 If-Match empty", {"if_match": ""}, "v1", False),
+        ("13.1.4 unmodified since then", {"if_unmodified_since": AT}, "v1", True),
+        ("13.1.4 modified since then", {"if_unmodified_since": BEFORE}, "v1", False),
+        ("13.1.4 none is there, so no date", {"if_unmodified_since": BEFORE}, None, True),
+        ("13.1.4 an invalid date is ignored", {"if_unmodified_since": "yesterday"}, "v1", True),
+        ("13.1.4 ignored beside If-Match", {"if_match": '"v1"', "if_unmodified_since": BEFORE}, "v1", True),
+        ("13.1.3 If-Modified-Since is for GET and HEAD", {"if_modified_since": AFTER}, "v1", True),
+        ("14.2 a range is for GET", {"range": "bytes=5000-"}, "v1", True),
+        ("13.2.2 both must hold: first fails", {"if_match": '"v2"', "if_none_match": '"v2"'}, "v1", False),
+        ("13.2.2 both must hold: second fails", {"if_match": '"v1"', "if_none_match": '"v1"'}, "v1", False),
+        ("13.2.2 both hold", {"if_match": '"v1"', "if_none_match": '"v2"'}, "v1", True),
     ],
 )
-def test_write_allowed(says: str, if_match: str, if_none_match: str, current: str, allowed: bool) -> None:
-    assert http_semantics.write_allowed(if_match, if_none_match, current) is allowed, says
+def test_write_allowed(says: str, headers: dict[str, str], current: str | None, allowed: bool) -> None:
+    modified = None if current is None else MODIFIED
+    assert http_semantics.write_allowed(RequestHeaders(**headers), current, modified) is allowed, says
 
 
 CONTENT = bytes(range(100))

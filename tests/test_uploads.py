@@ -651,6 +651,9 @@ def test_put_only_if_nothing_is_there(server: Server):
         ({"If_None_Match": "{etag}"}, 412),
         ({"If_None_Match": '"other"'}, 200),
         ({"If_Match": "{etag}", "If_None_Match": "*"}, 412),
+        ({"If_Unmodified_Since": "Sun, 06 Nov 1994 08:49:37 GMT"}, 412),
+        ({"If_Unmodified_Since": "Fri, 06 Nov 2099 08:49:37 GMT"}, 200),
+        ({"If_Unmodified_Since": "Sun, 06 Nov 1994 08:49:37 GMT", "If_Match": "*"}, 200),
     ],
 )
 def test_put_and_delete_only_that_version(server: Server, condition: dict[str, str], status: int):

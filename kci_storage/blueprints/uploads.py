@@ -12,9 +12,17 @@ from werkzeug.http import parse_options_header
 from kci_storage import keys, logs, media
 from kci_storage.blueprints.failures import without_body
 from kci_storage.blueprints.routing import authenticated, exchange, services
+from kci_storage.drivers.base import ObjectInfo
 from kci_storage.errors import BadForm, BadRequest
 from kci_storage.forms import FORM_OVERHEAD, too_large
-from kci_storage.http_semantics import etag_header, parse_content_md5, parse_repr_digest, write_allowed
+from kci_storage.http_semantics import (
+    RequestHeaders,
+    conditional_write,
+    etag_header,
+    parse_content_md5,
+    parse_repr_digest,
+    write_allowed,
+)
 from kci_storage.transport import RequestBody
 from kci_storage.upload import ExpectedDigests, FormPlan, Stored
 
@@ -57,8 +65,7 @@ def delete(path: str) -> Response:
     email = authenticated()
     key = keys.for_put(request.environ["PATH_INFO"])
     services().permissions.check(email, key)
-    rule = replacement_rule()
-    services().objects.delete(key, None if rule is None else lambda info: rule(info.etag))
+    services().objects.delete(key, replacement_rule())
     log.info(logs.logfmt(event="deleted", key=key, user=email, request_id=exchange().request_id))
     return without_body(204)
 
@@ -117,12 +124,16 @@ def expected_digests() -> ExpectedDigests:
     )
 
 
-def replacement_rule() -> Callable[[str | None], bool] | None:
-    """Whether a version may be replaced or deleted, by If-Match and If-None-Match; None: in any case."""
-    if_match, if_none_match = request.headers.get("If-Match"), request.headers.get("If-None-Match")
-    if if_match is None and if_none_match is None:
+def replacement_rule() -> Callable[[ObjectInfo | None], bool] | None:
+    """Whether what is there may be replaced or deleted, by the request's conditions; None: in any case."""
+    headers = RequestHeaders.from_environ(request.environ)
+    if not conditional_write(headers):
         return None
-    return lambda etag: write_allowed(if_match, if_none_match, etag)
+
+    def holds(info: ObjectInfo | None) -> bool:
+        return write_allowed(headers, info and info.etag, info and info.last_modified)
+
+    return holds
 
 
 def report(stored: list[Stored], status: int) -> Response:
