@@ -66,6 +66,8 @@ def rehearse(config: Config) -> None:
         )
     except subprocess.TimeoutExpired:
         raise ConfigError(f"{config.path}: the server does not start with it in {REHEARSAL_SECONDS:g} s") from None
+    if done.returncode == os.EX_CONFIG:
+        raise ConfigError(done.stderr.strip())
     if done.returncode != 0:
         reason = (done.stderr.strip() or "for a reason unknown").splitlines()[-1]
         raise ConfigError(f"{config.path}: the server does not start with it: {reason}")
@@ -75,7 +77,11 @@ def main() -> int:
     """Build the parts; 0 when that worked."""
     from kci_storage import app  # only here, since it needs all that the server needs
 
-    app.build_services(usable(Path(sys.argv[1])))
+    try:
+        app.build_services(usable(Path(sys.argv[1])))
+    except ConfigError as exc:
+        print(exc, file=sys.stderr)
+        return os.EX_CONFIG
     return 0
 
 

@@ -29,6 +29,7 @@ from collections import deque
 from functools import partial
 from typing import Any
 
+from gunicorn.errors import AppImportError
 from gunicorn.http import errors, message, wsgi
 from gunicorn.http.body import LengthReader
 from gunicorn.workers.gthread import PollableMethodQueue, ThreadWorker
@@ -36,6 +37,7 @@ from gunicorn.workers.gthread import PollableMethodQueue, ThreadWorker
 from kci_storage import logs
 from kci_storage.background import Background, Sending
 from kci_storage.client_socket import ClientSocket
+from kci_storage.config import ConfigError
 from kci_storage.connection import Connection, Waiting, WorkerConnection
 from kci_storage.pool import Pool
 from kci_storage.response import Response
@@ -107,6 +109,16 @@ class Worker(ThreadWorker):
         """Start what must not be shared with a forked process, then serve."""
         self._background = Background()
         super().init_process()
+
+    def load_wsgi(self) -> None:
+        """Make the application.
+
+        :raises AppImportError: that cannot be, by the configuration; gunicorn prints the line and ends the server.
+        """
+        try:
+            super().load_wsgi()
+        except ConfigError as exc:
+            raise AppImportError(f"kci-storage: {exc}") from exc
 
     def init_signals(self) -> None:
         """From now on the worker heeds signals; those that came since the fork are delivered here."""

@@ -193,6 +193,15 @@ def test_serve_serves(local_server):
     assert requests.get(f"{local_server.url}/v1/health", timeout=10).text == "ok"
 
 
+def test_a_cache_directory_that_cannot_be_made_is_one_line(run, tmp_path):
+    server = {"bind": f"unix:{tmp_path}/socket"}
+    done = run("serve", config=local(server=server, cache={"directory": "/dev/null/cache"}))
+    assert done.returncode != 0
+    [said] = {line for line in done.stderr.splitlines() if "cache.directory" in line}  # of each worker the same
+    assert said.endswith("not /dev/null/cache: Not a directory")
+    assert "Traceback" not in done.stderr
+
+
 def test_serve_passes_arguments_on_to_gunicorn(start_server):
     server = start_server("local", server={"workers": 1}, arguments=["--name", "passed-on", "--pid", "gunicorn.pid"])
     assert (server.folder / "gunicorn.pid").read_text() == f"{server.process.pid}\n"

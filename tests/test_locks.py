@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import os
 import shutil
@@ -14,9 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from kci_storage import durable
-from kci_storage.errors import InsufficientStorage, WriteConflict
-from kci_storage.locks import KEPT, MARKERS, KeyLocks, Lease
+from kci_storage import app, durable
+from kci_storage.config import CacheConfig, Config, ConfigError
+from kci_storage.drivers.local import LocalDriver
+from kci_storage.errors import BackendError, InsufficientStorage, WriteConflict
+from kci_storage.locks import KEPT, MARKERS, NOBODYS, KeyLocks, Lease
 from tests.disks import small_disk, use_up_inodes
 from tests.peers import Peer, dies, peers
 
@@ -358,3 +361,38 @@ def test_a_folder_that_is_gone_holds_no_locks(tmp_path: Path) -> None:
     locks.directory.rmdir()
     assert locks.names() == []
     assert is_free(locks.directory, "name")
+
+
+# File systems that cannot be used
+
+
+@pytest.fixture
+def no_hard_links(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As FAT answers, which not every machine can mount."""
+
+    def link(*args: object, **kwargs: object) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", link)
+
+
+@pytest.mark.usefixtures("no_hard_links")
+def test_a_cache_on_a_file_system_without_hard_links_is_refused_at_the_start(tmp_path: Path):
+    config = Config(tmp_path / "config.toml", driver="local", cache=CacheConfig(directory=tmp_path / "cache"))
+    with pytest.raises(ConfigError, match=r"config.toml: cache.directory: expected .* with hard links"):
+        app.new_cache(config)
+
+
+@pytest.mark.usefixtures("no_hard_links")
+def test_a_local_storage_without_hard_links_is_not_ready(tmp_path: Path):
+    with pytest.raises(BackendError):
+        LocalDriver(tmp_path).probe()
+
+
+def test_a_proof_leaves_nothing_and_is_not_in_the_way_of_another(tmp_path: Path):
+    locks = KeyLocks(tmp_path / "locks")
+    with locks.hold(NOBODYS, 0):
+        locks.prove()
+    assert locks.names() == []
+    locks.prove()
+    assert locks.names() == []
