@@ -27,7 +27,6 @@ from urllib.parse import urlsplit
 
 import requests
 import urllib3.exceptions
-from azure.core import MatchConditions
 from azure.core.exceptions import (
     AzureError,
     HttpResponseError,
@@ -36,23 +35,20 @@ from azure.core.exceptions import (
 )
 from azure.core.pipeline.transport import RequestsTransport
 from azure.storage.blob import (
-    BlobBlock,
     BlobClient,
     BlobPrefix,
     BlobProperties,
     ContainerClient,
-    ContentSettings,
     LinearRetry,
     generate_container_sas,
 )
 
 from kci_storage.config import AzureConfig, Config
-from kci_storage.drivers import blob_writes
 from kci_storage.drivers.base import Digests, Driver, Expectation, ObjectInfo, ObjectReader, ObjectWriter, Page
 from kci_storage.drivers.blob_errors import RETRIES, RETRY_WAIT, breakage, nonsense, refusal, silence
 from kci_storage.drivers.blob_http import Pool
-from kci_storage.drivers.blob_reads import BlobReads, pinned, valid_sha256
-from kci_storage.drivers.blob_writes import BlobWrites
+from kci_storage.drivers.blob_reads import BlobReads, valid_sha256
+from kci_storage.drivers.blob_writes import BlobWrites, BlocksLost, condition, new_block_id, properties
 from kci_storage.errors import (
     BackendError,
     BadRequest,
@@ -65,7 +61,6 @@ from kci_storage.keys import MAX_CHARACTERS, is_valid
 
 BLOCK_SIZE = 8 * 1024 * 1024  # bytes; at most 50,000 blocks make an object, so 390 GiB
 BLOCKS_IN_FLIGHT = 4  # of one upload; it holds one block more in memory
-SEND_SIZE = 256 * 1024  # bytes given to the socket at a time
 SIGNATURE_SECONDS = 2 * 60 * 60.0  # for which requests are authorised at a time
 THREADS = 128  # of one process, for blocks and for asking ahead
 CONNECTIONS = 128  # kept for later use, of one process
@@ -107,7 +102,7 @@ class AzureDriver(Driver):
 
     @property
     def writes(self) -> BlobWrites:
-        """What stores small objects."""
+        """What stores objects."""
         return self._process.writes
 
     def blob(self, key: str) -> BlobClient:
@@ -196,12 +191,12 @@ def _session(endpoint: str) -> requests.Session:
     session.trust_env = False
     session.proxies, session.verify = environment["proxies"], environment["verify"]
     for scheme in ("http://", "https://"):
-        session.mount(scheme, _Adapter(pool_connections=2, pool_maxsize=CONNECTIONS))
+        session.mount(scheme, requests.adapters.HTTPAdapter(pool_connections=2, pool_maxsize=CONNECTIONS))
     return session
 
 
 def _client(settings: AzureConfig, endpoint: str, session: requests.Session) -> ContainerClient:
-    """The SDK's client, for all but reads."""
+    """The SDK's client, for all but reads and writes."""
     key = {"account_name": settings.account, "account_key": settings.key}
     transport = RequestsTransport(
         session=session,
@@ -216,7 +211,6 @@ def _client(settings: AzureConfig, endpoint: str, session: requests.Session) -> 
         transport=transport,
         retry_policy=_Retry(RETRY_WAIT, RETRIES, random_jitter_range=RETRY_WAIT / 2),
         permit_redirects=False,
-        max_single_put_size=2**63,  # the writer decides; what it gives in one piece is sent in one request
     )
 
 
@@ -270,28 +264,11 @@ class _Retry(LinearRetry):
         return super().increment(settings, request, response, error)
 
 
-class _Adapter(requests.adapters.HTTPAdapter):
-    """Sends bodies in pieces.
-
-    urllib3 allows the *connect* time-out for each piece that it sends. A whole block in one piece would need a fast
-    line; from bytes there is but one piece, from a file there are many.
-    """
-
-    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
-        super().init_poolmanager(*args, blocksize=SEND_SIZE, **kwargs)
-
-    def send(self, request: requests.PreparedRequest, *args: Any, **kwargs: Any) -> requests.Response:
-        if isinstance(request.body, bytes):
-            request.body = io.BytesIO(request.body)
-        return super().send(request, *args, **kwargs)
-
-
-class _BlocksLost(Exception):
-    """Staged blocks are gone, or are refused beside another client's: they must be staged again."""
-
-
 class _Writer(ObjectWriter):
-    """Blocks on their way to the backend, or, up to one block, just bytes in memory."""
+    """Blocks on their way to the backend, or, up to one block, just bytes in memory.
+
+    A block's buffer is used again once the backend has it: pages that the process has already cost nothing more.
+    """
 
     def __init__(self, driver: AzureDriver, key: str, content_type: str, tags: Mapping[str, str] | None):
         self._driver = driver
@@ -305,15 +282,16 @@ class _Writer(ObjectWriter):
         self._block_id_size = block_id_size
         self._size = 0  # bytes written
         self._block = io.BytesIO()  # the one that is being filled
-        self._blocks: list[BlobBlock] = []
-        self._in_flight: deque[Future[None]] = deque()
+        self._spare: list[io.BytesIO] = []  # whose content the backend has
+        self._block_ids: list[str] = []
+        self._in_flight: deque[Future[io.BytesIO]] = deque()
         self._lost = False
 
     def write(self, data: bytes | memoryview) -> None:
         self._size += len(data)
         rest = memoryview(data)
-        while self._block.tell() + len(rest) > self._driver.block_size:
-            room = self._driver.block_size - self._block.tell()
+        while self.held + len(rest) > self._driver.block_size:
+            room = self._driver.block_size - self.held
             self._block.write(rest[:room])
             rest = rest[room:]
             self._stage()
@@ -326,30 +304,37 @@ class _Writer(ObjectWriter):
     def flush(self) -> None:
         if self.held:
             self._stage()
-        while self._in_flight:  # what is on its way is in memory too
-            self._settle()
+        self._settle_all()  # what is on its way is in memory too
+        self._spare.clear()
+        self._block = io.BytesIO()
 
     def _stage(self) -> None:
         """Send what is in memory as one block, as soon as few enough others are under way."""
-        data, self._block = self._block.getvalue(), io.BytesIO()  # without a copy
         while len(self._in_flight) >= BLOCKS_IN_FLIGHT:
             self._settle()
-        if not self._lost:
-            block = BlobBlock(secrets.token_urlsafe(self._block_id_size)[: self._block_id_size])
-            self._blocks.append(block)
-            self._in_flight.append(self._driver.submit(self._send, block.id, data))
+        if self._lost:  # then nothing but their size matters
+            self._block.seek(0)
+            return
+        block, self._block = self._block, self._spare.pop() if self._spare else io.BytesIO()
+        self._block_ids.append(new_block_id(self._block_id_size))
+        self._in_flight.append(self._driver.submit(self._send, self._block_ids[-1], block))
 
-    def _send(self, block_id: str, data: bytes) -> None:
-        with _own_errors(), _lost_blocks():
-            self._driver.blob(self._key).stage_block(
-                block_id, data, length=len(data), client_request_id=_request_id()
-            )
+    def _send(self, block_id: str, block: io.BytesIO) -> io.BytesIO:
+        """Have the backend take a block; its buffer, which may be filled anew."""
+        with _content(block) as content:
+            self._driver.writes.stage(self._key, block_id, content)
+        block.seek(0)
+        return block
 
     def _settle(self) -> None:
         try:
-            self._in_flight.popleft().result()
-        except _BlocksLost:
+            self._spare.append(self._in_flight.popleft().result())
+        except BlocksLost:
             self._lost = True
+
+    def _settle_all(self) -> None:
+        while self._in_flight:
+            self._settle()
 
     def commit(
         self,
@@ -362,7 +347,7 @@ class _Writer(ObjectWriter):
         for _ in range(3):
             try:
                 return self._commit(digests, expected)
-            except _BlocksLost as exc:
+            except BlocksLost as exc:
                 if replay is None:
                     raise conflict from exc
             self._stage_again(replay)
@@ -375,9 +360,8 @@ class _Writer(ObjectWriter):
 
     def _commit(self, digests: Digests, expected: str | Expectation) -> ObjectInfo:
         try:
-            with _own_errors(PreconditionFailed("the stored version is not the expected one")), _lost_blocks():
-                etag, modified = self._put(digests, expected)
-        except (PreconditionFailed, _BlocksLost):
+            etag, modified = self._put(digests, expected)
+        except (PreconditionFailed, BlocksLost):
             landed = self._landed()
             if landed is None:
                 raise
@@ -386,47 +370,26 @@ class _Writer(ObjectWriter):
 
     def _put(self, digests: Digests, expected: str | Expectation) -> tuple[str, int]:
         """Make it the object's content, by one request; its ETag, and when it was modified."""
-        if not self._blocks and not self._lost and self._size <= blob_writes.LARGEST:
-            return self._put_small(digests, expected)
-        answer = self._put_large(digests, expected)
-        return answer["etag"].strip('"'), int(answer["last_modified"].timestamp())
-
-    def _put_small(self, digests: Digests, expected: str | Expectation) -> tuple[str, int]:
         metadata = {"sha256": digests.sha256, _UPLOAD_ID: self._upload_id}
-        headers = blob_writes.properties(self._content_type, digests.md5, metadata, self._tags)
-        return self._driver.writes.put(
-            self._key, self._block.getvalue(), {**headers, **blob_writes.condition(expected)}
-        )
-
-    def _put_large(self, digests: Digests, expected: str | Expectation) -> Mapping[str, Any]:
-        options = {
-            "content_settings": ContentSettings(
-                content_type=self._content_type, content_md5=bytearray(digests.md5) if digests.md5 else None
-            ),
-            "metadata": {"sha256": digests.sha256, _UPLOAD_ID: self._upload_id},
-            "tags": self._tags or None,
-            "client_request_id": _request_id(),
-            **_expecting(expected),
-        }
-        blob = self._driver.blob(self._key)
-        if not self._blocks and not self._lost:
-            return blob.upload_blob(self._block.getvalue(), length=self._size, overwrite=True, **options)
+        headers = properties(self._content_type, digests.md5, metadata, self._tags) | condition(expected)
+        if not self._block_ids and not self._lost:
+            with _content(self._block) as content:
+                return self._driver.writes.put(self._key, content, headers)
         if self.held:
             self._stage()
-        while self._in_flight:
-            self._settle()
+        self._settle_all()
         if self._lost:
-            raise _BlocksLost
-        return blob.commit_block_list(self._blocks, **options)
+            raise BlocksLost
+        return self._driver.writes.commit(self._key, self._block_ids, headers)
 
     def _landed(self) -> ObjectInfo | None:
-        """The object, if it is of this writer: the answer to a commit may have been lost, and the SDK tried again."""
+        """The object, if it is of this writer: the answer to a commit may have been lost, and it was tried again."""
         try:
             with _own_errors():
-                properties = self._driver.blob(self._key).get_blob_properties()
+                found = self._driver.blob(self._key).get_blob_properties()
         except ObjectNotFound:
             return None
-        return _info(self._key, properties) if properties.metadata.get(_UPLOAD_ID) == self._upload_id else None
+        return _info(self._key, found) if found.metadata.get(_UPLOAD_ID) == self._upload_id else None
 
     def _stage_again(self, replay: Callable[[], Iterable[bytes]]) -> None:
         self.abort()
@@ -438,15 +401,15 @@ class _Writer(ObjectWriter):
     def abort(self) -> None:
         while self._in_flight:
             self._in_flight.pop().cancel()
+        self._spare.clear()
         self._block = io.BytesIO()
 
 
-def _request_id() -> str:
-    """A name for a request, as the backend's logs will have it.
-
-    The SDK's own is a UUID of the system's time, for which all threads of all processes queue at one locked file.
-    """
-    return secrets.token_hex(16)
+@contextlib.contextmanager
+def _content(block: io.BytesIO) -> Iterator[memoryview]:
+    """What a block's buffer was filled with, during the block of the statement; then it may be filled anew."""
+    with block.getbuffer() as whole, whole[: block.tell()] as content:
+        yield content
 
 
 def _others_block_id_size(blob: BlobClient) -> int | None:
@@ -494,27 +457,16 @@ def _page(items: list[Any], marker: str | None) -> Page:
     )
 
 
-def _expecting(expected: str | Expectation) -> dict[str, Any]:
-    if expected is Expectation.ANYTHING:
-        return {}
-    if expected is Expectation.NOTHING:
-        return {"match_condition": MatchConditions.IfMissing}
-    return {"etag": pinned(expected), "match_condition": MatchConditions.IfNotModified}
-
-
 # Errors
 
 
 @contextlib.contextmanager
-def _own_errors(unmet: StorageError | None = None) -> Iterator[None]:
-    """The SDK's errors become ours.
-
-    :param unmet: what it means that a condition of the request was not met.
-    """
+def _own_errors() -> Iterator[None]:
+    """The SDK's errors become ours."""
     try:
         yield
     except (AzureError, requests.RequestException, urllib3.exceptions.HTTPError) as exc:
-        error = _error(exc, unmet)
+        error = _error(exc)
     except (AttributeError, LookupError, TypeError, ValueError) as exc:  # the SDK, of an answer by something else
         error = nonsense(f"{type(exc).__name__}: {exc}")
     else:
@@ -522,21 +474,11 @@ def _own_errors(unmet: StorageError | None = None) -> Iterator[None]:
     raise error from None  # the SDK's own would put URLs into the log, with the signature of a SAS token
 
 
-@contextlib.contextmanager
-def _lost_blocks() -> Iterator[None]:
-    try:
-        yield
-    except HttpResponseError as exc:
-        if _code(exc) in ("InvalidBlockList", "InvalidBlobOrBlock"):
-            raise _BlocksLost from None
-        raise
-
-
-def _error(exc: Exception, unmet: StorageError | None) -> StorageError:
+def _error(exc: Exception) -> StorageError:
     """Our error for one of the SDK's. Its message may go to the client, its detail to the log."""
     status, detail = getattr(exc, "status_code", None), _detail(exc)
     if status is not None:
-        return refusal(status, _code(exc), detail, _header(exc, "Retry-After"), unmet)
+        return refusal(status, _code(exc), detail, _header(exc, "Retry-After"))
     if any(isinstance(cause, _TIMEOUTS) for cause in _causes(exc)):
         return silence(detail)
     return breakage(detail)

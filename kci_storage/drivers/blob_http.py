@@ -1,4 +1,4 @@
-"""HTTP/1.1 (RFC 9112) as far as blobs need it: requests with a small body or none, answers of a known length.
+"""HTTP/1.1 (RFC 9112) as far as blobs need it: requests with a body in memory or none, answers of a known length.
 
 The SDK's pipeline would cost more processor time than most of what else a small cold file needs, and would take a
 large one in through several hands. Here a body goes from the socket into the reader's own buffer, without a thread of
@@ -24,6 +24,7 @@ from kci_storage.errors import BackendError
 
 PIECE_SIZE = 64 * 1024  # bytes asked of the socket while a head is awaited: a small object comes along with it
 HEAD_SIZE = 64 * 1024  # bytes that a head may have
+TOGETHER = 64 * 1024  # bytes of a body that leave together with the head
 UNWANTED_SIZE = 64 * 1024  # bytes of a body that are taken in and thrown away, to keep the connection
 UNWANTED_SECONDS = 1  # that it may take for its next bytes
 CONNECTIONS = 128  # kept for later use
@@ -40,7 +41,7 @@ class Pool:
     :param proxy: the URL of an HTTP proxy to go through, maybe with a user and a password; None: directly.
     :param authorities: a file or folder of the certificates to trust; None: the system's.
     :param connect_timeout: seconds to wait for a connection.
-    :param read_timeout: seconds to wait for the next byte of an answer.
+    :param read_timeout: seconds to wait for the next byte of an answer, or until more of a request is taken.
     """
 
     def __init__(
@@ -57,12 +58,12 @@ class Pool:
             self._prefix = f"http://{self._url.netloc}"
             self._common |= _authorization(self._proxy)
 
-    def ask(self, method: str, target: str, headers: Mapping[str, str], body: bytes = b"") -> Answer:
+    def ask(self, method: str, target: str, headers: Mapping[str, str], body: bytes | memoryview = b"") -> Answer:
         """Send a request; the answer, of which only the head is here.
 
         :param method: ``GET``, ``HEAD`` or ``PUT``.
         :param target: path and query, quoted.
-        :param body: small; its length is one of the headers.
+        :param body: of bytes; its length is one of the headers.
         :raises Unanswered: nobody has answered.
         :raises BackendTimeout: nothing came for too long.
         :raises BackendError: the answer makes no sense.
@@ -71,7 +72,7 @@ class Pool:
         if any(map(_NOT_IN_HEADERS.search, fields.values())):
             raise nonsense("a header's value would be several lines")
         lines = [f"{method} {self._prefix}{target} HTTP/1.1", *(f"{name}: {value}" for name, value in fields.items())]
-        return self._take().ask("\r\n".join([*lines, "", ""]).encode("latin-1", "replace") + body, method)
+        return self._take().ask("\r\n".join([*lines, "", ""]).encode("latin-1", "replace"), body, method)
 
     def _take(self) -> Connection:
         with contextlib.suppress(IndexError):  # there is none, or another thread was quicker
@@ -143,11 +144,11 @@ class Connection:
         """Whether the other side has neither ended it nor said anything unasked."""
         return not _readable([self.sock], 0)
 
-    def ask(self, request: bytes, method: str) -> Answer:
+    def ask(self, head: bytes, body: bytes | memoryview, method: str) -> Answer:
         """Send a request, and wait for the head of its answer. A failure closes the connection."""
         try:
             self.sock.settimeout(self._pool.read_timeout)
-            self.sock.sendall(request)
+            self._send(head, body)
             head, rest = self._head()
             self.sock.settimeout(0)
             return Answer(self, *_parsed(head), rest, method == "HEAD")
@@ -160,6 +161,20 @@ class Connection:
         except ValueError as exc:
             self.close()
             raise nonsense(str(exc)) from exc
+
+    def _send(self, head: bytes, body: bytes | memoryview) -> None:
+        """Send a request. Who refuses it may answer before its end, and take no more; that shows in the answer."""
+        with contextlib.suppress(ConnectionError):
+            self._send_all(memoryview(head + body[:TOGETHER]))
+            self._send_all(memoryview(body)[TOGETHER:])
+
+    def _send_all(self, data: memoryview) -> None:
+        """All of it, however long it takes: the time-out is for each piece that the socket takes.
+
+        (For :meth:`socket.socket.sendall` it would be for the whole.)
+        """
+        while data:
+            data = data[self.sock.send(data) :]
 
     def _head(self) -> tuple[bytes, bytes]:
         """The bytes of a head, and those after it that came along."""
