@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from werkzeug.sansio.multipart import Data, Event, Field, File
 
-from kci_storage import durable, keys, logs, memory
+from kci_storage import durable, keys, logs, memory, places
 from kci_storage.digests import ALONE
 from kci_storage.errors import (
     BackendError,
@@ -99,14 +99,17 @@ class Archives:
             with self._turn():
                 form.receive(form_events(body, boundary, self.uploads.max_bytes))
             prefix, files = form.files()
-            report = _Run(self, plan, spool, prefix).upload(files)
+            with places.aside():  # it waits for the threads that upload
+                report = _Run(self, plan, spool, prefix).upload(files)
         memory.give_back(report.size)
         return report
 
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:
         """Be one of those that are unpacked during the block."""
-        if not self._unpacking.acquire(timeout=self.uploads.lock_timeout):
+        with places.aside():
+            mine = self._unpacking.acquire(timeout=self.uploads.lock_timeout)
+        if not mine:
             raise Overloaded("too many archives are being unpacked; try later", retry_after=5)
         try:
             yield

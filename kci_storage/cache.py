@@ -149,6 +149,10 @@ class Cache:
 
     # Reading: no lock, and nobody is asked
 
+    def has_copy(self, key: str) -> bool:
+        """Whether there is a copy of the object, as far as one look at the directory can tell."""
+        return self.slot(key).record.exists()
+
     def lookup(self, key: str) -> Entry | None:
         """The copy of the object, opened, or None.
 
@@ -292,7 +296,7 @@ class Cache:
 
         The caller holds the key's lock, whose file is the announcement; here it is made to outlive a loss of power.
         """
-        if self.slot(key).record.exists():
+        if self.has_copy(key):
             self.locks.sync()
 
     def publish(self, part: durable.NewFile, info: ObjectInfo) -> None:

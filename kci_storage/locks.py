@@ -16,14 +16,16 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from kci_storage import durable
+from kci_storage import durable, places
 from kci_storage.errors import InsufficientStorage, WriteConflict
 
 MARKERS = "markers"  # the folder of the markers, beside that of the locks
@@ -51,6 +53,7 @@ class KeyLocks:
     def __init__(self, directory: Path):
         self.directory = directory
         self._markers = _Markers(directory.with_name(MARKERS))
+        self._turns = _Turns()
         durable.make_directory(directory)
 
     def try_acquire(self, name: str) -> Lease | None:
@@ -97,18 +100,24 @@ class KeyLocks:
 
         :param timeout: seconds to wait for it.
         :raises WriteConflict: it was held by others all that time.
+        :raises Overloaded: too many requests of this process wait already.
         """
-        deadline = time.monotonic() + timeout
-        while (lease := self.try_acquire(name)) is None:
-            if time.monotonic() >= deadline:
-                raise WriteConflict(
-                    f"another upload of this file has been running for {timeout:g} seconds; try later"
-                )
-            time.sleep(POLL_INTERVAL)
+        lease = self.try_acquire(name) or self._wait(name, timeout)
         try:
             yield lease
         finally:
             lease.release()
+
+    def _wait(self, name: str, timeout: float) -> Lease:
+        deadline = time.monotonic() + timeout
+        with places.aside(), self._turns.take(name, timeout):
+            while (lease := self.try_acquire(name)) is None:
+                if time.monotonic() >= deadline:
+                    raise WriteConflict(
+                        f"another upload of this file has been running for {timeout:g} seconds; try later"
+                    )
+                time.sleep(POLL_INTERVAL)
+        return lease
 
     @contextlib.contextmanager
     def hold_if_free(self, name: str) -> Iterator[Lease | None]:
@@ -132,6 +141,10 @@ class KeyLocks:
         """Whether somebody holds the lock, or died with it. Costs one look at the directory."""
         return (self.directory / name).exists()
 
+    def waiting(self, name: str) -> int:
+        """How many threads of this process wait for the lock."""
+        return self._turns.length(name)
+
     def names(self) -> list[str]:
         """The locks that are held or were left by the dead."""
         with contextlib.suppress(FileNotFoundError):
@@ -145,6 +158,38 @@ class KeyLocks:
     def sweep(self) -> int:
         """Remove the markers of processes that died; how many. The locks that they left stay."""
         return self._markers.sweep()
+
+
+class _Turns:
+    """Who waits for a lock in one process: of those that wait for the same one, only the first looks at it."""
+
+    def __init__(self) -> None:
+        self._queues: dict[str, deque[threading.Event]] = {}
+        self._mutex = threading.Lock()
+
+    @contextlib.contextmanager
+    def take(self, name: str, timeout: float) -> Iterator[None]:
+        """Be the first during the block, or have waited for that as long as one may."""
+        turn = threading.Event()
+        with self._mutex:
+            queue = self._queues.setdefault(name, deque())
+            queue.append(turn)
+            queue[0].set()
+        try:
+            turn.wait(timeout)
+            yield
+        finally:
+            with self._mutex:
+                queue.remove(turn)
+                if queue:
+                    queue[0].set()
+                else:
+                    del self._queues[name]
+
+    def length(self, name: str) -> int:
+        """How many wait."""
+        with self._mutex:
+            return len(self._queues.get(name, ()))
 
 
 class _Markers:

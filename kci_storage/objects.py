@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+from kci_storage import places
 from kci_storage.cache import Cache
 from kci_storage.drivers.base import Driver, LocalObjects, ObjectInfo, ObjectReader
 from kci_storage.errors import (
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 DIRECT_SIZE = 1024 * 1024  # bytes of a range that is asked for at once, before its object's properties are known
 FOLLOW_AHEAD = 1024 * 1024  # bytes; a range that begins this little ahead of a running fill follows it
+LONGEST_POLL = 0.1  # seconds; who has waited for an upload for a second need not be told within 10 ms of its end
 
 
 class CacheStatus(enum.Enum):
@@ -260,14 +262,23 @@ class Objects:
     def _open(self, key: str, method: str, conditions: RequestHeaders) -> Content:
         if self._local is not None:
             return self._open_local(self._local, key)
-        deadline = time.monotonic() + self._wait_timeout
+        started = time.monotonic()
         while True:
             content = self._open_copy(key) or self._open_cold(key, method, conditions)
             if content is not None:
                 return content
-            if time.monotonic() > deadline:
-                raise Overloaded("an upload of this file is running; try later", retry_after=5)
-            time.sleep(POLL_INTERVAL)
+            self._wait_for_writer(key, started)
+
+    def _wait_for_writer(self, key: str, started: float) -> None:
+        """Wait until something may have come of the key's upload; less often look those who have waited long."""
+        with places.aside():
+            while True:
+                waited = time.monotonic() - started
+                if waited > self._wait_timeout:
+                    raise Overloaded("an upload of this file is running; try later", retry_after=5)
+                time.sleep(min(LONGEST_POLL, max(POLL_INTERVAL, waited / 10)))
+                if self._cache.has_copy(key) or not self._cache.is_being_written(key):
+                    return
 
     def _open_copy(self, key: str) -> FileContent | None:
         entry = self._cache.lookup(key)

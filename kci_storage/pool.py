@@ -9,18 +9,24 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from kci_storage import places
+from kci_storage.errors import Overloaded
+
 log = logging.getLogger(__name__)
 
 SLOW_PER_THREAD = 4  # threads that wait for slow clients, for each of those that work: beyond, the slowest have to go
 
 
 class Pool:
-    """Threads that work, so many at a time, and beside them those that wait for slow clients.
+    """Threads that work, so many at a time, and beside them those that wait for slow clients, or for other requests.
 
     A thread that waits for its client does nothing else, and needs no processor: it lends its place to another one,
     and takes it back when the client has moved. So clients that are slow by intent or by their link hold up nobody
     else. There may be as many as connections: with a limit of their own, a worker that has reached it would hold the
     requests that it has accepted, while another one has threads to spare.
+
+    A thread that waits for another request (:func:`kci_storage.places.aside`) lends its place, too. Of these there
+    are so many and no more, since nobody drops their clients.
 
     :param size: how many work at a time.
     :param changed: called by any thread when a place has become free, or is no longer.
@@ -28,13 +34,14 @@ class Pool:
 
     def __init__(self, size: int, changed: Callable[[], None]):
         self.size = size
-        self.lent = 0  # threads that wait for a client
+        self.lent = 0  # threads that wait, for a client or for another request
         self._changed = changed
         self._queue: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._threads = 0
         self._spare = 0  # idle threads; below zero: calls that wait for one
-        self._waiting: set[Any] = set()  # for whom the lent threads wait
+        self._waiting: set[Any] = set()  # the clients for whom threads wait
+        self._aside = 0  # threads that wait for another request
 
     def submit(self, function: Callable[[], None]) -> None:
         """Have a function called by a thread, as soon as one is free."""
@@ -46,7 +53,10 @@ class Pool:
     @contextlib.contextmanager
     def lend(self, client: Any) -> Iterator[None]:
         """The calling thread does nothing but wait for a client during the block."""
-        self._lend(client)
+        with self._lock:
+            self._waiting.add(client)
+            self._lend()
+        self._changed()
         try:
             yield
         finally:
@@ -54,12 +64,28 @@ class Pool:
                 self.lent -= 1
                 self._waiting.discard(client)
 
-    def _lend(self, client: Any) -> None:
+    @contextlib.contextmanager
+    def step_aside(self) -> Iterator[None]:
+        """The calling thread does nothing but wait for another request during the block.
+
+        :raises Overloaded: too many do.
+        """
         with self._lock:
-            self.lent += 1
-            self._waiting.add(client)
-            self._fill()
+            if self._aside >= places.MOST_ASIDE:
+                raise Overloaded("too many requests wait for others to end; try later", retry_after=5)
+            self._aside += 1
+            self._lend()
         self._changed()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.lent -= 1
+                self._aside -= 1
+
+    def _lend(self) -> None:
+        self.lent += 1
+        self._fill()
 
     @property
     def has_plenty(self) -> bool:
@@ -69,7 +95,7 @@ class Pool:
     @property
     def is_crowded(self) -> bool:
         """Whether more threads wait for slow clients than are worth their memory, or there can be no more threads."""
-        return self.lent > SLOW_PER_THREAD * self.size or self._spare < 0
+        return len(self._waiting) > SLOW_PER_THREAD * self.size or self._spare < 0
 
     def waited_for(self) -> list[Any]:
         """The clients for whom threads wait."""
@@ -91,6 +117,7 @@ class Pool:
             self._spare += 1
 
     def _run(self) -> None:
+        places.take(self)
         while True:
             self._queue.get()()
             with self._lock:

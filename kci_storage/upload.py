@@ -96,6 +96,7 @@ class Uploads:
         :param tags: stored with it.
         :param md5: whether its MD5 is wanted even if the driver does not need it.
         :raises WriteConflict: another upload of the key took too long to wait for.
+        :raises Overloaded: too many requests wait for others already.
         :raises KeyConflict: the backend cannot hold the key beside one that it has.
         """
         return Upload(self, key, content_type, tags, md5=md5 or self.driver.wants_md5)
@@ -280,7 +281,7 @@ class _Copy:
 
     def has_predecessor(self) -> bool:
         """Whether there is a copy of the version before."""
-        return self._cache.slot(self._key).record.exists()
+        return self._cache.has_copy(self._key)
 
     @contextlib.contextmanager
     def committing(self) -> Iterator[None]:

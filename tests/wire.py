@@ -55,6 +55,10 @@ class Wire:
         self._socket.connect(("127.0.0.1", server.port))
         self._received = bytearray()
 
+    def fileno(self) -> int:
+        """The socket's descriptor, to wait for."""
+        return self._socket.fileno()
+
     def send(self, *data: bytes) -> None:
         """Send all of it."""
         self._socket.sendall(b"".join(data))
