@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -15,7 +17,8 @@ import requests
 
 import kci_storage
 from kci_storage.drivers.base import Driver
-from tests.driver_contract import KIB, DriverContract, content_of
+from tests.cold import in_background
+from tests.driver_contract import KIB, DriverContract, content_of, put
 from tests.harness import Server
 
 ROOT = Path(kci_storage.__file__).parent.parent
@@ -39,6 +42,15 @@ class TestSqliteDriver(DriverContract):
         driver = example.SqliteDriver(tmp_path / "objects.sqlite")
         yield driver
         driver.close()
+
+    def test_who_comes_first_waits_for_another_one_who_opens_the_database(self, driver, tmp_path):
+        with contextlib.closing(sqlite3.connect(tmp_path / "objects.sqlite", check_same_thread=False)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            stored = in_background(put, driver, "a", b"content")
+            with pytest.raises(TimeoutError):
+                stored.result(timeout=0.2)
+            other.rollback()
+            assert stored.result() == driver.stat("a")
 
 
 @pytest.fixture

@@ -52,9 +52,7 @@ class SqliteDriver(Driver):
                 self._file, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False
             )
             with contextlib.closing(connection):
-                connection.execute("PRAGMA journal_mode = WAL")  # readers and a writer do not wait for each other
-                connection.execute("PRAGMA synchronous = FULL")  # what was committed survives a loss of power
-                connection.executescript(SCHEMA)
+                _prepare(connection)
                 connection.execute(begin)
                 yield connection
                 connection.execute("COMMIT")  # closing without it rolls back
@@ -183,6 +181,20 @@ def _info(connection: sqlite3.Connection, key: str) -> ObjectInfo:
     if row is None:
         raise ObjectNotFound("no such file")
     return ObjectInfo(key, *row[1:])
+
+
+def _prepare(connection: sqlite3.Connection) -> None:
+    """Have readers and a writer not wait for each other, what was committed survive a loss of power, and tables."""
+    deadline = time.monotonic() + BUSY_TIMEOUT
+    while connection.execute("PRAGMA journal_mode").fetchone() != ("wal",):
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+        except sqlite3.OperationalError:  # somebody has the file open: for this SQLite does not wait
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
+    connection.execute("PRAGMA synchronous = FULL")
+    connection.executescript(SCHEMA)
 
 
 @contextlib.contextmanager
