@@ -1,8 +1,9 @@
 """The command ``kci-storage``.
 
-Exit codes: 0, done; 2, wrong usage; 78 (``EX_CONFIG`` of sysexits.h), the configuration cannot be used. A service
-manager can be told that trying again does not mend the last of them (systemd: ``RestartPreventExitStatus=78``).
-The client's commands (:mod:`kci_storage.client.commands`) have 1, something failed, and 130, interrupted, too.
+Exit codes: 0, done; 1, ``health`` found no server; 2, wrong usage; 78 (``EX_CONFIG`` of sysexits.h), the
+configuration cannot be used. A service manager can be told that trying again does not mend the last of them (systemd:
+``RestartPreventExitStatus=78``). The client's commands (:mod:`kci_storage.client.commands`) have 1, something failed,
+and 130, interrupted, too.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
-from kci_storage import __version__, auth, check, keeping
+from kci_storage import __version__, auth, check, health, keeping
 from kci_storage.client import commands as client
-from kci_storage.config import CONFIG_VARIABLE, ConfigError
+from kci_storage.config import CONFIG_VARIABLE, ConfigError, load
 
 GUNICORN = ("gunicorn", "-c", "python:kci_storage.serving", "kci_storage.app:create_app()")
 MOST_DAYS = 36_500
@@ -73,6 +74,17 @@ def check_config(arguments: argparse.Namespace) -> None:
     print(f"{config.path}: ok (driver {config.driver}, bind {config.server.bind})")
 
 
+def ask_health(arguments: argparse.Namespace) -> int:
+    """Say that the server of this configuration answers, or fail."""
+    try:
+        health.ask(load(arguments.config).server)
+    except health.Unhealthy as exc:
+        print(f"kci-storage: {exc}", file=sys.stderr)
+        return 1
+    print("ok")
+    return 0
+
+
 def _warn(message: str) -> None:
     print(f"kci-storage: warning: {message}", file=sys.stderr)
 
@@ -90,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     issuing.add_argument("email", type=_email, help="the claim that names its owner")
     issuing.add_argument("--expires", type=_days, metavar="DAYS", help="how long it is valid; else for ever")
     _command(commands, "check-config", check_config, "say whether the configuration is valid")
+    _command(commands, "health", ask_health, "say whether the server of the configuration answers")
     keeping.add_to(partial(_command, commands))
     client.add_to(commands)
     return parser
