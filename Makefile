@@ -6,10 +6,10 @@ ARGS ?=
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check demo bench screenshots clean
+.PHONY: help run test check demo bench screenshots image-test dashboard-picture clean
 
 help: ## print this
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s  %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s  %s\n", $$1, $$2 }' Makefile
 
 run: $(VENV)/run.stamp ## start the server on local disk, with lines to paste (KCI_STORAGE_PORT=… for another port)
 	@$(VENV)/bin/python tools/run.py
@@ -31,6 +31,13 @@ bench: $(VENV)/test.stamp ## measure the server beside nginx, Varnish and bare g
 
 screenshots: $(VENV)/test.stamp ## take the pictures in docs/ again, with Debian's Chromium
 	@$(VENV)/bin/python tools/screenshots.py
+
+image-test: ## build the container image and try it, as root, with podman (ARGS=BASE for another base)
+	@$(PYTHON) tools/image_test.py $(ARGS)
+
+dashboard-picture: $(VENV)/test.stamp ## draw the picture of the dashboard again, after half an hour of traffic
+	@tools/azurite.sh .tools $(VENV)
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/python tools/dashboard_picture/take.py $(ARGS)
 
 clean: ## remove what make has made, but for config.toml and the stored files
 	rm -rf $(VENV) .tools build dist *.egg-info .pytest_cache .hypothesis .ruff_cache

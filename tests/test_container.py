@@ -1,11 +1,13 @@
-"""The container's files. Whether they build is seen with Docker only; here, that what they hold is right."""
+"""The container's files: that what they hold is right. ``make image-test`` builds the image and runs it."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,20 +35,39 @@ def instruction(name: str) -> list[str]:
     return re.findall(rf"^{name} +(.*)$", stage, re.M)
 
 
-def health_check(port: int) -> int:
-    """The exit code of the health check, for a server on this port."""
+def health_check(server: Server) -> int:
+    """The exit code of the health check, in the environment of this server's container."""
     _, command = instruction("HEALTHCHECK")[0].split("CMD ")
-    _, *arguments = json.loads(command.replace(":3000/", f":{port}/"))
-    return subprocess.run([sys.executable, *arguments], stderr=subprocess.DEVNULL, timeout=SECONDS).returncode
+    name, *arguments = json.loads(command)
+    assert name == "kci-storage"
+    run = [sys.executable, "-m", "kci_storage.cli", *arguments]
+    environment = {**os.environ, "KCI_STORAGE_CONFIG": str(server.config_path)}
+    return subprocess.run(run, env=environment, stderr=subprocess.DEVNULL, timeout=SECONDS).returncode
 
 
-def test_the_health_check_sees_whether_it_lives(server: Server):
-    assert health_check(server.port) == 0
-    assert health_check(1) != 0
+def test_the_health_check_sees_whether_it_lives(start_server: Callable[..., Server]):
+    server = start_server("local", server={"workers": 1})
+    assert health_check(server) == 0
+    server.stop()
+    assert health_check(server) != 0
 
 
 def test_it_does_not_run_as_root():
-    assert instruction("USER") == ["kci-storage"]
+    """By number: Kubernetes' runAsNonRoot does not look names up."""
+    [user] = instruction("USER")
+    assert re.fullmatch("[1-9][0-9]*:[1-9][0-9]*", user)
+
+
+def test_its_user_may_write_to_its_volumes():
+    [volumes] = instruction("VOLUME")
+    [run] = instruction("RUN")
+    assert set(run.split("-o kci-storage -g kci-storage ")[1].split()) == set(json.loads(volumes))
+
+
+def test_both_stages_have_the_base_that_is_asked_for():
+    """An environment's Python is a link to the base's."""
+    assert re.findall(r"^FROM (\S+)", DOCKERFILE, re.M) == ["${BASE}", "${BASE}"]
+    assert re.search(r"^ARG BASE=\S+$", DOCKERFILE.partition("\nFROM")[0], re.M)
 
 
 def test_the_configuration_to_try_it_is_valid(compose: Any, tmp_path: Path):

@@ -10,7 +10,7 @@ import kci_storage
 
 ROOT = Path(kci_storage.__file__).parent.parent
 MAKEFILE = (ROOT / "Makefile").read_text()
-TARGETS = set(re.findall(r"^([a-z]+):.*## ", MAKEFILE, flags=re.M))
+TARGETS = set(re.findall(r"^([a-z-]+):.*## ", MAKEFILE, flags=re.M))
 
 
 def test_make_alone_prints_every_target_with_its_help():
@@ -25,4 +25,4 @@ def test_every_target_that_is_no_file_has_help():
 
 
 def test_the_readme_names_every_target_and_no_other():
-    assert set(re.findall(r"`make ([a-z]+)[` ]", (ROOT / "README.md").read_text())) == TARGETS
+    assert set(re.findall(r"`make ([a-z-]+)[` ]", (ROOT / "README.md").read_text())) == TARGETS

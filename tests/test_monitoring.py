@@ -65,13 +65,13 @@ def queries() -> list[tuple[str, str]]:
     return [(substituted(target["expr"]), target["legendFormat"]) for target in targets]
 
 
-def substituted(query: str) -> str:
+def substituted(query: str, rate_interval: str = "5m") -> str:
     """A query with the dashboard's variables replaced as for all servers.
 
     >>> substituted('rate(a{job="$job",instance=~"$instance"}[$__rate_interval])')
     'rate(a{job="kci-storage",instance=~".*"}[5m])'
     """
-    for name, value in (("$job", "kci-storage"), ("$instance", ".*"), ("$__rate_interval", "5m")):
+    for name, value in (("$job", "kci-storage"), ("$instance", ".*"), ("$__rate_interval", rate_interval)):
         query = query.replace(name, value)
     return query
 
@@ -278,11 +278,11 @@ def cause_everything(bench: Bench) -> None:
 
 
 @contextlib.contextmanager
-def running_prometheus(folder: Path, port: int) -> Iterator[Scraper]:
+def running_prometheus(folder: Path, port: int, interval: str = INTERVAL) -> Iterator[Scraper]:
     """Prometheus as deployed, but for the server's address and the intervals."""
     for name in RULE_FILES:
         shutil.copy(PROMETHEUS / name, folder)
-    (folder / "prometheus.yml").write_text(configuration(port))
+    (folder / "prometheus.yml").write_text(configuration(port, interval))
     with contextlib.closing(reserve_port()) as reserved:
         address = f"127.0.0.1:{reserved.getsockname()[1]}"
         command = [program("prometheus"), f"--config.file={folder}/prometheus.yml", f"--web.listen-address={address}"]
@@ -296,13 +296,13 @@ def running_prometheus(folder: Path, port: int) -> Iterator[Scraper]:
             process.wait(STOP_SECONDS)
 
 
-def configuration(port: int) -> str:
+def configuration(port: int, interval: str) -> str:
     """The deployed one, with what has to be other here."""
     text = (PROMETHEUS / "prometheus.yml").read_text()
     for old, new in (
-        ("scrape_interval: 15s", f"scrape_interval: {INTERVAL}"),
-        ("evaluation_interval: 15s", f"evaluation_interval: {INTERVAL}"),
-        ("scrape_timeout: 10s", f"scrape_timeout: {INTERVAL}"),
+        ("scrape_interval: 15s", f"scrape_interval: {interval}"),
+        ("evaluation_interval: 15s", f"evaluation_interval: {interval}"),
+        ("scrape_timeout: 10s", f"scrape_timeout: {interval}"),
         ('targets: ["127.0.0.1:3000"]', f'targets: ["127.0.0.1:{port}"]'),
     ):
         assert text.count(old) == 1, old

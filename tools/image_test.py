@@ -1,0 +1,244 @@
+"""What ``make image-test`` does: build the container's image, and try it.
+
+    image_test.py [BASE]
+
+Without a base one is made of Debian's packages, so that no registry of images is needed: only Debian's mirror and
+PyPI, by the machine's own configuration. Podman keeps all in .tools/image-test, and needs no daemon.
+
+Run as root, with the Debian packages podman, runc, iptables, netavark and mmdebstrap.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+KEPT = ROOT / ".tools" / "image-test"
+PACKAGES = {"podman": "podman", "runc": "runc", "iptables": "iptables", "mmdebstrap": "mmdebstrap"}  # by program
+RELEASE = "trixie"  # of Debian; its Python is the 3.13 that the Dockerfile asks for
+BASE, IMAGE = "localhost/kci-storage-base", "localhost/kci-storage"
+AUTHORITIES = Path("/etc/ssl/certs/ca-certificates.crt")
+SECONDS = 60  # for anything that should take a few at most
+BIND = "0.0.0.0:3000"
+CONFIGURATION = f"""\
+driver = "local"
+jwt_secret = "only-to-try-it-0123456789abcdef0123456789"
+[server]
+bind = "{BIND}"
+[local]
+storage_path = "/var/lib/kci-storage"
+[cache]
+directory = "/var/cache/kci-storage"
+"""
+
+
+def main() -> int:
+    """Build, try, and say what was seen."""
+    if missing := [package for program, package in PACKAGES.items() if shutil.which(program) is None]:
+        print(f"image-test: apt-get install {' '.join(missing)}", file=sys.stderr)
+        return 1
+    KEPT.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="kci-storage-image-") as work:
+        podman = Podman(Path(work))
+        base = sys.argv[1] if len(sys.argv) > 1 else made_base(podman, Path(work))
+        build(podman, base)
+        for trial in (runs_as_nobody_special, takes_and_gives_files, ends_in_order, refuses_a_broken_configuration):
+            trial(podman, Path(work))
+            say(f"ok: {trial.__name__.replace('_', ' ')}")
+    return 0
+
+
+def say(text: str) -> None:
+    """Tell how far it is."""
+    print(f"image-test: {text}", flush=True)
+
+
+class Podman:
+    """Podman with a store of its own, for machines without systemd and with whatever limits they have."""
+
+    def __init__(self, folder: Path):
+        self._settings = folder / "containers.conf"
+        self._settings.write_text("[containers]\ndefault_ulimits = []\n")  # a sandbox cannot raise its own
+        places = [f"--root={KEPT}/storage", f"--runroot={KEPT}/run"]
+        options = ["--runtime=runc", "--cgroup-manager=cgroupfs", "--storage-opt=overlay.skip_mount_home=true"]
+        self._command = ["podman", *places, *options]
+
+    def try_it(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run a command of podman's; what it says and its exit code."""
+        environ = {**os.environ, "CONTAINERS_CONF": str(self._settings)}
+        return subprocess.run([*self._command, *arguments], env=environ, capture_output=True, text=True, cwd=ROOT)
+
+    def __call__(self, *arguments: str) -> str:
+        """What a command says; it has to succeed."""
+        done = self.try_it(*arguments)
+        if done.returncode:
+            raise SystemExit(f"image-test: podman {' '.join(arguments)}\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
+        return done.stdout.strip()
+
+
+# The image
+
+
+def made_base(podman: Podman, folder: Path) -> str:
+    """The name of an image of Debian with Python, made now or before. It trusts whom this machine trusts."""
+    if podman.try_it("image", "exists", BASE).returncode:
+        say(f"making a base of Debian {RELEASE}'s packages, once")
+        bootstrap = ["mmdebstrap", "--quiet", "--variant=minbase", "--include=python3-venv,ca-certificates"]
+        subprocess.run([*bootstrap, RELEASE, folder / "base.tar"], check=True)
+        podman("import", str(folder / "base.tar"), f"{BASE}:plain")
+        (folder / "Dockerfile").write_text(f"FROM {BASE}:plain\nCOPY {AUTHORITIES.name} {AUTHORITIES}\n")
+        shutil.copy(AUTHORITIES, folder)
+        podman("build", "--isolation=chroot", f"--tag={BASE}", str(folder))
+    return BASE
+
+
+def build(podman: Podman, base: str) -> None:
+    """Build the image from the Dockerfile as it is. pip has the configuration that it has outside."""
+    begun = time.monotonic()
+    secret = ["--secret=id=pip,src=/etc/pip.conf"] if Path("/etc/pip.conf").exists() else []
+    options = ["--isolation=chroot", "--network=host", "--format=docker", f"--build-arg=BASE={base}", *secret]
+    files = ["--file=deploy/container/Dockerfile", "--ignorefile=deploy/container/Dockerfile.dockerignore"]
+    podman("build", *options, *files, f"--tag={IMAGE}", ".")
+    sizes = [int(podman("image", "inspect", "--format={{.Size}}", name)) for name in (IMAGE, base)]
+    size, of_base = (round(size / 1e6) for size in sizes)
+    say(f"built in {time.monotonic() - begun:.0f} s: {size} MB, of which the base is {of_base} MB")
+
+
+# What it has to do
+
+
+class Container:
+    """A started one."""
+
+    def __init__(self, podman: Podman, name: str):
+        self._podman = podman
+        self.name = name
+        self.port = int(podman("port", name, "3000/tcp").rpartition(":")[2])
+
+    def exec(self, *command: str) -> str:
+        """What a command in it says."""
+        return self._podman("exec", self.name, *command)
+
+    def wait_until_healthy(self) -> None:
+        """Wait for the image's own health check to succeed."""
+        deadline = time.monotonic() + SECONDS
+        while self._podman.try_it("healthcheck", "run", self.name).returncode:
+            if time.monotonic() > deadline:
+                raise SystemExit(f"image-test: not healthy\n{self._podman('logs', self.name)}")
+
+    def connect(self) -> http.client.HTTPConnection:
+        """A connection to it, from outside."""
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=SECONDS)
+
+    def put(self, key: str, body: object) -> int:
+        """Upload something; the status. An iterator is sent in chunks."""
+        headers = {"Authorization": f"Bearer {self.exec('kci-storage', 'token', 'me@example.com')}"}
+        with contextlib.closing(self.connect()) as connection:
+            connection.request("PUT", f"/{key}", body, headers)  # type: ignore[arg-type]
+            return connection.getresponse().status
+
+    def get(self, key: str) -> bytes:
+        """Download something."""
+        with contextlib.closing(self.connect()) as connection:
+            connection.request("GET", f"/{key}")
+            return connection.getresponse().read()
+
+
+@contextlib.contextmanager
+def started(podman: Podman, folder: Path, configuration: str = CONFIGURATION) -> Iterator[Container]:
+    """A container as the Dockerfile's head says, on a file system that nothing can be written to but its volumes."""
+    (folder / "config.toml").write_text(configuration)
+    mounts = [f"--volume={folder}/config.toml:/etc/kci-storage/config.toml:ro"]
+    mounts += [f"--volume=kci-{place}:/var/{place}/kci-storage" for place in ("cache", "lib")]
+    podman("run", "--detach", "--name=kci", "--publish=127.0.0.1::3000", "--read-only", *mounts, IMAGE)
+    try:
+        yield Container(podman, "kci")
+    finally:
+        podman("rm", "--force", "--time=0", "kci")
+        podman("volume", "rm", "--force", "kci-cache", "kci-lib")
+
+
+def expect(what: str, found: object, wanted: object) -> None:
+    """End all with what was found, if it is another than what was wanted."""
+    if found != wanted:
+        raise SystemExit(f"image-test: {what}: {found!r}, not {wanted!r}")
+
+
+def runs_as_nobody_special(podman: Podman, folder: Path) -> None:
+    """Neither as root, nor with any of root's abilities, nor by a name that Kubernetes does not understand."""
+    with started(podman, folder) as container:
+        container.wait_until_healthy()
+        status = dict(line.split(":", 1) for line in container.exec("cat", "/proc/1/status").splitlines())
+        expect("user ids", status["Uid"].split(), ["3000"] * 4)
+        expect("group ids", status["Gid"].split(), ["3000"] * 4)
+        expect("capabilities", int(status["CapEff"], 16), 0)
+    expect("the image's user", podman("image", "inspect", "--format={{.Config.User}}", IMAGE), "3000:3000")
+
+
+def takes_and_gives_files(podman: Podman, folder: Path) -> None:
+    """Large and small, in its volumes, also after a restart."""
+    content = {"try/small": b"content", "try/large": os.urandom(32 << 20)}
+    with started(podman, folder) as container:
+        container.wait_until_healthy()
+        for key, body in content.items():
+            expect(f"upload of {key}", container.put(key, body), http.client.CREATED)
+        podman("restart", "--time=30", container.name)
+        container = Container(podman, container.name)
+        container.wait_until_healthy()
+        for key, body in content.items():
+            expect(f"download of {key} as uploaded", container.get(key) == body, True)
+
+
+def ends_in_order(podman: Podman, folder: Path) -> None:
+    """SIGTERM, as of ``docker stop``, ends it with 0, when the upload that was running has ended."""
+    is_running, may_end, statuses = threading.Event(), threading.Event(), []
+
+    def body() -> Iterator[bytes]:
+        yield b"first"
+        is_running.set()
+        may_end.wait(SECONDS)
+        yield b"-done"
+
+    with started(podman, folder) as container:
+        container.wait_until_healthy()
+        upload = threading.Thread(target=lambda: statuses.append(container.put("try/slow", body())))
+        upload.start()
+        is_running.wait(SECONDS)
+        podman("kill", "--signal=TERM", container.name)
+        expect("what waits for the upload", inspect(podman, container)["Status"], "running")
+        may_end.set()
+        upload.join()
+        podman("wait", container.name)
+        expect("the upload's status", statuses, [http.client.CREATED])
+        expect("exit code", inspect(podman, container)["ExitCode"], 0)
+
+
+def refuses_a_broken_configuration(podman: Podman, folder: Path) -> None:
+    """It ends with 78 and one line that says what is wrong."""
+    (folder / "config.toml").write_text(CONFIGURATION.replace(BIND, "nowhere"))
+    mount = f"--volume={folder}/config.toml:/etc/kci-storage/config.toml:ro"
+    done = podman.try_it("run", "--rm", mount, IMAGE)
+    expect("exit code", done.returncode, os.EX_CONFIG)
+    [line] = [line for line in done.stderr.splitlines() if line.startswith("kci-storage: ")]
+    expect("what is wrong", "server.bind: expected host:port" in line, True)
+
+
+def inspect(podman: Podman, container: Container) -> dict[str, object]:
+    """The state of a container."""
+    state: dict[str, object] = json.loads(podman("inspect", "--format={{json .State}}", container.name))
+    return state
+
+
+if __name__ == "__main__":
+    sys.exit(main())
