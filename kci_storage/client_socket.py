@@ -19,6 +19,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from kci_storage import places
 from kci_storage.transport import SentFile, SentSegments
 
 if TYPE_CHECKING:
@@ -212,6 +213,7 @@ class ClientSocket(socket.socket):
 
         What is no plain file knows how to send itself.
         """
+        places.take_time()
         if isinstance(file, SentSegments):
             return file.send_to(self)
         assert count is not None
@@ -299,6 +301,7 @@ class ClientSocket(socket.socket):
 
         :raises ConnectionResetError: it stands still.
         """
+        places.take_time()
         if self._is_ready_soon(event):
             return
         self.begin_waiting(for_input=event == select.POLLIN)

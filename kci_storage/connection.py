@@ -106,6 +106,11 @@ class Connection(TConn):
         start, self._searched = max(0, self._searched - 3), len(self.head)
         return _END_OF_HEAD.search(self.head, start) is not None
 
+    @property
+    def has_more(self) -> bool:
+        """Whether something of a next request is here, of which the system does not know."""
+        return bool(self.head) or self.sock.has_more
+
     def close(self, graceful: bool = False) -> None:
         """Close; gracefully: so that the client gets all that was sent to it, without the caller waiting for that."""
         if graceful:

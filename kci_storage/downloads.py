@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from kci_storage import keys
+from kci_storage import keys, places
 from kci_storage.errors import BadKey, ObjectChanged
 from kci_storage.http_semantics import RequestHeaders
 from kci_storage.objects import Objects
@@ -35,11 +35,11 @@ class Downloads:
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         if environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
-            return self._app(environ, start_response)
+            return self._pass_on(environ, start_response)
         try:
             key = keys.for_put(environ["PATH_INFO"])
         except BadKey:
-            return self._app(environ, start_response)
+            return self._pass_on(environ, start_response)
         try:
             response = self._respond(key, environ)
         except Exception as exc:
@@ -47,6 +47,10 @@ class Downloads:
             return self._app(environ, start_response)
         start_response(STATUS_LINES[response.status], response.headers)
         return response.body
+
+    def _pass_on(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        places.take_time()
+        return self._app(environ, start_response)
 
     def _respond(self, key: str, environ: dict[str, Any]) -> Response:
         conditions = RequestHeaders.from_environ(environ)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from kci_storage import places
-from kci_storage.cache import Cache
+from kci_storage.cache import Cache, Record
 from kci_storage.drivers.base import Driver, LocalObjects, ObjectInfo, ObjectReader
 from kci_storage.errors import (
     BackendError,
@@ -285,7 +285,7 @@ class Objects:
         if entry is None:
             return None
         content = FileContent(entry.record.info, CacheStatus.HIT, entry.fd, entry.path)
-        verdict = self._freshness.check(entry.record) if self._freshness.is_due(entry.record) else Verdict.FRESH
+        verdict = self._checked(entry.record) if self._freshness.is_due(entry.record) else Verdict.FRESH
         if verdict is Verdict.UNKNOWN:
             content.status = CacheStatus.STALE
         elif verdict is not Verdict.FRESH:
@@ -293,8 +293,13 @@ class Objects:
             return None
         return content
 
+    def _checked(self, record: Record) -> Verdict:
+        places.take_time()
+        return self._freshness.check(record)
+
     def _open_cold(self, key: str, method: str, conditions: RequestHeaders) -> Content | None:
         """A content that is fetched; None when one has to look again."""
+        places.take_time()
         if self._cache.is_being_written(key):
             return None
         if self._misses.remembers(key):

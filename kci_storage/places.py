@@ -1,8 +1,11 @@
-"""The places of the threads that answer requests, and how who waits for another request gives his away meanwhile.
+"""The places of the threads that answer requests, and how who waits gives his away, or lets others go ahead.
 
 A worker has only so many places. A request that waits for another one's end, such as an upload of the same key, does
 nothing with its own: were it to keep it, one upload that stands still, and enough requests for its key, would hold up
 all others.
+
+And a thread may have requests of other clients behind the one that it answers (:mod:`kci_storage.lane`), as long as
+each takes no longer than a hit. Before a request does, it says so: :func:`take_time`.
 """
 
 from __future__ import annotations
@@ -25,8 +28,18 @@ class Place(Protocol):
         ...
 
 
+class Row(Protocol):
+    """Requests that one thread answers."""
+
+    def leave(self) -> None:
+        """Leave the calling thread alone with the request that it answers now, if it is not yet."""
+        ...
+
+
 class _Here(threading.local):
     place: Place | None = None
+    row: Row | None = None
+    took_time = False
 
 
 _here = _Here()
@@ -42,4 +55,27 @@ def aside() -> contextlib.AbstractContextManager[None]:
 
     :raises Overloaded: too many wait already.
     """
+    take_time()
     return contextlib.nullcontext() if _here.place is None else _here.place.step_aside()
+
+
+def serve(row: Row | None) -> None:
+    """The calling thread answers the requests of a row from now on; None: no longer."""
+    _here.row = row
+
+
+def begin() -> None:
+    """The calling thread begins to answer a request."""
+    _here.took_time = False
+
+
+def take_time() -> None:
+    """What the request needs next may take a while, such as an answer of the backend: nobody is to wait behind it."""
+    _here.took_time = True
+    if _here.row is not None:
+        _here.row.leave()
+
+
+def took_time() -> bool:
+    """Whether the request that the calling thread has begun last may have taken a while."""
+    return _here.took_time

@@ -10,6 +10,7 @@ It leans on gunicorn's internals, so gunicorn is pinned to a minor version in se
   (:class:`~kci_storage.connection.Connection`), the end of a file goes to a slow reader from the background
   (:class:`~kci_storage.background.Sending`), connections are closed there too, and a thread that has to wait for a
   slow client lends its place to another one (:class:`~kci_storage.pool.Pool`).
+- Clients who ask again at once share a thread (:class:`~kci_storage.lane.Lane`).
 - A client that stands still for ``send_timeout`` seconds is dropped. One that is slow is served, unless there
   are too many of them (:class:`~kci_storage.client_socket.Pace`).
 - A connection is accepted only while a thread is free for it: another worker may have a free one.
@@ -34,11 +35,12 @@ from gunicorn.http import errors, message, wsgi
 from gunicorn.http.body import LengthReader
 from gunicorn.workers.gthread import PollableMethodQueue, ThreadWorker
 
-from kci_storage import logs
+from kci_storage import logs, places
 from kci_storage.background import Background, Sending
 from kci_storage.client_socket import ClientSocket
 from kci_storage.config import ConfigError
 from kci_storage.connection import Connection, Waiting, WorkerConnection
+from kci_storage.lane import LOOK_SECONDS, Lane
 from kci_storage.pool import Pool
 from kci_storage.response import Response
 from kci_storage.tls import TlsSocket
@@ -83,7 +85,7 @@ class Worker(ThreadWorker):
         self._heads = Waiting(min(HEAD_SECONDS, self.send_timeout))  # a part of its head has come
         self._ready: deque[Connection] = deque()  # a request's head is there, and no thread has it yet
         self._sending: set[Connection] = set()  # the rest of a response goes out in the background
-        self._shed_at = 0.0
+        self._shed_at = self._look_at = 0.0  # on the monotonic clock
 
     # The main loop: connections that need no thread
 
@@ -99,7 +101,8 @@ class Worker(ThreadWorker):
     def _has_free_thread(self) -> bool:
         """Whether fewer requests are at work, or wait for a thread, than may be at work."""
         without_thread = len(self._idle) + len(self._heads) + len(self._ready) + len(self._sending) + self.tpool.lent
-        return self.nr_conns - without_thread < self.tpool.size
+        in_lane = len(self._lane) - self._lane.is_running  # they share one thread
+        return self.nr_conns - without_thread - in_lane < self.tpool.size
 
     def _has_room(self) -> bool:
         """Whether there may be one more connection, if need be in the place of one that waits."""
@@ -108,6 +111,8 @@ class Worker(ThreadWorker):
     def init_process(self) -> None:
         """Start what must not be shared with a forked process, then serve."""
         self._background = Background()
+        left = partial(self.method_queue.defer, self._answered)
+        self._lane = Lane(self.cfg.worker_connections // 2, self._answer_in_turn, left, self._have_lane_run)
         super().init_process()
 
     def load_wsgi(self) -> None:
@@ -214,10 +219,18 @@ class Worker(ThreadWorker):
             timeout = 0.0
         elif not self.alive and self._idle:
             timeout = max(0.0, min(timeout, self._idle.oldest().timeout - time.monotonic()))
+        if self._lane.is_running:
+            timeout = min(timeout, LOOK_SECONDS)
         super().wait_for_and_dispatch_events(timeout)
         while free and self._ready:
             self.enqueue_req(self._ready.popleft())
             free = self._has_free_thread()
+        self._look_at_lane()
+
+    def _look_at_lane(self) -> None:
+        if self._lane.is_running and (now := time.monotonic()) >= self._look_at:
+            self._look_at = now + LOOK_SECONDS
+            self._lane.look()
 
     def murder_keepalived(self, force: bool = False) -> None:
         """Close those that have been waited for in vain."""
@@ -255,24 +268,60 @@ class Worker(ThreadWorker):
         self.tpool.submit(partial(self._answer, conn))
 
     def _answer(self, conn: Connection) -> None:
+        self._handle(conn)
+        self._go_on(conn)
+
+    def _handle(self, conn: Connection) -> None:
+        """Answer the request that is there; then, the connection's ``keep`` says whether there may be a next one."""
         conn.keep = False
+        places.begin()
         try:
             conn.keep = self.handle(conn)
-            while conn.keep and self._next_has_come(conn):
-                conn.keep = self.handle(conn)
         except BaseException:  # the thread goes on, and the connection must not be forgotten
             self.log.exception("Error handling request")
-        self.method_queue.defer(self._answered, conn)
+
+    def _go_on(self, conn: Connection | None) -> None:
+        """A connection's request has been answered, None: or those of many, and this thread is free for others.
+
+        A client in a hurry sends the next one as soon as it has the answer. If the last one was as quick, the lane
+        spares it the way over the main loop; else this thread waits for it, while there are threads enough.
+        """
+        while conn is not None and conn.keep and self.alive and conn.sock.rest is None:
+            conn.take_unread()
+            if not (places.took_time() or conn.has_more) and self._lane.has_room:
+                conn = self._run_lane() if self._lane.join(conn) else None
+            elif self._next_has_come(conn):
+                self._handle(conn)
+            else:
+                break
+        if conn is not None:
+            self.method_queue.defer(self._answered, conn)
+
+    def _run_lane(self) -> Connection | None:
+        self.method_queue.defer(_nothing)  # the main loop is to look from now on
+        return self._lane.run()
+
+    def _have_lane_run(self) -> None:
+        self.tpool.submit(lambda: self._go_on(self._run_lane()))
+
+    def _answer_in_turn(self, conn: Connection) -> bool:
+        """In the lane: something has come; whether the connection may stay there."""
+        conn.keep = conn.receive()
+        if not conn.keep or not conn.has_begun:
+            return conn.keep
+        if not conn.has_head:
+            return False
+        self._handle(conn)
+        conn.take_unread()
+        return conn.keep and self.alive and not conn.has_more
 
     def _next_has_come(self, conn: Connection) -> bool:
         """Whether this thread may as well answer the next request, which spares the way over the main loop.
 
-        A client in a hurry sends it as soon as it has the answer; that is waited for while there are threads enough.
         Else those come first who have waited for a thread, and not who sends one request after the other.
         """
-        if conn.sock.rest is not None or not self.alive or not self.tpool.has_plenty:
+        if not self.tpool.has_plenty:
             return False
-        conn.take_unread()
         if not conn.has_begun and conn.sock.is_ready(select.POLLIN, STAY_SECONDS):
             conn.keep = conn.receive()
         return conn.keep and conn.has_begun and conn.has_head
