@@ -20,7 +20,7 @@ from kci_storage.drivers.blob_errors import Unanswered
 from kci_storage.drivers.blob_http import HEAD_SIZE, TOGETHER, Answer, Pool, wait_for
 from kci_storage.errors import BackendError, BackendTimeout
 
-SECONDS = 20
+SECONDS = 60
 MIB = 1024 * 1024
 Take = Callable[[socket.socket, int], bytes]
 OK = b"HTTP/1.1 206 Partial Content\r\nContent-Length: 4\r\n\r\nbody"

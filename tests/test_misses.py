@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from kci_storage.cache import Cache
 from kci_storage.misses import LIFETIME, REMEMBERED, Misses
 from tests.cold import Bench, figure, from_each_worker, in_background, only
 from tests.faultproxy import CONTENT, PROPERTIES, Hold
+from tests.harness import wait_until
 from tests.peers import peers
 from tests.wire import SECONDS, get, new_folder, put, wait_until_tidy
 
@@ -91,22 +93,30 @@ def test_the_memory_is_bounded(misses: Misses) -> None:
 # Over HTTP
 
 
-@pytest.fixture
-def hammered(bench: Bench) -> Iterator[str]:
+@dataclass
+class Hammered:
     """A key that is not there, and for which a dozen clients ask without a pause."""
-    key = f"{new_folder()}/missing"
+
+    key: str
+    answers: list[None] = field(default_factory=list)  # one for each, since lists are appended to by many threads
+
+
+@pytest.fixture
+def hammered(bench: Bench) -> Iterator[Hammered]:
+    hammered = Hammered(f"{new_folder()}/missing")
     ended = threading.Event()
 
     def hammer(method: str, headers: dict[str, str]) -> None:
         with requests.Session() as session:
             while not ended.is_set():
-                session.request(method, f"{bench.server.url}/{key}", headers=headers, timeout=SECONDS)
+                session.request(method, f"{bench.server.url}/{hammered.key}", headers=headers, timeout=SECONDS)
+                hammered.answers.append(None)
 
     kinds = [("GET", {}), ("HEAD", {}), ("GET", {"Range": "bytes=0-9"}), ("GET", {"If-None-Match": '"x"'})]
     clients = [threading.Thread(target=hammer, args=kind) for kind in kinds * 3]
     for client in clients:
         client.start()
-    yield key
+    yield hammered
     ended.set()
     for client in clients:
         client.join()
@@ -117,14 +127,17 @@ def questions(bench: Bench, key: str) -> int:
     return bench.proxy.count(CONTENT, key) + bench.proxy.count(PROPERTIES, key)
 
 
-def test_missing_keys_cost_the_backend_a_few_requests(bench: Bench, hammered: str) -> None:
-    before, started = questions(bench, hammered), time.monotonic()
-    time.sleep(3 * LIFETIME)
-    asked, seconds = questions(bench, hammered) - before, time.monotonic() - started
-    workers = len(bench.server.worker_pids())
-    figure("a key that is not there, asked for without a pause", questions_per_second=asked / seconds)
+def test_missing_keys_cost_the_backend_a_few_requests(bench: Bench, hammered: Hammered) -> None:
+    before, started = questions(bench, hammered.key), time.monotonic()
+    time.sleep(2 * LIFETIME)
+    wait_until(lambda: len(hammered.answers) > 1000, SECONDS, "answers")
+    asked, answered = questions(bench, hammered.key) - before, len(hammered.answers)
+    # Of all workers, that is.
+    lifetimes = len(bench.server.worker_pids()) * ((time.monotonic() - started) / LIFETIME + 1)
+    figure("a key that is not there", answers=answered, questions=asked, questions_per_lifetime=asked / lifetimes)
     # Each worker asks once in a lifetime, or twice: those who want bytes do not wait for those who want properties.
-    assert 1 <= asked <= 2 * workers * (seconds / LIFETIME + 1)
+    # Who looked a moment before there was an answer may ask once more.
+    assert 1 <= asked <= min(4 * lifetimes, answered / 2)
 
 
 def test_those_who_ask_at_the_same_time_share_a_question(bench: Bench) -> None:
@@ -138,14 +151,15 @@ def test_those_who_ask_at_the_same_time_share_a_question(bench: Bench) -> None:
     assert {head.result().status_code for head in heads} == {404}
 
 
-def test_an_upload_is_seen_by_all_workers_at_once(bench: Bench, hammered: str) -> None:
+def test_an_upload_is_seen_by_all_workers_at_once(bench: Bench, hammered: Hammered) -> None:
+    key = hammered.key
     for content in (b"one", b"two"):
         time.sleep(0.3)
-        assert put(bench.server, hammered, content).status_code == 201
-        assert [get(bench.server, hammered).content for _ in range(20)] == [content] * 20
-        url = f"{bench.server.url}/{hammered}"
+        assert put(bench.server, key, content).status_code == 201
+        assert [get(bench.server, key).content for _ in range(20)] == [content] * 20
+        url = f"{bench.server.url}/{key}"
         assert requests.delete(url, headers=bench.server.headers(), timeout=SECONDS).status_code == 204
-        assert [get(bench.server, hammered).status_code for _ in range(20)] == [404] * 20
+        assert [get(bench.server, key).status_code for _ in range(20)] == [404] * 20
 
 
 def test_an_upload_ends_what_each_worker_remembers(bench: Bench) -> None:

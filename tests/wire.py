@@ -18,7 +18,7 @@ from requests.structures import CaseInsensitiveDict
 
 from tests.harness import Server, wait_until
 
-SECONDS = 20  # for which a test waits for an answer, a line of the log, or the end of a connection
+SECONDS = 60  # for which a test waits for an answer, a line of the log, or the end of a connection: a busy machine's
 BOUNDARY = "----kci-storage-test"
 
 _PAIR = re.compile(r'([a-z0-9_]+)=("(?:[^"\\]|\\.)*"|[^\s"=\\]*)')
