@@ -941,13 +941,13 @@ def test_an_unknown_field_is_not_kept_in_memory(server: Server):
 
 @pytest.mark.parametrize("path_first", [True, False], ids=["path first", "path last"])
 def test_a_file_is_not_kept_in_memory(server: Server, path_first: bool):
-    """On Azure a few blocks of 8 MiB are on their way at a time."""
-    folder, content = new_folder(), os.urandom(MIB) * 150
+    """On Azure a few blocks of 8 MiB are on their way at a time, which is some 45 MiB."""
+    folder, content = new_folder(), os.urandom(MIB) * 200
     path, file = part("path", folder.encode()), part("file0", content, "a")
     before = forget_peak(server)
     (entry,) = stored(post(server, *((path, file) if path_first else (file, path))))
     assert entry["sha256"] == sha256(content)
-    assert peak_memory(server) - before < 75 * MIB
+    assert peak_memory(server) - before < 100 * MIB
 
 
 @pytest.mark.parametrize("path_first", [True, False], ids=["path first", "path last"])
@@ -958,7 +958,7 @@ def test_a_form_of_many_files_is_not_held_in_memory(azure_server: Server, path_f
     files = [part(f"file{number}", bytes([number]) * size, f"{number:03d}") for number in range(60)]
     response = post(azure_server, *((path, *files) if path_first else (*files, path)))
     assert len(stored(response)) == len(files)
-    assert peak_memory(azure_server) - before < 75 * MIB
+    assert peak_memory(azure_server) - before < 100 * MIB
     assert get(azure_server, f"{folder}/041").content == bytes([41]) * size
 
 
