@@ -302,6 +302,9 @@ class Cache:
     def publish(self, part: durable.NewFile, info: ObjectInfo) -> None:
         """Make the part file the object's copy, in place of the one there was. The caller holds the key's lock.
 
+        The disk is waited for twice: for content and record, and then for both their names. If it has but one of
+        these when the power fails, no copy is found; what a record names is whole.
+
         :raises InsufficientStorage: the disk is full. The old copy is gone then, and the part is to be discarded.
         """
         slot = self.slot(info.key)
@@ -309,10 +312,12 @@ class Cache:
         new = Record(info, new_generation(), validated=time.time())
         try:
             with self._new_record(slot, new) as record:
-                part.publish(slot.content(new.generation))
+                durable.flush_together(part, record)  # what follows cannot fail for want of room
+                part.take_name(slot.content(new.generation))
                 self._count(1, info.size)
                 self._unlink_old_content(slot, old, keep=new)
                 record.publish(slot.record)
+            part.close()
         except BaseException:
             self._unlink_content(slot, new)
             self._unlink_entry(slot, old)
@@ -320,11 +325,10 @@ class Cache:
 
     @staticmethod
     def _new_record(slot: Slot, record: Record) -> durable.NewFile:
-        """A record that is on the disk, but for its name: what follows cannot fail for want of room."""
+        """A record, but for its name; it is not flushed."""
         file = durable.NewFile(Path(f"{slot.stem}.{record.generation}{RECORD}{PART}"))
         try:
             file.write(record.to_json())
-            file.flush()
         except BaseException:
             file.discard()
             raise
@@ -376,6 +380,7 @@ class Cache:
         :raises InsufficientStorage: the disk is full.
         """
         with self._new_record(slot, new) as record, contextlib.suppress(FileNotFoundError):  # a broken entry already
+            record.flush()  # what follows cannot fail for want of room
             # A new generation, so that no process goes on with the record it remembers.
             durable.rename(slot.content(old.generation), slot.content(new.generation))
             record.publish(slot.record)

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 CHANGING = (
     "open", "write", "pwrite", "ftruncate", "fsync", "fdatasync",
     "rename", "link", "mkdir", "utime", "setxattr", "unlink", "rmdir",
@@ -84,3 +86,19 @@ def full_at(number: int, for_ever: bool) -> Callable[[int], None]:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     return interrupt
+
+
+def spy(monkeypatch: pytest.MonkeyPatch, *functions: str) -> list[tuple[str, str]]:
+    """The calls of these functions of ``os`` from now on, with the path that each is about."""
+    calls: list[tuple[str, str]] = []
+
+    def watch(name: str, function: Callable[..., Any]) -> None:
+        def call(file: Any, *args: Any, **kwargs: Any) -> Any:
+            calls.append((name, os.readlink(f"/proc/self/fd/{file}") if isinstance(file, int) else str(file)))
+            return function(file, *args, **kwargs)
+
+        monkeypatch.setattr(os, name, call)
+
+    for name in functions:
+        watch(name, getattr(os, name))
+    return calls

@@ -15,12 +15,13 @@ import requests
 
 from kci_storage import cache as cache_module
 from kci_storage import durable
-from kci_storage.cache import Cache, Entry, Record, Slot
+from kci_storage.cache import RECORD, Cache, Entry, Record, Slot
 from kci_storage.drivers.base import ObjectInfo
 from kci_storage.errors import InsufficientStorage, WriteConflict
 from tests.disks import fill_up, small_disk, use_up_inodes
 from tests.harness import Server, wait_until
 from tests.peers import Peer, peers
+from tests.steps import spy
 
 KEY = "folder/file.txt"
 TIMEOUT = 30  # seconds; what is waited for here comes much sooner
@@ -172,6 +173,21 @@ class TestEntries:
         with cache.writing(KEY, TIMEOUT):
             cache.remove(KEY)
         assert synced == [cache.slot(KEY).record.parent]
+
+    @pytest.mark.parametrize("replaces", [False, True])
+    def test_the_disk_has_content_and_record_before_their_names_and_these_before_it_is_stored(
+        self, cache: Cache, monkeypatch: pytest.MonkeyPatch, replaces: bool
+    ) -> None:
+        """Content and record share a commit of the file system's journal, and so do their names."""
+        if replaces:
+            store(cache, b"old")
+        folder = str(cache.slot(KEY).record.parent)
+        calls = spy(monkeypatch, "fdatasync", "fsync", "rename")
+        store(cache, b"content")
+        done = [(name, "record" if RECORD in path else "content") for name, path in calls if path.startswith(folder)]
+        flushed, named = ([(name, kind) for kind in ("content", "record")] for name in ("fdatasync", "rename"))
+        assert done[:-1] == flushed + named
+        assert calls[-1] == ("fsync", folder)
 
     def test_a_commit_that_replaces_a_copy_is_announced_on_the_disk(
         self, cache: Cache, monkeypatch: pytest.MonkeyPatch

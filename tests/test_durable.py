@@ -6,7 +6,6 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -15,6 +14,7 @@ from kci_storage.durable import NewFile, SharedCounters
 from kci_storage.errors import InsufficientStorage
 from tests.disks import fill_up, small_disk, use_up_inodes
 from tests.peers import Peer, peers
+from tests.steps import spy
 
 
 @pytest.fixture
@@ -121,22 +121,6 @@ class TestNewFile:
             ("rename", str(tmp_path / "temporary")),
             ("fsync", str(tmp_path)),
         ]
-
-
-def spy(monkeypatch: pytest.MonkeyPatch, *functions: str) -> list[tuple[str, str]]:
-    """The calls of these functions of ``os`` from now on, with the path that each is about."""
-    calls: list[tuple[str, str]] = []
-
-    def watch(name: str, function: Callable[..., Any]) -> None:
-        def call(file: Any, *args: Any, **kwargs: Any) -> Any:
-            calls.append((name, os.readlink(f"/proc/self/fd/{file}") if isinstance(file, int) else str(file)))
-            return function(file, *args, **kwargs)
-
-        monkeypatch.setattr(os, name, call)
-
-    for name in functions:
-        watch(name, getattr(os, name))
-    return calls
 
 
 class TestFullDisk:
