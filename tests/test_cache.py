@@ -24,7 +24,7 @@ from tests.peers import Peer, peers
 from tests.steps import spy
 
 KEY = "folder/file.txt"
-TIMEOUT = 30  # seconds; what is waited for here comes much sooner
+TIMEOUT = 60  # seconds; what is waited for here comes much sooner
 
 
 @pytest.fixture

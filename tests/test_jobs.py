@@ -18,7 +18,7 @@ from kci_storage.jobs import Job, JobFailed, JobStopped
 from tests.harness import wait_until
 from tests.peers import Peer, holders, peers
 
-TIMEOUT = 30  # seconds; what is waited for here comes much sooner
+TIMEOUT = 60  # seconds; what is waited for here comes much sooner
 
 
 # What the jobs do

@@ -23,7 +23,7 @@ from kci_storage.locks import KEPT, MARKERS, NOBODYS, KeyLocks, Lease
 from tests.disks import small_disk, use_up_inodes
 from tests.peers import Peer, dies, peers
 
-TIMEOUT = 30  # seconds; what is waited for here comes much sooner
+TIMEOUT = 60  # seconds; what is waited for here comes much sooner
 BRIEFLY = 0.05  # seconds to wait for what does not come
 
 
