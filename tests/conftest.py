@@ -8,12 +8,19 @@ from contextlib import ExitStack
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 pytest.register_assert_rewrite("tests.harness", "tests.driver_contract", "tests.cold")
 
 from tests.azurite import azurite  # noqa: E402, F401  (a fixture)
 from tests.cold import bench, new_bench, shared_bench  # noqa: E402, F401  (fixtures)
 from tests.harness import Server, running  # noqa: E402
+
+# By default an example may take 200 ms, which is a matter of the machine's load, and examples are others each time.
+# `pytest --hypothesis-profile=random` looks for new ones.
+settings.register_profile("random", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("same", settings.get_profile("random"), derandomize=True, database=None)
+settings.load_profile("same")
 
 NO_SKIP_VARIABLE = "KCI_STORAGE_NO_SKIP"  # set: what would be skipped fails, with the reason
 
