@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -27,6 +28,7 @@ NO_SKIP_VARIABLE = "KCI_STORAGE_NO_SKIP"  # set: what would be skipped fails, wi
 
 def pytest_configure(config: pytest.Config) -> None:
     """Register our markers."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background jobs ignore it, and all they start
     config.addinivalue_line(
         "markers", "expected_errors(*patterns): lines of the server's log that match one of these are no failure"
     )
