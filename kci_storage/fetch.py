@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
+import hashlib
 import logging
 import time
 from collections.abc import Iterable, Iterator
 
-from kci_storage.digests import RunningDigests
 from kci_storage.drivers.base import Driver, ObjectInfo, ObjectReader
 from kci_storage.errors import BackendError, CorruptObject, ObjectChanged
 
@@ -87,42 +86,49 @@ def verified(
     :param before: what comes before them, and is not given again.
     :raises CorruptObject: it is not.
     """
-    with contextlib.closing(Digests(info)) as digests:
-        missing = info.size
-        for data in before:
+    digests, missing = Digests(info), info.size
+    for data in before:
+        digests.update(data)
+        missing -= len(data)
+    for data in pieces:
+        missing -= len(data)
+        if missing:
+            yield data  # somebody waits for it
             digests.update(data)
-            missing -= len(data)
-        for data in pieces:
+        else:
             digests.update(data)
-            missing -= len(data)
-            if missing == 0:
-                digests.check()
+            digests.check()
             yield data
 
 
 class Digests:
-    """Those of a content that the backend knows."""
+    """Those of a content that the backend knows.
+
+    They are computed by the thread that fetches, piece by piece while these are in the processor's cache. It still
+    keeps up with any line, and to hand the pieces to another thread costs more than it saves.
+    """
 
     def __init__(self, info: ObjectInfo):
-        self._info = info
-        # MD5 is half as fast, and says nothing that SHA-256 does not.
-        names = ["sha256"] if info.sha256 else ["md5"] if info.md5 else []
-        self._running = RunningDigests(*names)
+        self._key = info.key
+        self._expected = _digest(info)
+        self._hash = hashlib.new(self._expected[0], usedforsecurity=False) if self._expected else None
 
     def update(self, data: bytes | memoryview) -> None:
         """Take the next piece in."""
-        self._running.update(data)
+        if self._hash is not None:
+            self._hash.update(data)
 
     def check(self) -> None:
         """Compare, at the end.
 
         :raises CorruptObject: the content is wrong.
         """
-        if self._running.digest("sha256") not in (None, bytes.fromhex(self._info.sha256 or "")):
-            raise CorruptObject("the backend sent a damaged object", detail=f"SHA-256 of {self._info.key!r}")
-        if self._running.digest("md5") not in (None, self._info.md5):
-            raise CorruptObject("the backend sent a damaged object", detail=f"MD5 of {self._info.key!r}")
+        if self._hash is not None and self._expected != (self._hash.name, self._hash.digest()):
+            raise CorruptObject("the backend sent a damaged object", detail=f"{self._hash.name} of {self._key!r}")
 
-    def close(self) -> None:
-        """Let go of what computes them. Idempotent."""
-        self._running.close()
+
+def _digest(info: ObjectInfo) -> tuple[str, bytes] | None:
+    """A digest of a content that the backend knows, and its name."""
+    if info.sha256 is not None:  # MD5 is half as fast, and says nothing that this does not
+        return "sha256", bytes.fromhex(info.sha256)
+    return ("md5", info.md5) if info.md5 is not None else None

@@ -316,7 +316,7 @@ def test_a_version_that_is_gone_cuts_those_who_have_some_of_it(bench: Bench, cha
 def test_a_refused_condition_in_the_middle_cuts_too(bench: Bench) -> None:
     content = some_bytes(48 * MIB)
     key = bench.store(content)
-    rule = bench.proxy.inject(Say(412, "ConditionNotMet"), key=key, skip=2)
+    rule = bench.proxy.inject(Say(412, "ConditionNotMet"), key=key, skip=1)
     visits = crowd(bench.server, key, 6, content)
     assert not any(visit.complete or visit.deceived for visit in visits)
     rule.end()

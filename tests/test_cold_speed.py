@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -22,14 +23,63 @@ SECONDS = 30  # within which what waits for nothing happens on any machine
 
 @pytest.fixture
 def driver(azurite: Azurite, monkeypatch: pytest.MonkeyPatch) -> Iterator[AzureDriver]:
-    """A driver of two threads, for which 3 MiB are a large object."""
+    """A driver of two threads, for which 3 MiB are a large object, and all connections slow."""
     for name, value in {"READ_SIZE": 1024, "HELD_SIZE": 256, "HELD_PIECE": 16}.items():
         monkeypatch.setattr(blob_reads, name, value * KIB)
+    monkeypatch.setattr(blob_reads, "PATIENCE_SECONDS", 0)
+    monkeypatch.setattr(blob_reads, "FAST_RATE", math.inf)
     monkeypatch.setattr(base, "PIECE_SIZE", 64 * KIB)
     monkeypatch.setattr(azure, "THREADS", 2)
     driver = AzureDriver(azurite.settings())
     yield driver
     driver.close()
+
+
+@pytest.fixture
+def fast_driver(driver: AzureDriver, monkeypatch: pytest.MonkeyPatch) -> AzureDriver:
+    """The same, but all connections are fast."""
+    monkeypatch.setattr(blob_reads, "PATIENCE_SECONDS", math.inf)
+    monkeypatch.setattr(blob_reads, "MOST_PATIENCE_SECONDS", math.inf)
+    return driver
+
+
+def ranges_of(azurite: Azurite, driver: AzureDriver, content: bytes) -> list[tuple[int, int | None]]:
+    """What a download of a content asks the backend for."""
+    put(driver, "a", content)
+    with fault_proxy(azurite) as proxy:
+        proxied = AzureDriver(replace(driver._settings, endpoint=proxy.endpoint))
+        assert get(proxied, "a") == content
+        proxied.close()
+        return [(each.start, each.stop) for each in proxy.requests if each.kind == CONTENT]
+
+
+def test_a_slow_connection_gets_others_beside_it(azurite: Azurite, driver: AzureDriver) -> None:
+    steps = [*range(0, SIZE, blob_reads.READ_SIZE), SIZE]
+    assert sorted(ranges_of(azurite, driver, content_of(SIZE))) == list(itertools.pairwise(steps))
+
+
+def test_a_fast_connection_needs_few_requests(azurite: Azurite, fast_driver: AzureDriver) -> None:
+    """The first one is as for everybody, since nobody knows yet; then each costs the backend, and brings nothing."""
+    asked = [(0, blob_reads.READ_SIZE), (blob_reads.READ_SIZE, SIZE)]
+    assert ranges_of(azurite, fast_driver, content_of(SIZE)) == asked
+
+
+def test_a_fast_connection_that_stalls_gets_others_beside_it(
+    azurite: Azurite, driver: AzureDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blob_reads, "PATIENCE_SECONDS", 0.01)
+    monkeypatch.setattr(blob_reads, "ASK_AHEAD", 0)
+    content = content_of(SIZE)
+    put(driver, "a", content)
+    with fault_proxy(azurite) as proxy:
+        stalled = AzureDriver(replace(driver._settings, endpoint=proxy.endpoint, read_timeout=10 * SECONDS))
+        rule = proxy.inject(Stall(200_000), CONTENT, "a")
+        with stalled.read("a") as reader:
+            reading = in_background(b"".join, reader)
+            wait_until(lambda: proxy.count(CONTENT, "a") > 1, SECONDS, "another request")
+            rule.release()
+            assert reading.result(SECONDS) == content
+        stalled.close()
 
 
 def test_slow_readers_hold_no_threads(driver: AzureDriver) -> None:

@@ -96,9 +96,14 @@ def test_a_refused_upload(bench: Bench):
 
 @pytest.mark.parametrize("size", [1, 16 * 1024, 8 * MIB, READ_SIZE, READ_SIZE + 1, 100 * MIB])
 def test_a_cold_download(bench: Bench, size: int):
-    """The first answer says what the object is, so nothing is asked before; then it is a hit."""
+    """The first answer says what the object is, so nothing is asked before; then it is a hit.
+
+    What is more than one range costs one request more, or several if the connection is slow.
+    """
     key = bench.store(os.urandom(size))
-    assert cost(bench, key, lambda: get(bench, key)) == {GET_BLOB: math.ceil(size / READ_SIZE)}
+    requests = cost(bench, key, lambda: get(bench, key))
+    most = math.ceil(size / READ_SIZE)
+    assert requests.keys() == {GET_BLOB} and min(most, 2) <= requests[GET_BLOB] <= most
     assert cost(bench, key, lambda: get(bench, key)) == Counter()
 
 

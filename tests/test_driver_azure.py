@@ -51,6 +51,7 @@ def small_sizes(monkeypatch):
     monkeypatch.setattr(azure, "RETRY_WAIT", 0.01)
     monkeypatch.setattr(blob_errors, "RETRY_WAIT", 0.01)
     monkeypatch.setattr(blob_reads, "READ_SIZE", 64 * KIB)
+    monkeypatch.setattr(blob_reads, "LONG_READ_SIZE", 64 * KIB)
     monkeypatch.setattr(azure, "LIST_SIZE", 7)
     monkeypatch.setattr(azure, "NAMES_SIZE", 7)
 

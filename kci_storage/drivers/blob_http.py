@@ -139,6 +139,7 @@ class Connection:
     def __init__(self, pool: Pool, sock: socket.socket):
         self._pool = pool
         self.sock = sock
+        self._least = 1  # bytes that have come before who waits is told
 
     def is_quiet(self) -> bool:
         """Whether the other side has neither ended it nor said anything unasked."""
@@ -203,8 +204,15 @@ class Connection:
             raise breakage("the connection ended before the answer did")
         return size
 
+    def wake_at(self, size: int) -> None:
+        """Have who waits be told only when so many bytes have come, or the connection ends (SO_RCVLOWAT, tcp(7))."""
+        if size != self._least:
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, size)
+            self._least = size
+
     def keep(self) -> None:
         """Leave it to the next request."""
+        self.wake_at(1)
         self._pool.keep(self)
 
     def close(self) -> None:
@@ -276,6 +284,15 @@ class Answer:
             return self._connection.receive_into(buffer)
         buffer[:size], self._rest = self._rest[:size], self._rest[size:]
         return size
+
+    def wait_for(self, size: int, seconds: float) -> None:
+        """Wait until so many bytes have come, or all that are missing, but no longer than so many seconds.
+
+        To be woken for each packet would cost the reader as much as to receive it, and the sender something, too.
+        """
+        self._connection.wake_at(min(size, self.missing))
+        wait_for([self], seconds)
+        self._connection.wake_at(1)
 
     def discard(self) -> None:
         """Throw the body away: a small one that comes soon leaves the connection to others."""

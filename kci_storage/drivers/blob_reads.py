@@ -33,8 +33,13 @@ from kci_storage.errors import (
     ObjectNotFound,
 )
 
-READ_SIZE = 16 * 1024 * 1024  # bytes of each request of a download
-READS_AHEAD = 2  # of one download, beside the one that is read
+READ_SIZE = 16 * 1024 * 1024  # bytes of a download's first request, and of each over a connection that is slow
+LONG_READ_SIZE = 256 * 1024 * 1024  # bytes of one over a connection that is fast
+FAST_RATE = 128 * 1024 * 1024  # bytes a second; less is slow
+PATIENCE_SECONDS = 0.01  # that a connection may be waited for before it is slow,
+MOST_PATIENCE_SECONDS = 0.1  # or, when it was fast, up to so many
+READS_AHEAD = 2  # of one download, beside the one that is read, over connections that are slow
+ASK_AHEAD = 8 * 1024 * 1024  # bytes before the end of a range when a fast one asks for the next
 HELD_SIZE = 8 * 1024 * 1024  # bytes of each of them that may wait in memory
 HELD_PIECE = 64 * 1024  # bytes taken from the socket at a time, of those; malloc() would map each larger one anew
 LOOK_SECONDS = 0.02  # between two looks whether an answer has come that another thread asks for
@@ -181,8 +186,9 @@ class _Reader(ObjectReader):
         self.info = info
         self._reads = reads
         self._ranges = deque([_Range(reads, info, start, min(start + READ_SIZE, stop), answer)] if answer else [])
-        self._starts = iter(range(start + READ_SIZE, stop, READ_SIZE))
+        self._next = min(start + READ_SIZE, stop)  # where the next range begins
         self._stop = stop
+        self._pace = _Pace()
         self._begun = False
         self._failure: BackendError | None = None  # what is to be said when what came before it has been given
 
@@ -207,13 +213,14 @@ class _Reader(ObjectReader):
         while buffer and self._present():
             size = self._ranges[0].receive_into(buffer)
             if size:
+                self._pace.received(size)
                 yield size
                 buffer = buffer[size:]
                 if not self._begun:  # the very first bytes: further requests would keep them from leaving
                     return
                 if not begun:
                     begun, deadline = True, time.monotonic() + GATHER_SECONDS
-            elif not self._wait(deadline):
+            elif not self._wait(deadline, len(buffer)):
                 if begun:
                     return
                 raise silence("nothing came of its content")
@@ -222,15 +229,39 @@ class _Reader(ObjectReader):
         """Whether there is a range to receive, the first in the queue; others are asked for."""
         while self._ranges and self._ranges[0].is_done:
             self._ranges.popleft()
-        while self._begun and len(self._ranges) <= READS_AHEAD and (start := next(self._starts, None)) is not None:
-            self._ranges.append(_Range(self._reads, self.info, start, min(start + READ_SIZE, self._stop)))
+        while self._begun and self._wants_another():
+            size = LONG_READ_SIZE if self._pace.is_fast else READ_SIZE
+            start, self._next = self._next, min(self._next + size, self._stop)
+            self._ranges.append(_Range(self._reads, self.info, start, self._next))
         return bool(self._ranges)
 
-    def _wait(self, deadline: float) -> bool:
-        """Wait for more of the first range, and meanwhile take what comes of the others; whether it came in time."""
-        first, *others = self._ranges
-        if first.answer is None:  # it broke off, and is to be asked for again
+    def _wants_another(self) -> bool:
+        """Whether the next range is to be asked for: by then a fast connection needs it, a slow one needs help."""
+        if self._next == self._stop:
+            return False
+        if self._pace.is_fast:
+            return not self._ranges or (len(self._ranges) == 1 and self._ranges[0].missing <= ASK_AHEAD)
+        return len(self._ranges) <= READS_AHEAD
+
+    def _wait(self, deadline: float, wanted: int) -> bool:
+        """Wait for more of the first range; False: it did not come in time.
+
+        :param wanted: bytes that can be used now.
+        """
+        first, left = self._ranges[0].answer, deadline - time.monotonic()
+        if first is None:  # it broke off, and is to be asked for again
             return True
+        if left <= 0:
+            return False
+        with self._pace.waiting():
+            if not self._pace.is_fast:
+                return self._wait_beside(deadline)
+            first.wait_for(wanted, min(left, GATHER_SECONDS))
+        return True  # maybe it is slow by now
+
+    def _wait_beside(self, deadline: float) -> bool:
+        """Wait for any of the first range, and meanwhile take what comes of the others; whether it came in time."""
+        first, *others = self._ranges
         while (left := deadline - time.monotonic()) > 0:
             if [each for each in others if not each.has_answer()]:
                 left = min(left, LOOK_SECONDS)
@@ -244,9 +275,38 @@ class _Reader(ObjectReader):
         return False
 
     def close(self) -> None:
-        self._starts = iter(())
+        self._next = self._stop
         while self._ranges:
             self._ranges.pop().close()
+
+
+class _Pace:
+    """Whether a connection is fast enough that others beside it would bring nothing.
+
+    A bucket of seconds: each :data:`FAST_RATE` bytes that come bring one in, and what they are waited for goes out.
+    """
+
+    def __init__(self) -> None:
+        self._credit = PATIENCE_SECONDS
+
+    @property
+    def is_fast(self) -> bool:
+        """Whether there is something in the bucket."""
+        return self._credit > 0
+
+    def received(self, size: int) -> None:
+        """So many bytes have come."""
+        self._add(size / FAST_RATE)
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Bytes are waited for during the block."""
+        started = time.monotonic()
+        yield
+        self._add(started - time.monotonic())
+
+    def _add(self, seconds: float) -> None:
+        self._credit = max(-MOST_PATIENCE_SECONDS, min(self._credit + seconds, MOST_PATIENCE_SECONDS))
 
 
 class _Range:
@@ -270,6 +330,11 @@ class _Range:
     def is_done(self) -> bool:
         """Whether all of it has been given."""
         return self._position == self._stop and not self._held
+
+    @property
+    def missing(self) -> int:
+        """Bytes that have not come from the backend."""
+        return self._stop - self._position
 
     @property
     def has_room(self) -> bool:
