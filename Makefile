@@ -33,7 +33,7 @@ screenshots: $(VENV)/test.stamp ## take the pictures in docs/ again, with Debian
 	@$(VENV)/bin/python tools/screenshots.py
 
 image-test: ## build the container image and try it, as root, with podman (ARGS=BASE for another base)
-	@$(PYTHON) tools/image_test.py $(ARGS)
+	@$(PYTHON) tools/image.py $(ARGS)
 
 dashboard-picture: $(VENV)/test.stamp ## draw the picture of the dashboard again, after half an hour of traffic
 	@tools/azurite.sh .tools $(VENV)

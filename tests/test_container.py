@@ -10,13 +10,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import yaml
 
 import kci_storage
 from kci_storage.config import load
-from tests.harness import Server
+from tests.azurite import Azurite
+from tests.harness import Server, toml
 from tests.wire import SECONDS
 
 FOLDER = Path(kci_storage.__file__).parent.parent / "deploy/container"
@@ -70,36 +72,28 @@ def test_both_stages_have_the_base_that_is_asked_for():
     assert re.search(r"^ARG BASE=\S+$", DOCKERFILE.partition("\nFROM")[0], re.M)
 
 
-def test_the_configuration_to_try_it_is_valid(compose: Any, tmp_path: Path):
-    (tmp_path / "config.toml").write_text(compose["configs"]["storage"]["content"])
-    config = load(tmp_path / "config.toml", {})
-    [volume] = compose["services"]["storage"]["volumes"]
-    assert str(config.cache.directory) == volume.partition(":")[2]
-    assert config.server.bind.startswith("0.0.0.0:")
-    connection = compose["services"]["container"]["environment"]["AZURE_STORAGE_CONNECTION_STRING"]
-    parts = dict(part.split("=", 1) for part in connection.rstrip(";").split(";"))
-    azure = config.azure
-    assert (parts["AccountName"], parts["AccountKey"], parts["BlobEndpoint"]) == (
-        azure.account,
-        azure.key,
-        azure.endpoint,
-    )
+def test_the_configuration_to_try_it_fits_the_containers(compose: Any):
+    config = load(FOLDER / "try/config.toml", {})
+    services, storage = compose["services"], compose["services"]["storage"]
+    mounts = dict(volume.split(":", 1) for volume in storage["volumes"])
+    assert mounts == {"./try": "/etc/kci-storage:ro", "cache": str(config.cache.directory)}
+    assert config.server.bind == "0.0.0.0:3000" and storage["ports"] == ["127.0.0.1:3000:3000"]
+    assert urlsplit(config.azure.endpoint).hostname in services
 
 
-def test_the_container_is_made_before_the_server_starts(compose: Any, tmp_path: Path, azurite: Any):
+def test_the_container_is_made_before_the_server_starts(compose: Any, tmp_path: Path, azurite: Azurite):
     """The script runs against a real Azurite, twice: the second time the container is there already."""
-    command = compose["services"]["container"]["command"]
-    connection = (
-        f"DefaultEndpointsProtocol=http;AccountName={azurite.account};AccountKey={azurite.key};"
-        f"BlobEndpoint={azurite.endpoint};"
-    )
+    script, _, server = compose["services"]["storage"]["command"].partition(" && exec ")
+    assert (script, server) == ('sh -c "python /etc/kci-storage/make_container.py', 'kci-storage serve"')
+    settings = {"account": azurite.account, "key": azurite.key, "endpoint": azurite.endpoint}
+    document = {"jwt_secret": "s" * 32, "azure": {**settings, "container": "artifacts"}}
+    (tmp_path / "config.toml").write_text(toml(document))
     for _ in range(2):
         done = subprocess.run(
-            [sys.executable, *command[1:]],
-            env={"AZURE_STORAGE_CONNECTION_STRING": connection},
+            [sys.executable, FOLDER / "try/make_container.py"],
+            env={**os.environ, "KCI_STORAGE_CONFIG": str(tmp_path / "config.toml")},
             capture_output=True,
             timeout=SECONDS,
-            check=False,
         )
         assert done.returncode == 0, done.stderr
     with azurite.client("artifacts") as container:

@@ -1,6 +1,6 @@
 """What ``make image-test`` does: build the container's image, and try it.
 
-    image_test.py [BASE]
+    image.py [BASE]
 
 Without a base one is made of Debian's packages, so that no registry of images is needed: only Debian's mirror and
 PyPI, by the machine's own configuration. Podman keeps all in .tools/image-test, and needs no daemon.
