@@ -10,6 +10,7 @@ import contextlib
 import json
 import re
 import shutil
+import struct
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -191,6 +192,29 @@ def test_panels_do_not_overlap():
     assert {row["title"] for row in DASHBOARD["panels"] if row["type"] == "row"} == {
         "Traffic", "Latency", "Cache", "Backend", "Uploads", "Disk", "Machine"
     }  # fmt: skip
+
+
+def test_the_pictures_of_the_dashboard_are_there_and_of_its_layout():
+    """They cannot be taken here: that needs half an hour, and Grafana's components."""
+    for document, name in ((ROOT / "README.md", "dashboard"), (ROOT / "docs/monitoring.md", "dashboard-whole")):
+        assert f"pictures/{name}.png)" in document.read_text()
+    lowest = max(panel["gridPos"]["y"] + panel["gridPos"]["h"] for panel in DASHBOARD["panels"])
+    assert _size("dashboard-whole") == (1600, 38 * lowest - 8 + 2 * 16)  # cells, gaps, margins
+    assert _size("dashboard")[0] == 1600
+
+
+def _size(name: str) -> tuple[int, int]:
+    """Width and height of a picture, in pixels: the beginning of its IHDR (PNG, section 11.2.1)."""
+    content = (ROOT / f"docs/pictures/{name}.png").read_bytes()
+    assert content.startswith(b"\x89PNG") and len(content) < 400 * 1024
+    width, height = struct.unpack(">II", content[16:24])
+    return width, height
+
+
+def test_the_tool_for_the_pictures_draws_every_kind_of_panel_that_there_is():
+    page = (ROOT / "tools/dashboard_picture/page.jsx").read_text()
+    [kinds] = re.findall(r"const KINDS = \{ (.*) \};", page)
+    assert set(re.findall(r"(\w+):", kinds)) == {panel["type"] for panel in panels()}
 
 
 # A real Prometheus over a real server

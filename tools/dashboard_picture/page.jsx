@@ -3,8 +3,8 @@
 // What Grafana itself does around them is done here: the grid, the fields' settings, legends from labels.
 
 import {
-  createDataFrame, createTheme, dateTime, FieldType, getDisplayProcessor, getFieldDisplayValues, getMinMaxAndDelta,
-  LoadingState, ThemeContext,
+  createDataFrame, createTheme, dateTime, fieldMatchers, FieldType, getDisplayProcessor, getFieldDisplayValues,
+  getMinMaxAndDelta, LoadingState, ThemeContext,
 } from "@grafana/data";
 import { BigValue, GlobalStyles, Icon, PanelChrome, TimeSeries } from "@grafana/ui";
 import { createRoot } from "react-dom/client";
@@ -12,6 +12,7 @@ import { createRoot } from "react-dom/client";
 const CELL = 30; // pixels that a cell of the grid is high
 const GAP = 8; // between two cells
 const COLUMNS = 24;
+const MARGIN = 16; // around everything
 const { dashboard, results, from, to } = window.measured;
 const theme = createTheme({ colors: { mode: "dark" } });
 const timeRange = { from: dateTime(from * 1000), to: dateTime(to * 1000), raw: { from: "now-30m", to: "now" } };
@@ -36,6 +37,15 @@ function fieldConfig({ defaults }) {
   return { ...defaults, thresholds: { ...defaults.thresholds, steps }, custom: { ...custom, ...defaults.custom } };
 }
 
+// What a panel says of single fields. None of ours says anything deeper than a setting of the first level.
+function override(field, frame, { overrides }) {
+  for (const { matcher, properties } of overrides) {
+    if (fieldMatchers.get(matcher.id).get(matcher.options)(field, frame, [frame])) {
+      Object.assign(field.config, Object.fromEntries(properties.map(({ id, value }) => [id, value])));
+    }
+  }
+}
+
 // The data frames of a panel, one for each series.
 function frames(panel) {
   const series = panel.targets.flatMap((target) =>
@@ -56,6 +66,7 @@ function frames(panel) {
       ],
     });
     const [, field] = frame.fields;
+    override(field, frame, panel.fieldConfig);
     field.state = { range: getMinMaxAndDelta(field), seriesIndex: index };
     field.display = getDisplayProcessor({ field, theme, timeZone: "utc" });
     return frame;
@@ -115,17 +126,19 @@ function Row({ title }) {
 
 function Dashboard({ width }) {
   const lowest = Math.max(...dashboard.panels.map(({ gridPos }) => gridPos.y + gridPos.h));
-  const everything = { height: lowest * (CELL + GAP) - GAP, margin: 16, position: "relative", width };
+  const everything = { height: lowest * (CELL + GAP) - GAP, position: "relative", width };
   return (
-    <div id="dashboard" style={everything}>
-      {dashboard.panels.map((panel) => {
-        const area = place(panel.gridPos, width);
-        return (
-          <div key={panel.id} data-title={panel.title} data-type={panel.type} style={{ ...area, position: "absolute" }}>
-            {panel.type === "row" ? <Row title={panel.title} /> : <Panel area={area} panel={panel} />}
-          </div>
-        );
-      })}
+    <div id="dashboard" style={{ padding: MARGIN }}>
+      <div style={everything}>
+        {dashboard.panels.map((panel) => {
+          const area = place(panel.gridPos, width);
+          return (
+            <div key={panel.id} data-type={panel.type} style={{ ...area, position: "absolute" }}>
+              {panel.type === "row" ? <Row title={panel.title} /> : <Panel area={area} panel={panel} />}
+            </div>
+          );
+        })}
+      </div>
     </div>
   );
 }
@@ -133,6 +146,6 @@ function Dashboard({ width }) {
 createRoot(document.getElementById("page")).render(
   <ThemeContext.Provider value={theme}>
     <GlobalStyles />
-    <Dashboard width={document.documentElement.clientWidth - 32} />
+    <Dashboard width={document.documentElement.clientWidth - 2 * MARGIN} />
   </ThemeContext.Provider>,
 );

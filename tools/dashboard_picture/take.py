@@ -35,7 +35,7 @@ from tests.chromium import running_chromium  # noqa: E402
 
 BUILD = ROOT / ".tools" / "dashboard_picture"
 PICTURES = ROOT / "docs" / "pictures"
-WIDTH, MARGIN = 1600, 16  # pixels
+WIDTH = 1600  # pixels
 MINUTES = 30.0
 ESBUILD = (
     "node_modules/.bin/esbuild", "page.jsx", "--bundle", "--format=iife", "--jsx=automatic", "--minify",
@@ -125,7 +125,7 @@ def take(page: Page, folder: Path) -> None:
     assert third is not None, "the dashboard has at least three rows"
     whole = page.locator("#dashboard").bounding_box()
     assert whole is not None, "the dashboard is visible"
-    for name, bottom in (("dashboard", third["y"]), ("dashboard-whole", whole["y"] + whole["height"] + MARGIN)):
+    for name, bottom in (("dashboard", third["y"]), ("dashboard-whole", whole["height"])):
         clip = {"x": 0, "y": 0, "width": WIDTH, "height": bottom}
         path = folder / f"{name}.png"
         path.write_bytes(with_a_palette(page.screenshot(clip=clip, full_page=True, animations="disabled")))
