@@ -13,6 +13,7 @@ from gunicorn.workers.gthread import TConn
 
 from kci_storage.background import Background, Lingering
 from kci_storage.client_socket import ClientSocket
+from kci_storage.request import Environs, Request
 
 HEAD_SIZE = 16 * 1024  # bytes that are read at a time, of a head and what comes with it
 _END_OF_HEAD = re.compile(rb"\r\n\r\n|(?:^|[^\r])\n")  # its own, or a bare LF, at which no head goes on
@@ -67,11 +68,13 @@ class Connection(TConn):
         self.data_ready = True  # gunicorn need not wait for it
         self.head = b""  # and what has come after it
         self._searched = 0  # how much of it, for its end
+        self.environs = Environs()
         self.keep = False  # whether there may be another request
 
     def init(self) -> None:
         """Give the parser what has come."""
         super().init()
+        self.parser.mesg_class = Request
         self.parser.unreader.unread(self.head)
         self.head, self._searched = b"", 0
 

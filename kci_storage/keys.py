@@ -7,6 +7,7 @@ only after the whole body was sent.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -16,6 +17,9 @@ from kci_storage.errors import BadKey
 MAX_CHARACTERS = 1024
 MAX_SEGMENTS = 254
 MAX_SEGMENT_BYTES = 255  # in UTF-8; the longest file name that Linux takes
+
+REMEMBERED = 4096  # paths that were found right
+LONGEST_REMEMBERED = 512  # characters; so that strangers cannot fill the memory
 
 RESERVED_KEYS = ("upload", "metrics", "robots.txt", "favicon.ico")  # routes of this server
 RESERVED_FOLDERS = ("v1", ".kci")  # its other routes, and its own files
@@ -98,7 +102,14 @@ def for_put(path_info: str) -> str:
     >>> for_put("/folder/file.txt")
     'folder/file.txt'
     """
+    return (_for_put_remembered if len(path_info) <= LONGEST_REMEMBERED else _for_put)(path_info)
+
+
+def _for_put(path_info: str) -> str:
     return check(from_path_info(path_info))
+
+
+_for_put_remembered = functools.lru_cache(REMEMBERED)(_for_put)
 
 
 def from_path_info(path_info: str) -> str:

@@ -71,22 +71,13 @@ def log_access(exchange: Exchange) -> None:
     """The one line that every request gets, once its response has gone out."""
     environ = exchange.environ
     raw_path = environ.get("RAW_URI") or environ.get("PATH_INFO", "")
+    path = value(raw_path.partition("?")[0])  # a query may hold what nobody should read
+    who = {"user": exchange.user} if exchange.user else {"ua": environ.get("HTTP_USER_AGENT", "")}
     _write_line(
-        logfmt(
-            ts=timestamp(exchange.started),
-            event="access",
-            ip=environ.get("REMOTE_ADDR"),
-            status=exchange.status,
-            bytes=exchange.sent,
-            method=environ["REQUEST_METHOD"],
-            path=raw_path.partition("?")[0],  # a query may hold what nobody should read
-            user=exchange.user,
-            ua=None if exchange.user else environ.get("HTTP_USER_AGENT", ""),
-            cache=exchange.cache,
-            duration=f"{exchange.duration:.6f}",
-            request_id=exchange.request_id,
-            error=exchange.error,
-        )
+        f"ts={timestamp(exchange.started)} event=access ip={value(environ.get('REMOTE_ADDR', ''))} "
+        f"status={exchange.status} bytes={exchange.sent} method={value(environ['REQUEST_METHOD'])} path={path} "
+        f"{logfmt(**who, cache=exchange.cache)} duration={exchange.duration:.6f} "
+        f"{logfmt(request_id=exchange.request_id, error=exchange.error)}"
     )
 
 

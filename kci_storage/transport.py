@@ -358,13 +358,16 @@ def is_content_length(name: str) -> bool:
     >>> is_content_length("content-length"), is_content_length("ETag")
     (True, False)
     """
-    return len(name) == len("Content-Length") and name.lower() == "content-length"
+    return name == "Content-Length" or (len(name) == len("Content-Length") and name.lower() == "content-length")
 
 
 def _promised(method: str, headers: list[tuple[str, str]]) -> int:
     """How many bytes of body a response announces."""
-    lengths = (int(value) for name, value in headers if is_content_length(name))
-    return 0 if method == "HEAD" else next(lengths, 0)
+    if method != "HEAD":
+        for name, value in headers:
+            if is_content_length(name):
+                return int(value)
+    return 0
 
 
 class Transport:

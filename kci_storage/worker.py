@@ -110,6 +110,7 @@ class Worker(ThreadWorker):
 
     def init_process(self) -> None:
         """Start what must not be shared with a forked process, then serve."""
+        self.cfg = _Settings(self.cfg)
         self._background = Background()
         left = partial(self.method_queue.defer, self._answered)
         self._lane = Lane(self.cfg.worker_connections // 2, self._answer_in_turn, left, self._have_lane_run)
@@ -352,8 +353,7 @@ class Worker(ThreadWorker):
         """
         connection = WorkerConnection(req, conn.sock, req._expected_100_continue)
         req._expected_100_continue = False
-        response, environ = wsgi.create(req, conn.sock, conn.client, conn.server, self.cfg, Response)
-        environ["wsgi.multithread"] = True
+        response, environ = conn.environs.make(req, conn, Response)
         environ[CONNECTION] = connection
         if conn.sock.is_secure:
             environ["wsgi.url_scheme"] = "https"
@@ -387,6 +387,7 @@ class Worker(ThreadWorker):
         """Whether the connection can be reused; gunicorn would look for the rest of a body that there was none of."""
         body = conn.parser.mesg.body.reader
         if keepalive and isinstance(body, LengthReader) and body.length == 0:
+            conn.parser.mesg = None  # nor is it looked for before the next request
             return True
         return bool(super()._keepalive_after(conn, keepalive))
 
@@ -399,6 +400,17 @@ class Worker(ThreadWorker):
         with contextlib.suppress(OSError):
             # The class says enough; the message quotes the client, maybe a header with a token in it.
             client.sendall(refusal(status, addr, type(exc).__name__))
+
+
+class _Settings:
+    """gunicorn's settings, of which it looks up many for each request. In a worker they do not change any more."""
+
+    def __init__(self, settings: Any):
+        self._settings = settings
+
+    def __getattr__(self, name: str) -> Any:
+        value = self.__dict__[name] = getattr(self._settings, name)
+        return value
 
 
 class _MethodQueue(PollableMethodQueue):

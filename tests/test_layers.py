@@ -48,7 +48,7 @@ OWNERS = {
     "prometheus_flask_exporter": {"metrics"},
     "jwt": {"auth"},
     "portalocker": {"durable"},
-    "gunicorn": {"worker", "connection", "response"},
+    "gunicorn": {"worker", "connection", "request", "response"},
     "tqdm": {"client.progress"},
     "shtab": {"client.completion"},
 }
