@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from kci_storage import durable, memory
+from kci_storage import durable, memory, places
 from kci_storage.cache import Cache, Slot
 from kci_storage.drivers.base import Driver, ObjectInfo, ObjectReader
 from kci_storage.errors import CorruptObject, InsufficientStorage, Overloaded, StorageError
@@ -45,6 +45,7 @@ READ_SIZE = 256 * 1024  # bytes read from a part at a time
 WATCH_INTERVAL = 0.005  # seconds between two looks at a part that another process fills
 THREADS = 1000  # of one process, for fills that it runs, watches, or has waiting
 STOP_SECONDS = 5.0  # for which a process waits for its fills to end
+MOMENT = 0.05  # seconds for which a follower waits at its place: to give that away and take it back costs something
 SLOT_INTERVAL = 1.0  # seconds between two looks whether anybody still waits for a fill that may not begin yet
 
 
@@ -257,7 +258,7 @@ class Fill:
         :raises Overloaded: it took too long.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self.info is not None or self._ended, timeout)
+            self._wait(lambda: self.info is not None or self._ended, timeout)
             if self.info is not None:
                 return self.info
             if self._ended:
@@ -282,10 +283,18 @@ class Fill:
     def _wait_beyond(self, position: int) -> int:
         """How many bytes there are, as soon as it is more than ``position``."""
         with self._changed:
-            self._changed.wait_for(lambda: self.available > position or self._ended)
+            self._wait(lambda: self.available > position or self._ended)
             if self.available > position and not isinstance(self._error, CorruptObject):
                 return self.available
             raise self._why() or FillLost("the object could not be fetched")
+
+    def _wait(self, condition: Callable[[], bool], timeout: float | None = None) -> None:
+        """Wait for a change; after a moment, without the thread's place. The caller holds the mutex."""
+        if timeout is not None and timeout <= MOMENT:
+            self._changed.wait_for(condition, timeout)
+        elif not self._changed.wait_for(condition, MOMENT):
+            with places.aside(bounded=False):
+                self._changed.wait_for(condition, timeout and timeout - MOMENT)
 
     def _why(self) -> BaseException | None:
         return copy.copy(self._error)  # each thread gets one of its own, since raising it changes it

@@ -1,8 +1,8 @@
 """The places of the threads that answer requests, and how who waits gives his away, or lets others go ahead.
 
-A worker has only so many places. A request that waits for another one's end, such as an upload of the same key, does
-nothing with its own: were it to keep it, one upload that stands still, and enough requests for its key, would hold up
-all others.
+A worker has only so many places. A request that waits for an upload of its key, or for the next bytes of an object
+that is being fetched, does nothing with its own: were it to keep it, one upload or one fetch that stands still, and
+enough requests for its key, would hold up all others.
 
 And a thread may have requests of other clients behind the one that it answers (:mod:`kci_storage.lane`), as long as
 each takes no longer than a hit. Before a request does, it says so: :func:`take_time`.
@@ -14,16 +14,17 @@ import contextlib
 import threading
 from typing import Protocol
 
-MOST_ASIDE = 256  # requests of a worker that may wait so: each costs a thread's memory, and looks around now and then
+MOST_ASIDE = 256  # requests of a worker that may wait for uploads: each costs a thread, and some look around
 
 
 class Place(Protocol):
     """That of one thread."""
 
-    def step_aside(self) -> contextlib.AbstractContextManager[None]:
+    def step_aside(self, bounded: bool) -> contextlib.AbstractContextManager[None]:
         """Another thread may have it during the block.
 
-        :raises Overloaded: :data:`MOST_ASIDE` others are aside.
+        :param bounded: whether it is one of those of whom there may be only :data:`MOST_ASIDE`.
+        :raises Overloaded: so many of these are aside.
         """
         ...
 
@@ -50,13 +51,14 @@ def take(place: Place) -> None:
     _here.place = place
 
 
-def aside() -> contextlib.AbstractContextManager[None]:
-    """The calling thread does nothing but wait for other requests during the block. It need not have a place.
+def aside(bounded: bool = True) -> contextlib.AbstractContextManager[None]:
+    """The calling thread does nothing but wait for others during the block. It need not have a place.
 
+    :param bounded: False for who cannot be refused any more.
     :raises Overloaded: too many wait already.
     """
     take_time()
-    return contextlib.nullcontext() if _here.place is None else _here.place.step_aside()
+    return contextlib.nullcontext() if _here.place is None else _here.place.step_aside(bounded)
 
 
 def serve(row: Row | None) -> None:

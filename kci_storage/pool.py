@@ -25,8 +25,8 @@ class Pool:
     else. There may be as many as connections: with a limit of their own, a worker that has reached it would hold the
     requests that it has accepted, while another one has threads to spare.
 
-    A thread that waits for another request (:func:`kci_storage.places.aside`) lends its place, too. Of these there
-    are so many and no more, since nobody drops their clients.
+    A thread that waits for another request or a fill (:func:`kci_storage.places.aside`) lends its place, too. Of
+    those that can be refused there are so many and no more, since nobody drops their clients.
 
     :param size: how many work at a time.
     :param changed: called by any thread when a place has become free, or is no longer.
@@ -34,14 +34,14 @@ class Pool:
 
     def __init__(self, size: int, changed: Callable[[], None]):
         self.size = size
-        self.lent = 0  # threads that wait, for a client or for another request
+        self.lent = 0  # threads that wait, for a client, for another request or for a fill
         self._changed = changed
         self._queue: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._threads = 0
         self._spare = 0  # idle threads; below zero: calls that wait for one
         self._waiting: set[Any] = set()  # the clients for whom threads wait
-        self._aside = 0  # threads that wait for another request
+        self._aside = 0  # threads that wait, and could have been refused that
 
     def submit(self, function: Callable[[], None]) -> None:
         """Have a function called by a thread, as soon as one is free."""
@@ -65,15 +65,16 @@ class Pool:
                 self._waiting.discard(client)
 
     @contextlib.contextmanager
-    def step_aside(self) -> Iterator[None]:
-        """The calling thread does nothing but wait for another request during the block.
+    def step_aside(self, bounded: bool) -> Iterator[None]:
+        """The calling thread does nothing but wait for others during the block.
 
-        :raises Overloaded: too many do.
+        :param bounded: whether it can be refused that.
+        :raises Overloaded: too many do of those that can.
         """
         with self._lock:
-            if self._aside >= places.MOST_ASIDE:
+            if bounded and self._aside >= places.MOST_ASIDE:
                 raise Overloaded("too many requests wait for others to end; try later", retry_after=5)
-            self._aside += 1
+            self._aside += bounded
             self._lend()
         self._changed()
         try:
@@ -81,7 +82,7 @@ class Pool:
         finally:
             with self._lock:
                 self.lent -= 1
-                self._aside -= 1
+                self._aside -= bounded
 
     def _lend(self) -> None:
         self.lent += 1

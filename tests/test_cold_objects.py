@@ -5,6 +5,7 @@ The figures in docs/reliability.md are what these tests and those of ``test_cold
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable
@@ -429,6 +430,21 @@ def test_those_who_wait_leave_threads_to_the_others(new_bench: Callable[..., Ben
         assert time.monotonic() - started < QUICK
         rule.release()
         assert sum(answer.result().status_code == 200 for answer in answers) == 4
+
+
+def test_who_follows_a_fill_that_stands_still_is_in_nobodys_way(new_bench: Callable[..., Bench]) -> None:
+    bench = new_bench(server={"workers": 1, "threads": 2})
+    hit = bench.store(b"hit")
+    get(bench.server, hit)
+    wait_until_tidy(bench.server)
+    content = some_bytes(MIB)
+    key = bench.store(content)
+    rule = bench.proxy.inject(Stall(1000), key=key)
+    with contextlib.ExitStack() as stack:
+        wires = [stack.enter_context(beginning(bench, key)) for _ in range(8)]
+        assert get(bench.server, hit).headers["X-Cache"] == "hit"
+        rule.release()
+        assert [wire.read(MIB - 1) == content[1:] for wire in wires] == [True] * 8
 
 
 def test_the_bound_holds_for_all_workers_together(new_bench: Callable[..., Bench]) -> None:
