@@ -29,6 +29,7 @@ NO_SKIP_VARIABLE = "KCI_STORAGE_NO_SKIP"  # set: what would be skipped fails, wi
 def pytest_configure(config: pytest.Config) -> None:
     """Register our markers."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background jobs ignore it
+    os.umask(0o022)  # some tests look at a file's mode, or as another user at a folder
     config.addinivalue_line(
         "markers", "expected_errors(*patterns): lines of the server's log that match one of these are no failure"
     )
