@@ -137,7 +137,7 @@ class Cache:
         self.locks = KeyLocks(directory / LOCKS)
         self.usage = durable.SharedCounters(directory / "usage", len(Usage._fields))
         self._own = _Own()
-        self._remembered: dict[str, Record] = {}
+        self._remembered: dict[str, tuple[Record, str]] = {}  # with the content's path, by key
         durable.make_directory(self.spool_directory)
 
     def slot(self, key: str) -> Slot:
@@ -158,13 +158,12 @@ class Cache:
 
         An entry that turns out broken (unreadable, of the wrong size, content gone) is removed and counts as none.
         """
-        slot = self.slot(key)
         remembered = self._remembered.get(key)
         if remembered is not None:
-            entry = self._open(slot, remembered)
+            entry = self._open(*remembered)
             if entry is not None:
                 return entry
-        return self._lookup_afresh(slot, key)
+        return self._lookup_afresh(self.slot(key), key)
 
     def _lookup_afresh(self, slot: Slot, key: str) -> Entry | None:
         while True:
@@ -175,19 +174,19 @@ class Cache:
             if record.info.key != key:
                 self._remove_broken(slot, record)
                 return None
-            entry = self._open(slot, record)
+            entry = self._open(record, f"{slot.stem}.{record.generation}{CONTENT}")
             if entry is not None:
-                self._remember(key, record)
+                self._remember(key, entry)
                 return entry
             # Overwritten between the two looks, then the next look finds another record; or broken.
             if self._read_record(slot) == record:
                 self._remove_broken(slot, record)
                 return None
 
-    def _remember(self, key: str, record: Record) -> None:
+    def _remember(self, key: str, entry: Entry) -> None:
         if len(self._remembered) >= REMEMBERED_RECORDS:
             self._remembered.clear()
-        self._remembered[key] = record
+        self._remembered[key] = entry.record, entry.path
 
     def _read_record(self, slot: Slot) -> Record | None:
         try:
@@ -201,8 +200,7 @@ class Cache:
             self._remove_broken(slot, None)
             return None
 
-    def _open(self, slot: Slot, record: Record) -> Entry | None:
-        path = f"{slot.stem}.{record.generation}{CONTENT}"
+    def _open(self, record: Record, path: str) -> Entry | None:
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:

@@ -257,10 +257,10 @@ class TestTwoProcesses:
     ) -> None:
         store(cache, b"old")
 
-        def slow_open(slot: Slot, record: Record) -> Entry | None:
+        def slow_open(record: Record, path: str) -> Entry | None:
             monkeypatch.undo()
             peer.call(store_there, cache.directory, b"new")
-            return cache._open(slot, record)
+            return cache._open(record, path)
 
         monkeypatch.setattr(cache, "_open", slow_open)
         assert load(cache) == b"new"
