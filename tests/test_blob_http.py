@@ -221,8 +221,8 @@ def test_a_body_is_sent_whole(peer: Callable[..., Peer], size: int) -> None:
 
 def test_who_takes_a_body_slowly_is_not_silent(peer: Callable[..., Peer]) -> None:
     body = random.randbytes(20 * MIB)  # more than sockets hold
-    there = peer(CREATED, take=functools.partial(take_all, pause=0.1))
-    assert put(pool_of(there, read_timeout=2), body).status == 201
+    there = peer(CREATED, take=functools.partial(take_all, pause=0.2))
+    assert put(pool_of(there, read_timeout=4), body).status == 201
     assert there.requests[0].endswith(body)
 
 
