@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import requests
 
-from tests.harness import Server, running
+from tests.harness import Server, running, wait_until
 from tests.wire import (
     BOUNDARY,
     FORM_TYPE,
@@ -26,6 +27,7 @@ from tests.wire import (
     part,
     put,
     request,
+    stored_by_another_program,
     temporary_files,
     wait_until_tidy,
 )
@@ -457,10 +459,14 @@ def test_an_upload_is_nobodys_object_before_its_end(server: Server):
 
 
 def wait_for_parts(server: Server) -> None:
-    deadline = time.monotonic() + SECONDS
-    while not any(path.stat().st_size for path in temporary_files(server) if path.exists()):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_until(lambda: any(map(size_of, temporary_files(server))), SECONDS, "something of an upload on the disk")
+
+
+def size_of(path: Path) -> int:
+    """In bytes; 0 if it is gone."""
+    with contextlib.suppress(FileNotFoundError):
+        return path.stat().st_size
+    return 0
 
 
 def test_a_broken_chunked_body_is_refused(server: Server):
@@ -503,7 +509,7 @@ def test_a_client_that_stops_in_an_upload_is_dropped(
 
 def test_a_client_that_stops_in_a_download_is_dropped(impatient_server: Server):
     key, content = f"{new_folder()}/a", bytes(64 << 20)
-    put(impatient_server, key, content)
+    stored_by_another_program(impatient_server, key, content)
     with Wire(impatient_server, receive_buffer=64 * 1024) as wire:
         wire.send(request("GET", f"/{key}"))
         answer = wire.head()
