@@ -53,7 +53,7 @@ def main() -> int:
         podman = Podman(Path(work))
         base = sys.argv[1] if len(sys.argv) > 1 else made_base(podman, Path(work))
         build(podman, base)
-        for trial in (runs_as_nobody_special, takes_and_gives_files, ends_in_order, refuses_a_broken_configuration):
+        for trial in TRIALS:
             trial(podman, Path(work))
             say(f"ok: {trial.__name__.replace('_', ' ')}")
     return 0
@@ -224,6 +224,20 @@ def ends_in_order(podman: Podman, folder: Path) -> None:
         expect("exit code", inspect(podman, container)["ExitCode"], 0)
 
 
+def reloads_on_sighup(podman: Podman, folder: Path) -> None:
+    """Other users may write, after a signal, in the same container."""
+    with started(podman, folder) as container:
+        container.wait_until_healthy()
+        expect("an upload's status before", container.put("try/before", b"content"), http.client.CREATED)
+        user = '[[users]]\nname = "other@example.com"\nprefixes = [""]\n'
+        (folder / "config.toml").write_text(CONFIGURATION + user)
+        podman("kill", "--signal=HUP", container.name)
+        deadline = time.monotonic() + SECONDS
+        while (status := container.put("try/after", b"content")) != http.client.FORBIDDEN:
+            expect("an upload's status meanwhile", status in (http.client.CREATED, http.client.OK), True)
+            expect("that it is in time", time.monotonic() < deadline, True)
+
+
 def refuses_a_broken_configuration(podman: Podman, folder: Path) -> None:
     """It ends with 78 and one line that says what is wrong."""
     (folder / "config.toml").write_text(CONFIGURATION.replace(BIND, "nowhere"))
@@ -238,6 +252,15 @@ def inspect(podman: Podman, container: Container) -> dict[str, object]:
     """The state of a container."""
     state: dict[str, object] = json.loads(podman("inspect", "--format={{json .State}}", container.name))
     return state
+
+
+TRIALS = (
+    runs_as_nobody_special,
+    takes_and_gives_files,
+    reloads_on_sighup,
+    ends_in_order,
+    refuses_a_broken_configuration,
+)
 
 
 if __name__ == "__main__":
