@@ -176,6 +176,8 @@ class Server:
 
     def kill(self) -> None:
         """SIGKILL to the master and its workers: a loss of power, but for the page cache."""
+        self.process.send_signal(signal.SIGSTOP)  # it is not to make a worker that nobody knows of
+        wait_until(lambda: not _runs(self.process.pid), STOP_SECONDS, "the master to stand still")
         _kill([self.process.pid, *self.worker_pids()])
         self.process.wait()
         self._process = None
@@ -264,6 +266,12 @@ def _kill(pids: Iterable[int]) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     wait_until(lambda: not any(_lives(pid) for pid in pids), STOP_SECONDS, "the end of killed processes")
+
+
+def _runs(pid: int) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() not in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE)
+    return False
 
 
 def _lives(pid: int) -> bool:
