@@ -282,10 +282,12 @@ class Worker(ThreadWorker):
             self.log.exception("Error handling request")
 
     def _go_on(self, conn: Connection | None) -> None:
-        """A connection's request has been answered, None: or those of many, and this thread is free for others.
+        """What a thread does when it has answered a connection's request.
 
         A client in a hurry sends the next one as soon as it has the answer. If the last one was as quick, the lane
         spares it the way over the main loop; else this thread waits for it, while there are threads enough.
+
+        :param conn: None: the requests were those of the lane, and there are no more.
         """
         while conn is not None and conn.keep and self.alive and conn.sock.rest is None:
             conn.take_unread()
