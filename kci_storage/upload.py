@@ -397,12 +397,14 @@ class FormReceiver:
             self._end_upload(self._files[-1])
 
     def _end_upload(self, upload: Upload) -> None:
-        """Small files wait in memory to be committed by one request each; many of them must not."""
+        """Small files wait in memory to be committed by one request each; many of them, and large ones, must not."""
         upload.end()
-        waiting = [file for file in self._files if isinstance(file, Upload)]
-        if sum(upload.held for upload in waiting) > FORM_HELD:
-            for upload in waiting:
-                upload.flush()
+        waiting = sorted((file for file in self._files if isinstance(file, Upload)), key=lambda file: file.held)
+        held = sum(upload.held for upload in waiting)
+        while held > FORM_HELD:
+            largest = waiting.pop()
+            held -= largest.held
+            largest.flush()
 
     def _begin_path(self) -> None:
         if self._path is not None:

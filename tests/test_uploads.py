@@ -950,16 +950,20 @@ def test_a_file_is_not_kept_in_memory(server: Server, path_first: bool):
     assert peak_memory(server) - before < 100 * MIB
 
 
-@pytest.mark.parametrize("path_first", [True, False], ids=["path first", "path last"])
-def test_a_form_of_many_files_is_not_held_in_memory(azure_server: Server, path_first: bool):
-    """Each file is small enough for one request, and all of them wait for the form's end."""
-    folder, size, before = new_folder(), 4 * MIB, forget_peak(azure_server)
+@pytest.mark.parametrize(
+    ("path_first", "count", "size"),
+    [(True, 60, 4 * MIB), (False, 60, 4 * MIB), (True, 12, 17 * MIB)],
+    ids=["path first", "path last", "files of several blocks"],
+)
+def test_a_form_of_many_files_is_not_held_in_memory(azure_server: Server, path_first: bool, count: int, size: int):
+    """All of them wait for the form's end, be they small enough for one request or not."""
+    folder, before = new_folder(), forget_peak(azure_server)
     path = part("path", folder.encode())
-    files = [part(f"file{number}", bytes([number]) * size, f"{number:03d}") for number in range(60)]
+    files = [part(f"file{number}", bytes([number]) * size, f"{number:03d}") for number in range(count)]
     response = post(azure_server, *((path, *files) if path_first else (*files, path)))
     assert len(stored(response)) == len(files)
     assert peak_memory(azure_server) - before < 100 * MIB
-    assert get(azure_server, f"{folder}/041").content == bytes([41]) * size
+    assert get(azure_server, f"{folder}/007").content == bytes([7]) * size
 
 
 def test_a_form_of_too_many_files_is_refused(local_server):

@@ -290,8 +290,8 @@ class _Writer(ObjectWriter):
     def write(self, data: bytes | memoryview) -> None:
         self._size += len(data)
         rest = memoryview(data)
-        while self.held + len(rest) > self._driver.block_size:
-            room = self._driver.block_size - self.held
+        while self._block.tell() + len(rest) > self._driver.block_size:
+            room = self._driver.block_size - self._block.tell()
             self._block.write(rest[:room])
             rest = rest[room:]
             self._stage()
@@ -299,12 +299,12 @@ class _Writer(ObjectWriter):
 
     @property
     def held(self) -> int:
-        return self._block.tell()
+        return self._block.tell() + self._driver.block_size * (len(self._in_flight) + len(self._spare))
 
     def flush(self) -> None:
-        if self.held:
+        if self._block.tell():
             self._stage()
-        self._settle_all()  # what is on its way is in memory too
+        self._settle_all()
         self._spare.clear()
         self._block = io.BytesIO()
 
@@ -375,7 +375,7 @@ class _Writer(ObjectWriter):
         if not self._block_ids and not self._lost:
             with _content(self._block) as content:
                 return self._driver.writes.put(self._key, content, headers)
-        if self.held:
+        if self._block.tell():
             self._stage()
         self._settle_all()
         if self._lost:
