@@ -12,26 +12,34 @@ from kci_storage.errors import BackendError, CorruptObject, ObjectChanged
 
 log = logging.getLogger(__name__)
 
-BUFFER_SIZE = 512 * 1024  # bytes that are read at a time; they stay in the processor's cache until they are used
+BUFFER_SIZE = 512 * 1024  # bytes that are read at a time for one client
+LARGE_BUFFER_SIZE = 2 * 1024 * 1024  # bytes, for many: what comes wakes them all, so it had better be much
 RESUME_FOR = 60  # seconds without a byte after which a read is given up
 FIRST_BACKOFF, LONGEST_BACKOFF = 0.2, 5.0  # seconds between two tries
 
 
 def resumed(
-    driver: Driver, info: ObjectInfo, start: int, stop: int, reader: ObjectReader | None = None, begun: bool = False
+    driver: Driver,
+    info: ObjectInfo,
+    start: int,
+    stop: int,
+    reader: ObjectReader | None = None,
+    begun: bool = False,
+    buffer_size: int = BUFFER_SIZE,
 ) -> Iterator[memoryview]:
     """The bytes from ``start`` up to ``stop`` of one version, taken up where a read broke off.
 
     :param reader: what reads them at first; None: one is opened. It is closed.
     :param begun: whether a client has bytes of the object already. To one that has none an error is of more use than
         patience.
+    :param buffer_size: bytes that a piece has at most.
     :returns: pieces, each to be used before the next one is asked for, which takes its place in memory.
     :raises ObjectChanged: the version is gone.
     :raises CorruptObject: there is more or less than that.
     :raises BackendError: nothing has come for :data:`RESUME_FOR` seconds, or at all.
     """
     patience = Patience()
-    buffer = memoryview(bytearray(min(stop - start, BUFFER_SIZE)))
+    buffer = memoryview(bytearray(min(stop - start, buffer_size)))
     while start < stop:
         try:
             with reader or driver.read(info.key, start, stop, info.etag) as reader:

@@ -34,7 +34,7 @@ from kci_storage import durable, memory, places
 from kci_storage.cache import Cache, Slot
 from kci_storage.drivers.base import Driver, ObjectInfo, ObjectReader
 from kci_storage.errors import CorruptObject, InsufficientStorage, Overloaded, StorageError
-from kci_storage.fetch import resumed, verified
+from kci_storage.fetch import LARGE_BUFFER_SIZE, resumed, verified
 
 if TYPE_CHECKING:
     from kci_storage.metrics import Metrics
@@ -540,7 +540,8 @@ class Filler:
 
     def _complete(self, part: durable.NewFile, info: ObjectInfo, reader: ObjectReader | None) -> None:
         """Bring the part to its full length, through interruptions, and publish it."""
-        pieces = resumed(self._driver, info, part.size, info.size, reader, begun=part.size > 0)
+        begun = part.size > 0
+        pieces = resumed(self._driver, info, part.size, info.size, reader, begun, LARGE_BUFFER_SIZE)
         try:
             for data in verified(info, pieces, before=self._fill.read(0, part.size)):
                 self._append(part, data, info.size)

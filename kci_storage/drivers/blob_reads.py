@@ -1,7 +1,9 @@
 """Reading from Azure Blob Storage: properties and ranges of content, without the SDK (:mod:`.blob_http` says why).
 
-A reader has a few ranges of its object asked for at once. It receives them itself, in order, and takes what has come
-of the later ones while the first has nothing. So a slow reader holds no thread, and a fast one waits for no other.
+A reader receives its object itself, range by range, over one connection as long as that is fast: each request costs
+the backend, and several connections only share what one can have. Where one has a limit of its own, as Azure's have,
+the next ranges are asked for beside it, and what has come of them is taken while the first has nothing. So a slow
+reader holds no thread, and a fast one waits for no other.
 """
 
 from __future__ import annotations
