@@ -23,12 +23,12 @@ from kci_storage.downloads import Downloads
 from kci_storage.drivers.base import Driver, LocalObjects, Sweepable
 from kci_storage.evict import Housekeeper
 from kci_storage.fill import Fills
-from kci_storage.guard import Guard
-from kci_storage.limits import Ledger
+from kci_storage.guards.guard import Guard
+from kci_storage.guards.limits import Ledger
+from kci_storage.guards.policies import Policies
 from kci_storage.metrics import Metrics
 from kci_storage.misses import Misses
 from kci_storage.objects import Objects
-from kci_storage.policies import Policies
 from kci_storage.sending import Responder
 from kci_storage.transport import Exchange, Transport
 from kci_storage.unpacking import Limits

@@ -13,8 +13,9 @@ import sys
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from kci_storage import auth, tls
+from kci_storage import auth
 from kci_storage.config import Config, ConfigError, load
+from kci_storage.net import tls
 
 REHEARSAL_SECONDS = 60.0  # a driver may ask its backend something when it is made
 

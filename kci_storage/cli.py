@@ -16,9 +16,10 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
-from kci_storage import __version__, auth, check, health, keeping
+from kci_storage import __version__, auth, check, health
 from kci_storage.client import commands as client
 from kci_storage.config import CONFIG_VARIABLE, ConfigError, load
+from kci_storage.retention import commands as retention
 
 GUNICORN = ("gunicorn", "-c", "python:kci_storage.serving", "kci_storage.app:create_app()")
 MOST_DAYS = 36_500
@@ -103,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     issuing.add_argument("--expires", type=_days, metavar="DAYS", help="how long it is valid; else for ever")
     _command(commands, "check-config", check_config, "say whether the configuration is valid")
     _command(commands, "health", ask_health, "say whether the server of the configuration answers")
-    keeping.add_to(partial(_command, commands))
+    retention.add_to(partial(_command, commands))
     client.add_to(commands)
     return parser
 

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 from urllib.parse import urlsplit
 
-from kci_storage import retention
-from kci_storage.networks import parse_subnet
+from kci_storage.guards.networks import parse_subnet
+from kci_storage.retention import tags as retention
 
 CONFIG_VARIABLE = "KCI_STORAGE_CONFIG"
 PORT_VARIABLE = "KCI_STORAGE_PORT"
@@ -466,7 +466,7 @@ SECTIONS: Mapping[str, type[Any]] = {
 
 
 # What changes in a running server when the configuration is read again: the top level's keys and sections from which
-# kci_storage.policies are made, and the certificate.
+# kci_storage.guards.policies are made, and the certificate.
 RELOADABLE = (
     "block_subnets",
     "useragent",

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 
 from kci_storage import check, logs
 from kci_storage.config import RELOADABLE, SECTIONS, Config, ConfigError
-from kci_storage.limits import Ledger
+from kci_storage.guards.limits import Ledger
 
 log = logging.getLogger(__name__)
 

@@ -4,8 +4,8 @@ A worker has only so many places. A request that waits for an upload of its key,
 that is being fetched, does nothing with its own: were it to keep it, one upload or one fetch that stands still, and
 enough requests for its key, would hold up all others.
 
-And a thread may have requests of other clients behind the one that it answers (:mod:`kci_storage.lane`), as long as
-each takes no longer than a hit. Before a request does, it says so: :func:`take_time`.
+And a thread may have requests of other clients behind the one that it answers (:mod:`kci_storage.net.lane`), as long
+as each takes no longer than a hit. Before a request does, it says so: :func:`take_time`.
 """
 
 from __future__ import annotations

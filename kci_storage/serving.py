@@ -16,9 +16,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from kci_storage import check, logs, master, tls
+from kci_storage import check, logs, master
 from kci_storage.auth import MIN_SECRET_BYTES, is_weak
 from kci_storage.config import Config, ConfigError, wants_debug
+from kci_storage.net import tls
 from kci_storage.worker import LONGEST_REQUEST_LINE, Worker, hold_signals, release_signals
 
 METRICS_PREFIX = "kci-storage-metrics"

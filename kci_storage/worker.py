@@ -7,12 +7,12 @@ It leans on gunicorn's internals, so gunicorn is pinned to a minor version in se
 - The application can close a connection (its ``Connection`` header is dropped by gunicorn), so that the rest of a
   body that was refused is not taken for the next request.
 - A connection costs a thread only while something is done for it. Its request's head is collected by the main loop
-  (:class:`~kci_storage.connection.Connection`), the end of a file goes to a slow reader from the background
-  (:class:`~kci_storage.background.Sending`), connections are closed there too, and a thread that has to wait for a
-  slow client lends its place to another one (:class:`~kci_storage.pool.Pool`).
-- Clients who ask again at once share a thread (:class:`~kci_storage.lane.Lane`).
+  (:class:`~kci_storage.net.connection.Connection`), the end of a file goes to a slow reader from the background
+  (:class:`~kci_storage.net.background.Sending`), connections are closed there too, and a thread that has to wait for
+  a slow client lends its place to another one (:class:`~kci_storage.net.pool.Pool`).
+- Clients who ask again at once share a thread (:class:`~kci_storage.net.lane.Lane`).
 - A client that stands still for ``send_timeout`` seconds is dropped. One that is slow is served, unless there
-  are too many of them (:class:`~kci_storage.client_socket.Pace`).
+  are too many of them (:class:`~kci_storage.net.client_socket.Pace`).
 - A connection is accepted only while a thread is free for it: another worker may have a free one.
 - What is no HTTP is answered and logged like every other error. gunicorn would quote it, and so could show a token.
 """
@@ -36,14 +36,14 @@ from gunicorn.http.body import LengthReader
 from gunicorn.workers.gthread import PollableMethodQueue, ThreadWorker
 
 from kci_storage import logs, places
-from kci_storage.background import Background, Sending
-from kci_storage.client_socket import ClientSocket
 from kci_storage.config import ConfigError
-from kci_storage.connection import Connection, Waiting, WorkerConnection
-from kci_storage.lane import LOOK_SECONDS, Lane
-from kci_storage.pool import Pool
-from kci_storage.response import Response
-from kci_storage.tls import TlsSocket
+from kci_storage.net.background import Background, Sending
+from kci_storage.net.client_socket import ClientSocket
+from kci_storage.net.connection import Connection, Waiting, WorkerConnection
+from kci_storage.net.lane import LOOK_SECONDS, Lane
+from kci_storage.net.pool import Pool
+from kci_storage.net.response import Response
+from kci_storage.net.tls import TlsSocket
 from kci_storage.transport import CONNECTION, new_request_id
 
 # A key of 1,024 characters has up to 12 KiB when percent-encoded; gunicorn would cap its own setting at 8,190.

@@ -14,8 +14,8 @@ import pytest
 import requests
 
 from kci_storage.blueprints.browse import MARKS
-from kci_storage.directory import Directory, Folder
-from kci_storage.kinds import Kind, mark
+from kci_storage.pages.directory import Directory, Folder
+from kci_storage.pages.kinds import Kind, mark
 from kci_storage.sizes import readable_size
 from tests.faultproxy import fault_proxy
 

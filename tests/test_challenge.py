@@ -17,8 +17,8 @@ import pytest
 import requests
 from playwright.sync_api import Browser
 
-from kci_storage.challenge import Challenge
 from kci_storage.config import DownloadChallengeConfig
+from kci_storage.guards.challenge import Challenge
 from tests.chromium import Visit, is_installed, running_chromium
 from tests.harness import Server, running, toml, wait_until
 from tests.nginx import nginx

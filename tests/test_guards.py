@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator
 import pytest
 import requests
 
-from kci_storage import crawlers
-from kci_storage.crawlers import UserAgents
 from kci_storage.errors import TooManyRequests
-from kci_storage.limits import Ledger, Rate
-from kci_storage.networks import Subnets, parse_address
+from kci_storage.guards import crawlers
+from kci_storage.guards.crawlers import UserAgents
+from kci_storage.guards.limits import Ledger, Rate
+from kci_storage.guards.networks import Subnets, parse_address
 from tests.harness import Server, running, wait_until
 from tests.wire import SECONDS, Wire, access, assert_error, get, new_folder, put, request, stored_by_another_program
 

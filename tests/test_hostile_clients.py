@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import requests
 
-from kci_storage.pool import SLOW_PER_THREAD
+from kci_storage.net.pool import SLOW_PER_THREAD
 from tests.cold import figure, in_background
 from tests.harness import Server, running, wait_until
 from tests.wire import (

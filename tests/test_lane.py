@@ -1,4 +1,4 @@
-"""Clients in a hurry share a thread (kci_storage/lane.py), and none of them waits for another one."""
+"""Clients in a hurry share a thread (kci_storage/net/lane.py), and none of them waits for another one."""
 
 from __future__ import annotations
 

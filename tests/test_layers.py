@@ -17,10 +17,21 @@ MODULES = {
     if path.name != "__init__.py"
 }
 
-PURE = {"csp", "keys", "kinds", "http_semantics", "media", "errors", "problems", "sizes", "unpacking", "retention"}
+PURE = {
+    "errors",
+    "http_semantics",
+    "keys",
+    "media",
+    "pages.csp",
+    "pages.kinds",
+    "problems",
+    "retention.tags",
+    "sizes",
+    "unpacking",
+}
 SERVICES = {
     "archive",
-    "expire",
+    "retention.expire",
     "upload",
     "forms",
     "digests",
@@ -33,7 +44,7 @@ SERVICES = {
     "freshness",
     "flights",
     "locks",
-    "directory",
+    "pages.directory",
 }
 VIEWS = {name for name in MODULES if name.startswith("blueprints.")}
 DRIVERS = {name for name in MODULES if name.startswith("drivers.")}
@@ -48,7 +59,7 @@ OWNERS = {
     "prometheus_flask_exporter": {"metrics"},
     "jwt": {"auth"},
     "portalocker": {"durable"},
-    "gunicorn": {"worker", "connection", "request", "response"},
+    "gunicorn": {"worker", "net.connection", "net.request", "net.response"},
     "tqdm": {"client.progress"},
     "shtab": {"client.completion"},
 }

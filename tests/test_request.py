@@ -1,4 +1,4 @@
-"""A request's environ is gunicorn's, also from a connection's second request on (kci_storage/request.py)."""
+"""A request's environ is gunicorn's, also from a connection's second request on (kci_storage/net/request.py)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from gunicorn.config import Config
 from gunicorn.http import wsgi
 from gunicorn.http.parser import RequestParser
 
-from kci_storage.request import Environs, Request
-from kci_storage.response import Response
+from kci_storage.net.request import Environs, Request
+from kci_storage.net.response import Response
 
 ADDRESS = "192.0.2.1", 12345
 SERVER = "127.0.0.1", 3000

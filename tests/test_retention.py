@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import requests
 
-from kci_storage import expire
 from kci_storage.app import build_services
 from kci_storage.config import ConfigError, RetentionConfig, RetentionRule, load
 from kci_storage.drivers.local import LocalDriver
-from kci_storage.retention import OWNER, SECONDS_PER_DAY, Retention, days_of, is_expired, lifecycle_policy
+from kci_storage.retention import expire
+from kci_storage.retention.tags import OWNER, SECONDS_PER_DAY, Retention, days_of, is_expired, lifecycle_policy
 from tests.azurite import Azurite
 from tests.harness import Server, toml, wait_until
 from tests.test_archive import post as post_archive

@@ -9,11 +9,12 @@ from importlib import resources
 from flask import Blueprint, Response, jsonify, render_template, request
 from markupsafe import Markup
 
-from kci_storage import csp, keys
+from kci_storage import keys
 from kci_storage.blueprints.routing import exchange, services
-from kci_storage.directory import TOP, Directory, browse
 from kci_storage.errors import BadKey, ObjectNotFound
 from kci_storage.http_semantics import prefers_json
+from kci_storage.pages import csp
+from kci_storage.pages.directory import TOP, Directory, browse
 from kci_storage.sizes import readable_size
 
 blueprint = Blueprint("browse", __name__)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kci_storage.auth import Permissions
-from kci_storage.challenge import Challenge
-from kci_storage.guard import Admission
-from kci_storage.retention import Retention
+from kci_storage.guards.challenge import Challenge
+from kci_storage.guards.guard import Admission
+from kci_storage.retention.tags import Retention
 
 if TYPE_CHECKING:
     from kci_storage.config import Config
-    from kci_storage.limits import Ledger
+    from kci_storage.guards.limits import Ledger
 
 
 class Policies:

@@ -12,7 +12,7 @@ from kci_storage import keys, media
 from kci_storage.drivers.base import Driver, ObjectInfo
 from kci_storage.errors import ObjectNotFound
 from kci_storage.http_semantics import etag_header, http_date
-from kci_storage.kinds import Mark, mark
+from kci_storage.pages.kinds import Mark, mark
 
 TOP = "/v1/browse/"  # since / is the status line
 _DIGITS = re.compile(r"([0-9]+)")

@@ -11,9 +11,9 @@ from typing import Any
 
 from gunicorn.workers.gthread import TConn
 
-from kci_storage.background import Background, Lingering
-from kci_storage.client_socket import ClientSocket
-from kci_storage.request import Environs, Request
+from kci_storage.net.background import Background, Lingering
+from kci_storage.net.client_socket import ClientSocket
+from kci_storage.net.request import Environs, Request
 
 HEAD_SIZE = 16 * 1024  # bytes that are read at a time, of a head and what comes with it
 _END_OF_HEAD = re.compile(rb"\r\n\r\n|(?:^|[^\r])\n")  # its own, or a bare LF, at which no head goes on

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 
 from kci_storage import places
-from kci_storage.connection import Connection
+from kci_storage.net.connection import Connection
 
 STAY_SECONDS = 0.05  # for which a connection stays without a request, at least
 LOOK_SECONDS = 0.01  # between two looks at whether a request holds up the others

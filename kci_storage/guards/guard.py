@@ -11,17 +11,17 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kci_storage import problems
-from kci_storage.challenge import POLICY, Challenge, Verdict
-from kci_storage.crawlers import UserAgents
 from kci_storage.errors import Refused, SubnetRefused, UserAgentRefused, meaning
-from kci_storage.limits import Cells, Downloads, Ledger, Rate
-from kci_storage.networks import Subnets, around, parse_address
+from kci_storage.guards.challenge import POLICY, Challenge, Verdict
+from kci_storage.guards.crawlers import UserAgents
+from kci_storage.guards.limits import Cells, Downloads, Ledger, Rate
+from kci_storage.guards.networks import Subnets, around, parse_address
 from kci_storage.sending import CORS_HEADERS, NOSNIFF, Headers
 from kci_storage.transport import EXCHANGE
 
 if TYPE_CHECKING:
     from kci_storage.config import Config
-    from kci_storage.policies import Policies
+    from kci_storage.guards.policies import Policies
 
 ROBOTS = "/robots.txt"  # a crawler may read that it is not wanted
 ROUTE = "refused"  # for the metrics

@@ -17,11 +17,12 @@ from string import Template
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs
 
-from kci_storage import csp, keys
-from kci_storage.crawlers import UserAgents
-from kci_storage.directory import directory_url
+from kci_storage import keys
 from kci_storage.errors import BadKey
-from kci_storage.networks import around, parse_address
+from kci_storage.guards.crawlers import UserAgents
+from kci_storage.guards.networks import around, parse_address
+from kci_storage.pages import csp
+from kci_storage.pages.directory import directory_url
 
 if TYPE_CHECKING:
     from kci_storage.config import DownloadChallengeConfig

@@ -11,13 +11,14 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from kci_storage import check, retention
+from kci_storage import check
 from kci_storage.config import Config, ConfigError
 from kci_storage.errors import StorageError
+from kci_storage.retention import tags as retention
 from kci_storage.sizes import readable_size
 
 if TYPE_CHECKING:
-    from kci_storage.expire import Expired, Expiry
+    from kci_storage.retention.expire import Expired, Expiry
 
 PROGRESS_STEP = 10_000  # objects looked at between two lines that say so
 
@@ -69,14 +70,14 @@ def _check_owner(config: Config) -> None:
 
 def _expiry(config: Config) -> Expiry:
     from kci_storage.app import build_services  # only now: it takes as long as all else
-    from kci_storage.expire import Expiry
+    from kci_storage.retention.expire import Expiry
 
     services = build_services(config)
     return Expiry(services.driver, services.objects, config.retention.tag_key)
 
 
 def _would_expire(expiry: Expiry) -> Iterable[Expired]:
-    from kci_storage.expire import Expired
+    from kci_storage.retention.expire import Expired
 
     return map(Expired, expiry.find())
 

@@ -15,7 +15,7 @@ import socket
 import ssl
 from typing import Any
 
-from kci_storage.client_socket import ClientSocket
+from kci_storage.net.client_socket import ClientSocket
 
 RECORD_SIZE = 16 * 1024  # bytes of plain text in a TLS record, at most (RFC 8446, 5.1)
 RECEIVE_SIZE = 64 * 1024  # bytes that are taken from the kernel at a time

@@ -25,7 +25,7 @@ from kci_storage import places
 from kci_storage.transport import SentFile, SentSegments
 
 if TYPE_CHECKING:
-    from kci_storage.pool import Pool
+    from kci_storage.net.pool import Pool
 
 SLOW_SECONDS = 0.05  # who lets a thread wait longer than this is slow,
 QUICK_RATE = 1024 * 1024  # unless it has brought so many bytes a second for that

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from kci_storage.client_socket import ClientSocket
+from kci_storage.net.client_socket import ClientSocket
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""Connections to clients: which of them cost the worker a thread, and which only wait."""

@@ -1,0 +1,1 @@
+"""Directory pages: one level of the store, for people and, as JSON, for programs."""

@@ -1,0 +1,1 @@
+"""How long objects are kept."""
