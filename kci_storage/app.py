@@ -12,13 +12,12 @@ from typing import Any
 from flask import Flask
 from werkzeug.middleware.proxy_fix import ProxyFix
 
-from kci_storage import drivers, logs, master, memory
+from kci_storage import check, drivers, logs, master, memory
 from kci_storage.archive import Archives
 from kci_storage.auth import Authenticator, Permissions
 from kci_storage.blueprints import admin, archives, auth, browse, challenge, downloads, failures, uploads
 from kci_storage.blueprints.routing import KeyConverter
-from kci_storage.cache import Cache
-from kci_storage.config import Config, ConfigError, load, wants_debug
+from kci_storage.config import Config, load, wants_debug
 from kci_storage.downloads import Downloads
 from kci_storage.drivers.base import Driver, LocalObjects, Sweepable
 from kci_storage.evict import Housekeeper
@@ -110,7 +109,7 @@ def build_services(config: Config, ledger: Ledger | None = None) -> Services:
     """
     driver = drivers.load(config.driver).from_config(config)
     local = driver if isinstance(driver, LocalObjects) else None
-    cache = new_cache(config)
+    cache = check.usable_cache(config)
     metrics = Metrics(cache, disks(config, local))
     sweep = partial(drivers.sweep, config) if isinstance(driver, Sweepable) else None
     housekeeper = Housekeeper(cache, config.cache, metrics, sweep)
@@ -156,22 +155,6 @@ def build_services(config: Config, ledger: Ledger | None = None) -> Services:
         metrics=metrics,
         housekeeper=housekeeper,
     )
-
-
-def new_cache(config: Config) -> Cache:
-    """The cache, in a directory that was tried.
-
-    :raises ConfigError: the directory cannot be used.
-    """
-    try:
-        cache = Cache(config.cache.directory)
-        cache.locks.prove()
-    except OSError as exc:
-        raise ConfigError(
-            f"{config.path}: cache.directory: expected a folder on a local disk with hard links, where this user can "
-            f"make files, not {config.cache.directory}: {exc.strerror}"
-        ) from exc
-    return cache
 
 
 def fills_at_once(config: Config) -> int:

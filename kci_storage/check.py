@@ -14,6 +14,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 from kci_storage import auth
+from kci_storage.cache import Cache
 from kci_storage.config import Config, ConfigError, load
 from kci_storage.net import tls
 
@@ -52,6 +53,22 @@ def _check_driver(config: Config) -> None:
         close = difflib.get_close_matches(config.driver, installed, n=1)
         hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(installed)}"
         raise ConfigError(f"{config.path}: driver: no driver {config.driver!r} is installed; {hint}")
+
+
+def usable_cache(config: Config) -> Cache:
+    """The cache, in a directory that was tried.
+
+    :raises ConfigError: the directory cannot be used.
+    """
+    try:
+        cache = Cache(config.cache.directory)
+        cache.locks.prove()
+    except OSError as exc:
+        raise ConfigError(
+            f"{config.path}: cache.directory: expected a folder on a local disk with hard links, where this user can "
+            f"make files, not {config.cache.directory}: {exc.strerror}"
+        ) from exc
+    return cache
 
 
 def rehearse(config: Config) -> None:

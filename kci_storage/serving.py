@@ -20,7 +20,7 @@ from kci_storage import check, logs, master
 from kci_storage.auth import MIN_SECRET_BYTES, is_weak
 from kci_storage.config import Config, ConfigError, wants_debug
 from kci_storage.net import tls
-from kci_storage.worker import LONGEST_REQUEST_LINE, Worker, hold_signals, release_signals
+from kci_storage.worker import LONGEST_REQUEST_LINE, Worker, hold_signals, release_signals, stop_workers
 
 METRICS_PREFIX = "kci-storage-metrics"
 SHARED_MEMORY = Path("/dev/shm")
@@ -46,6 +46,7 @@ def _use_certificate(config: Config) -> None:
 
 try:
     _config = check.usable()
+    check.usable_cache(_config)  # before the workers, each of whom would say so
 except ConfigError as exc:
     print(f"kci-storage: {exc}", file=sys.stderr)
     sys.exit(os.EX_CONFIG)
@@ -77,6 +78,7 @@ forwarded_allow_ips = ""
 def on_starting(server: Any) -> None:
     """gunicorn's own TLS would hide what the worker has to see. Weak secrets work, with one warning."""
     server.handle_hup = partial(_master.reload, server.reload)  # gunicorn's own does not look whether all is valid
+    server.stop = partial(stop_workers, server.stop)
     if server.cfg.is_ssl:
         print("kci-storage: for TLS, set certfile and keyfile in the configuration's [server]", file=sys.stderr)
         sys.exit(os.EX_CONFIG)

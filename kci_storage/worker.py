@@ -27,10 +27,11 @@ import socket
 import ssl
 import time
 from collections import deque
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from gunicorn.errors import AppImportError
+from gunicorn.errors import AppImportError, HaltServer
 from gunicorn.http import errors, message, wsgi
 from gunicorn.http.body import LengthReader
 from gunicorn.workers.gthread import PollableMethodQueue, ThreadWorker
@@ -452,6 +453,16 @@ def hold_signals() -> None:
 def release_signals() -> None:
     """Deliver what has waited."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
+
+
+def stop_workers(stop: Callable[[bool], None], graceful: bool = True) -> None:
+    """Stop the workers, as gunicorn does; the server may be ending because one of them could not start.
+
+    Then most often the next one could not either, and gunicorn, which reaps it here, would end with a traceback.
+    """
+    while True:
+        with contextlib.suppress(HaltServer):
+            return stop(graceful)
 
 
 def _nothing() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from kci_storage import drivers
 from kci_storage.config import ConfigError
 from kci_storage.drivers.azure import AzureDriver
 from kci_storage.drivers.local import LocalDriver
+from tests.harness import toml
 
 
 @pytest.fixture
@@ -59,3 +62,18 @@ def test_what_is_no_driver_is_refused(plugin, source):
     plugin(source)
     with pytest.raises(ConfigError, match="not a Driver"):
         drivers.load("theirs")
+
+
+def test_a_driver_that_cannot_be_imported_ends_the_server_without_a_traceback(plugin, tmp_path):
+    plugin("raise RuntimeError('no library')")
+    # Some of the workers fail while the server ends because of the first one.
+    server = {"bind": f"unix:{tmp_path}/socket", "workers": 8}
+    (tmp_path / "config.toml").write_text(toml({"driver": "theirs", "jwt_secret": "s" * 32, "server": server}))
+    command = [sys.executable, "-m", "kci_storage.cli", "serve"]
+    path = f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 4, "as gunicorn says that an application cannot be loaded"
+    assert "kci-storage: driver: 'theirs' cannot be loaded" in done.stderr
+    assert "Traceback" not in done.stderr

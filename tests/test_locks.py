@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from kci_storage import app, durable
+from kci_storage import check, durable
 from kci_storage.config import CacheConfig, Config, ConfigError
 from kci_storage.drivers.local import LocalDriver
 from kci_storage.errors import BackendError, InsufficientStorage, WriteConflict
@@ -380,7 +380,7 @@ def no_hard_links(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_cache_on_a_file_system_without_hard_links_is_refused_at_the_start(tmp_path: Path):
     config = Config(tmp_path / "config.toml", driver="local", cache=CacheConfig(directory=tmp_path / "cache"))
     with pytest.raises(ConfigError, match=r"config.toml: cache.directory: expected .* with hard links"):
-        app.new_cache(config)
+        check.usable_cache(config)
 
 
 @pytest.mark.usefixtures("no_hard_links")
