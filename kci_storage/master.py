@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from kci_storage import check, logs
 from kci_storage.config import RELOADABLE, SECTIONS, Config, ConfigError
 from kci_storage.guards.limits import Ledger
+from kci_storage.numbering import Numbers
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ class Master:
         self.prepare = prepare
         prepare(config)
         self.config = config  # the last one that was valid
+        self.numbers = Numbers()
         self.ledger = Ledger(rows=2 * config.server.worker_count + 8)  # old workers may end while new ones serve
         self.edition = 0  # how often the configuration had changed when this one was read
         self._latest_edition = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("Q")  # which all processes see

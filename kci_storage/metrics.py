@@ -1,8 +1,10 @@
 """What Prometheus gets to know. No other module imports it.
 
-Counters live in files that all workers share (``PROMETHEUS_MULTIPROC_DIR``, which must be set before this module is
-imported); what can simply be looked up, such as free space, is looked up at each scrape. Labels are few and known: a
-route, never a path; an error's label of :data:`kci_storage.errors.TABLE`, never its message.
+Counters live in files of each worker, which any of them reads (``PROMETHEUS_MULTIPROC_DIR`` must be set before this
+module is imported). A worker goes on with the files, and so with the counts, of the dead one whose number it has: no
+count is lost or moved, and there are never more files than for as many workers as there were at a time. What can
+simply be looked up, such as free space, is looked up at each scrape. Labels are few and known: a route, never a path;
+an error's label of :data:`kci_storage.errors.TABLE`, never its message.
 """
 
 from __future__ import annotations
@@ -19,12 +21,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, values
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+from prometheus_client.values import MultiProcessValue
 from prometheus_flask_exporter import PrometheusMetrics
 
+from kci_storage import numbering
 from kci_storage.drivers.base import Digests, Driver, Expectation, ObjectInfo, ObjectReader, ObjectWriter, Page
 from kci_storage.errors import TABLE, StorageError, WriteConflict, meaning
 
@@ -39,6 +43,15 @@ CHALLENGES = ("shown", "solved", "passed", "slowed")
 RULES = ("useragent", "subnet", "rate", "concurrency")
 OPERATIONS = ("stat", "read", "commit", "delete", "list", "probe")
 DURATIONS = (0.005, 0.02, 0.1, 0.5, 2, 10, 60, 300, 1800)  # seconds; a root file system on a slow link takes minutes
+
+
+def _process() -> int | str:
+    """Whose files are written; the library asks at each count, since a process may have been forked meanwhile."""
+    return numbering.own or os.getpid()
+
+
+if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+    values.ValueClass = MultiProcessValue(_process)  # as the library's page on its multiprocess mode says
 
 _requests = Counter(
     "kci_storage_http_requests", "Requests answered, by method, route and status", ["method", "route", "status"]
@@ -91,9 +104,9 @@ def _served_counter(result: str) -> Counter:
     return _served.labels(result)
 
 
-def forget_worker(pid: int) -> None:
-    """A worker process is gone: what it was doing, it does no more. Its counts stay."""
-    mark_process_dead(pid)
+def forget_worker(name: str) -> None:
+    """The worker of that name is gone: what it was doing, it does no more. Its counts stay."""
+    mark_process_dead(name)
 
 
 class Metrics:

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from kci_storage import check, logs, master
+from kci_storage import check, logs, master, numbering
 from kci_storage.auth import MIN_SECRET_BYTES, is_weak
 from kci_storage.config import Config, ConfigError, wants_debug
 from kci_storage.net import tls
@@ -101,18 +101,20 @@ def when_ready(server: Any) -> None:
 
 
 def pre_fork(server: Any, worker: Any) -> None:
-    """A worker will count its clients; and what stops it while it is being forked waits until it has handlers.
+    """A worker will count in a place of its own; what stops it while it is being forked waits for its handlers.
 
     Until then it has the master's, which only put the signal into a queue that nobody in the new process looks at: it
     would serve on until the master kills it, ``graceful_timeout`` later.
     """
-    _master.ledger.assign(worker.age)
+    worker.number = _master.numbers.take()
+    _master.ledger.assign(worker.number)
     hold_signals()
 
 
 def post_fork(server: Any, worker: Any) -> None:
     """In the worker, first of all."""
-    _master.ledger.take(worker.age)
+    _master.ledger.take(worker.number)
+    numbering.own = numbering.name(server.pid, worker.number)
 
 
 def post_worker_init(worker: Any) -> None:
@@ -137,11 +139,12 @@ def worker_exit(server: Any, worker: Any) -> None:
 
 
 def child_exit(server: Any, worker: Any) -> None:
-    """A worker is gone: its gauges with it, and what its clients had."""
-    _master.ledger.release(worker.age)
+    """A worker is gone: its gauges with it, and what its clients had. Its counters go to the next of its number."""
     from kci_storage import metrics  # only now, since PROMETHEUS_MULTIPROC_DIR must be set before
 
-    metrics.forget_worker(worker.pid)
+    metrics.forget_worker(numbering.name(server.pid, worker.number))
+    _master.ledger.release(worker.number)
+    _master.numbers.give_back(worker.number)
 
 
 def on_exit(server: Any) -> None:

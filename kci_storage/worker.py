@@ -77,6 +77,7 @@ class Worker(ThreadWorker):
     """The worker class of this server."""
 
     send_timeout: float = 60  # seconds; set before the workers are forked
+    number: int  # the master's, which no other worker has that lives
     tls: ssl.SSLContext | None = None  # for connections from now on; set by the master, and when that is reloaded
 
     def __init__(self, *args: Any, **kwargs: Any):

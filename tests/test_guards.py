@@ -439,19 +439,29 @@ def test_a_clients_cells_are_told_apart_from_others() -> None:
 
 def test_rows_of_dead_workers_are_used_again() -> None:
     ledger = Ledger(rows=2)
-    ledger.assign(1)
-    ledger.assign(2)
-    ledger.take(1)
-    ledger.begin((1, 2))
-    ledger.take(2)
+    for worker in (0, 1):
+        ledger.assign(worker)
+        ledger.take(worker)
+        ledger.begin((1, 2))
+    assert ledger.has_more_than((1, 2), 1)
+    ledger.release(0)
+    assert not ledger.has_more_than((1, 2), 1)
+    ledger.assign(0)
+    ledger.take(0)
     ledger.begin((1, 2))
     assert ledger.has_more_than((1, 2), 1)
+    ledger.release(0)
     ledger.release(1)
-    assert not ledger.has_more_than((1, 2), 1)
-    ledger.assign(3)
-    ledger.take(3)
-    ledger.begin((1, 2))
+    assert not ledger.has_more_than((1, 2), 0)
+
+
+def test_workers_for_whom_there_is_no_row_share_the_last() -> None:
+    ledger = Ledger(rows=2)
+    for worker in (1, 2):
+        ledger.assign(worker)
+        ledger.take(worker)
+        ledger.begin((1, 2))
+    ledger.release(1)
     assert ledger.has_more_than((1, 2), 1)
     ledger.release(2)
-    ledger.release(3)
     assert not ledger.has_more_than((1, 2), 0)

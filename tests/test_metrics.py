@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import shutil
 import signal
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -208,6 +212,60 @@ def test_a_worker_that_dies_takes_no_count_along(start_server: Callable[..., Ser
     wait_until(lambda: server.log().count("Booting worker") == 4, SECONDS, "new workers")
     assert grown("kci_storage_http_requests_total", route="download", status="404") == 20
     assert value(scrape(server), "kci_storage_fills_in_progress") == 0
+
+
+ROUNDS = 6  # for each of which workers start; the second shows already what adds up
+
+
+def test_workers_that_take_the_place_of_others_go_on_with_their_counts(
+    start_server: Callable[..., Server], tmp_path: Path
+):
+    """No total is ever less than before, whoever asks meanwhile, and no files remain of those who were replaced."""
+    server = start_server(environ={"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)})
+    server.expected_errors.append("was sent SIGKILL")
+    stopped = threading.Event()
+    with ThreadPoolExecutor(3) as clients:
+        try:
+            counted = [clients.submit(ask_until, stopped, server) for _ in range(3)]
+            totals = cumulative(scrape(server))
+            for number in range(ROUNDS):
+                replace_workers(server, signal.SIGKILL if number % 2 else signal.SIGTERM)
+                before, totals = totals, cumulative(scrape(server))
+                assert not {series for series, number in before.items() if totals.get(series, 0) < number}
+        finally:
+            stopped.set()
+    assert all(thread.result() for thread in counted)
+    assert value(totals, "kci_storage_http_requests_total", route="download") >= ROUNDS
+    processes = {path.name.rpartition("_")[2] for path in tmp_path.iterdir()}
+    assert len(processes) <= 3  # two workers and the master
+
+
+def ask_until(stopped: threading.Event, server: Server) -> int:
+    """Ask again and again, also while nobody answers. Returns how often there was an answer."""
+    answers = 0
+    while not stopped.is_set():
+        with contextlib.suppress(requests.RequestException):  # whose worker was killed
+            answers += get(server, "none").status_code == 404
+    return answers
+
+
+def replace_workers(server: Server, number: int) -> None:
+    """End all workers by a signal; others are made in their place."""
+    old = server.worker_pids()
+    for pid in old:
+        os.kill(pid, number)
+    wait_until(lambda: not set(old) & set(server.worker_pids()), SECONDS, "the end of the workers")
+    wait_until(lambda: len(server.worker_pids()) == len(old), SECONDS, "new workers")
+
+
+def cumulative(series: Series) -> Series:
+    """Those of the server that only grow."""
+    endings = ("_total", "_count", "_sum", "_bucket")
+    return {
+        (name, labels): number
+        for (name, labels), number in series.items()
+        if name.endswith(endings) and not name.startswith("kci_storage_machine")
+    }
 
 
 def test_bytes_are_those_that_went_over_the_wire(quiet_server: Server):

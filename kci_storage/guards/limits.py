@@ -47,33 +47,36 @@ class Ledger:
         counts = view[mmap.PAGESIZE + CELLS * RATE_BYTES :]
         self.full_at = view[mmap.PAGESIZE : mmap.PAGESIZE + CELLS * RATE_BYTES].cast("d")
         self._rows = [counts[row * size : (row + 1) * size].cast("I") for row in range(rows)]
-        self._assigned: dict[int, int] = {}  # the master's: worker → row
+        self._users = [0] * rows  # the master's
         self._own = self._rows[0]
         self._lock = threading.Lock()  # between this process's threads; it is held for no longer than it takes to add
 
     # The master's
 
-    def assign(self, worker: int) -> None:
-        """A worker is about to be forked: one of the rows will be its own.
+    def assign(self, number: int) -> None:
+        """The worker of that number is about to be forked: the row of that number will be its own.
 
-        If there is none left, it has to share one; then counts of the two may be lost, and nothing worse.
+        If there are not so many, it has to share the last; then counts of the two may be lost, and nothing worse.
         """
-        taken = set(self._assigned.values())
-        row = next((row for row in range(len(self._rows)) if row not in taken), len(self._rows) - 1)
-        self._assigned[worker] = row
+        row = self._row(number)
+        self._users[row] += 1
         self._used[0] = max(self._used[0], row + 1)
 
-    def release(self, worker: int) -> None:
-        """A worker is gone, and with it all downloads that it had."""
-        row = self._assigned.pop(worker, None)
-        if row is not None and row not in self._assigned.values():
+    def release(self, number: int) -> None:
+        """That worker is gone, and with it all downloads that it had."""
+        row = self._row(number)
+        self._users[row] -= 1
+        if not self._users[row]:
             self._rows[row][:] = memoryview(bytes(CELLS * COUNT_BYTES)).cast("I")
+
+    def _row(self, number: int) -> int:
+        return min(number, len(self._rows) - 1)
 
     # The worker's
 
-    def take(self, worker: int) -> None:
+    def take(self, number: int) -> None:
         """In a worker that was forked: count in its row from now on."""
-        self._own = self._rows[self._assigned[worker]]
+        self._own = self._rows[self._row(number)]
         self._lock = threading.Lock()
 
     def cells(self, client: str) -> Cells:

@@ -55,13 +55,11 @@ class Pool:
         """The calling thread does nothing but wait for a client during the block."""
         with self._lock:
             self._waiting.add(client)
-            self._lend()
-        self._changed()
         try:
-            yield
+            with self._place_lent():
+                yield
         finally:
             with self._lock:
-                self.lent -= 1
                 self._waiting.discard(client)
 
     @contextlib.contextmanager
@@ -75,18 +73,24 @@ class Pool:
             if bounded and self._aside >= places.MOST_ASIDE:
                 raise Overloaded("too many requests wait for others to end; try later", retry_after=5)
             self._aside += bounded
-            self._lend()
+        try:
+            with self._place_lent():
+                yield
+        finally:
+            with self._lock:
+                self._aside -= bounded
+
+    @contextlib.contextmanager
+    def _place_lent(self) -> Iterator[None]:
+        with self._lock:
+            self.lent += 1
+            self._fill()
         self._changed()
         try:
             yield
         finally:
             with self._lock:
                 self.lent -= 1
-                self._aside -= bounded
-
-    def _lend(self) -> None:
-        self.lent += 1
-        self._fill()
 
     @property
     def has_plenty(self) -> bool:
