@@ -99,7 +99,25 @@ class Uploads:
         :raises Overloaded: too many requests wait for others already.
         :raises KeyConflict: the backend cannot hold the key beside one that it has.
         """
-        return Upload(self, key, content_type, tags, md5=md5 or self.driver.wants_md5)
+        return Upload(self, key, content_type, tags, self.lock(key), md5=md5)
+
+    def stage(self, key: str, content_type: str, tags: Mapping[str, str] | None = None) -> Upload:
+        """Begin a new version without the key's lock; the caller closes it, and has that lock when it commits.
+
+        Meanwhile others may write the key. Their commit may make the backend throw away what was written here.
+
+        :param tags: stored with it.
+        :raises KeyConflict: the backend cannot hold the key beside one that it has.
+        """
+        return Upload(self, key, content_type, tags, contextlib.nullcontext())
+
+    def lock(self, key: str) -> contextlib.AbstractContextManager[None]:
+        """Hold the key's lock during the block.
+
+        :raises WriteConflict: another upload of the key took too long to wait for.
+        :raises Overloaded: too many requests wait for others already.
+        """
+        return self.metrics.waiting_for(self.cache.writing(key, self.lock_timeout))
 
     def put(
         self,
@@ -150,18 +168,31 @@ class Uploads:
 
 
 class Upload:
-    """A file on its way in. It holds its key's lock until it is closed; without a commit, it leaves nothing."""
+    """A file on its way in. Without a commit, it leaves nothing.
 
-    def __init__(self, uploads: Uploads, key: str, content_type: str, tags: Mapping[str, str] | None, *, md5: bool):
+    :param lock: what it holds until it is closed.
+    """
+
+    def __init__(
+        self,
+        uploads: Uploads,
+        key: str,
+        content_type: str,
+        tags: Mapping[str, str] | None,
+        lock: contextlib.AbstractContextManager[None],
+        *,
+        md5: bool = False,
+    ):
         self.key = key
         self._metrics = uploads.metrics
         self._content_type = content_type
         self._max_bytes = uploads.max_bytes
         self._size = 0
-        self._digests = RunningDigests("sha256", "md5") if md5 else RunningDigests("sha256")
+        wants_md5 = md5 or uploads.driver.wants_md5
+        self._digests = RunningDigests("sha256", "md5") if wants_md5 else RunningDigests("sha256")
         with contextlib.ExitStack() as stack:
             stack.callback(self._digests.close)
-            stack.enter_context(uploads.metrics.waiting_for(uploads.cache.writing(key, uploads.lock_timeout)))
+            stack.enter_context(lock)
             self._writer = stack.enter_context(uploads.driver.writer(key, content_type, tags))
             self._copy = _Copy(uploads.cache, uploads.misses, key) if uploads.cached else _NoCopy()
             self._held = stack.pop_all()
@@ -211,16 +242,18 @@ class Upload:
         if md5 is not None and expected.md5 not in (None, md5):
             raise DigestMismatch(f"the body's MD5 is {md5.hex()}, not what Content-MD5 says")
 
-    def commit(self, expected: str | Expectation = Expectation.ANYTHING) -> ObjectInfo:
-        """Make it the object, for every worker, from the moment that this returns.
+    def commit(self, expected: str | Expectation = Expectation.ANYTHING, *, replay: bool = True) -> ObjectInfo:
+        """Make it the object, for every worker, from the moment that this returns. The key's lock is held.
 
         :param expected: what must be stored at this moment.
+        :param replay: whether to send again what the backend has thrown away, which takes memory as an upload does.
+        :raises WriteConflict: it has, and that may not or cannot be.
         :raises PreconditionFailed: something else is; commit may be called again.
         :raises StorageError: it failed, or nobody knows; the copy of the previous version is doubted then.
         """
         digests = Digests(self._size, self.sha256, self._digests.digest("md5"))
         with self._copy.committing():
-            info = self._writer.commit(digests, expected, self._copy.replay)
+            info = self._writer.commit(digests, expected, self._copy.replay if replay else None)
         self._copy.publish(info)
         self._metrics.uploaded()
         return info

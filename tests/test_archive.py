@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import requests
 
-from kci_storage import archive as archives
+from kci_storage.archive_files import Budget
 from tests.backends import Pauses
 from tests.harness import Server, running, wait_until
 from tests.test_metrics import scrape
@@ -507,7 +507,7 @@ def resident(pid: int, name: str) -> int:
 
 
 def test_the_budget_is_for_all():
-    budget = archives._Budget(10)
+    budget = Budget(10)
     budget.take(6)
     with ThreadPoolExecutor(1) as threads:
         waiting = threads.submit(budget.take, 5)

@@ -31,6 +31,9 @@ PURE = {
 }
 SERVICES = {
     "archive",
+    "archive_files",
+    "archive_run",
+    "staging",
     "retention.expire",
     "upload",
     "forms",

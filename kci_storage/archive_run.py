@@ -1,0 +1,136 @@
+"""The uploads of an archive's files, many at a time, when all of it has been seen and nothing is wrong with it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Mapping
+from concurrent.futures import Future, wait
+from dataclasses import dataclass, field
+
+from kci_storage import logs
+from kci_storage.archive_files import ArchiveFiles, Extent, held_for
+from kci_storage.errors import BackendError, InsufficientStorage, StorageError, WriteConflict
+from kci_storage.staging import StagedFile
+from kci_storage.upload import Stored
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class ArchiveReport:
+    """What came of an archive."""
+
+    prefix: str  # the folder of its files; empty: the root
+    uploaded: int = 0  # files
+    size: int = 0  # bytes in them
+    failures: list[str] = field(default_factory=list)  # "key: reason"
+
+
+class Run:
+    """The uploads of one archive's files.
+
+    It has at most ``parallelism`` of them with the threads, so that those of several archives take turns.
+
+    :param prefix: the folder of the files, for the report.
+    """
+
+    def __init__(self, files: ArchiveFiles, prefix: str):
+        self._files = files
+        self._uploader = files.uploader
+        self._report = ArchiveReport(prefix)
+        self._mutex = threading.Lock()
+        self._places = threading.Semaphore(files.uploader.parallelism)
+        self._failed_in_a_row = 0  # for reasons that are not the file's own
+        self._again: dict[str, Extent] = {}  # what was staged, but is of no use
+
+    def upload(self, extents: Mapping[str, Extent], staged: Mapping[str, StagedFile]) -> ArchiveReport:
+        """Upload them all; one that fails keeps no other from being stored.
+
+        :param staged: those that are with the backend already, or on their way, by key.
+        """
+        self._upload_all(in_order(extents, staged), staged)
+        self._upload_all(self._again, {})
+        self._report.failures.sort()
+        return self._report
+
+    def _upload_all(self, extents: Mapping[str, Extent], staged: Mapping[str, StagedFile]) -> None:
+        begun: list[Future[None]] = []
+        try:
+            for key, extent in extents.items():
+                if self._failed_in_a_row > self._uploader.parallelism:
+                    self._failed(key, "not tried, since the uploads before it failed")
+                else:
+                    begun.append(self._begin(key, extent, staged.get(key)))
+        finally:
+            wait(begun)  # whatever happens: they read the spool file
+
+    def _begin(self, key: str, extent: Extent, staged: StagedFile | None) -> Future[None]:
+        held = 0 if staged else held_for(extent.size)
+        self._places.acquire()
+        self._uploader.memory.take(held)
+        return self._uploader.threads.submit(self._upload, key, extent, staged, held)
+
+    def _upload(self, key: str, extent: Extent, staged: StagedFile | None, held: int) -> None:
+        try:
+            with self._uploader.metrics.uploading():
+                stored = self._commit(key, staged) if staged else self._store(key, extent)
+            if stored is None:
+                self._again[key] = extent
+            else:
+                self._succeeded(stored)
+        except StorageError as exc:
+            self._failed(key, exc.message, exc)
+        except Exception as exc:
+            log.exception(logs.logfmt(event="internal_error", key=key, error=repr(exc)))
+            self._failed(key, "internal error", exc)
+        finally:
+            self._uploader.memory.give_back(held)
+            self._places.release()
+
+    def _store(self, key: str, extent: Extent) -> Stored:
+        with contextlib.closing(self._files.begin(key)) as upload:
+            for piece in self._files.content(extent):
+                upload.write(piece)
+            return Stored(upload.commit(), upload.sha256)
+
+    def _commit(self, key: str, staged: StagedFile) -> Stored | None:
+        """Commit what was staged; None: it is of no use, and the file is to be sent again."""
+        try:
+            upload = staged.take()
+        except StorageError:
+            return None
+        if upload is None:
+            return None
+        with contextlib.closing(upload), self._uploader.uploads.lock(key):
+            try:
+                return Stored(upload.commit(replay=False), upload.sha256)
+            except WriteConflict:  # another writer's commit came in between
+                return None
+
+    def _succeeded(self, stored: Stored) -> None:
+        with self._mutex:
+            self._report.uploaded += 1
+            self._report.size += stored.info.size
+            self._failed_in_a_row = 0
+        self._files.plan.stored(stored)
+
+    def _failed(self, key: str, reason: str, exc: Exception | None = None) -> None:
+        with self._mutex:
+            self._report.failures.append(f"{key}: {reason}")
+            if isinstance(exc, BackendError | InsufficientStorage):
+                self._failed_in_a_row += 1
+
+
+def in_order(extents: Mapping[str, Extent], staged: Mapping[str, StagedFile]) -> dict[str, Extent]:
+    """The same files: first those that are staged, which need but a request, and last those that are being staged.
+
+    So a thread that is to commit one waits for it as briefly as can be. It waits for a call that the threads got
+    earlier, and they take them up in turn: so it always ends.
+    """
+
+    def rank(key: str) -> int:
+        return 1 if key not in staged else 0 if staged[key].sent.done() else 2
+
+    return {key: extents[key] for key in sorted(extents, key=rank)}
