@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+import os
 import random
+import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,7 +26,9 @@ from tests.azurite import Azurite
 from tests.cold import Bench, cold_bench
 from tests.disks import small_disk
 from tests.faultproxy import PUT, Say
-from tests.harness import Server, toml, wait_until
+from tests.harness import START_SECONDS, Server, toml, wait_until
+from tests.peers import holders
+from tests.test_archive import post, resident
 from tests.test_metrics import scrape
 from tests.test_unpacking import ZEROS, entry
 from tests.wire import (
@@ -40,6 +45,7 @@ from tests.wire import (
     part,
     put,
     request,
+    temporary_files,
     wait_until_tidy,
 )
 
@@ -348,7 +354,37 @@ def test_what_is_staged_makes_room_for_the_archive(azurite: Azurite, tmp_path: P
         assert_all_stored(answer, bench.server, "f", content)
 
 
+@pytest.mark.expected_errors(r"was sent SIGKILL|was terminated")
+@pytest.mark.parametrize("driver", ["local", "azure"])
+def test_a_worker_that_dies_has_stored_nothing(start_server: Callable[..., Server], driver: str) -> None:
+    server = start_server(driver)
+    put(server, "f/a", b"old")
+    with sending(server, "f", {"a": large(1)}):
+        wait_until_staged(server, "f/a")
+        [pid] = {pid for path in temporary_files(server) for pid in holders(path)}
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: pid not in (pids := server.worker_pids()) and len(pids) == 2, START_SECONDS, "a successor")
+    assert get(server, "f/a").content == b"old"
+    server.restart()
+    server.wait_until_swept()
+    assert (get(server, "f/a").content, temporary_files(server)) == (b"old", [])
+    with sending(server, "f", {"a": large(2)}) as archive:
+        assert_all_stored(archive.finish(), server, "f", {"a": large(2)})
+
+
 # What is held meanwhile: seen from within
+
+
+def test_memory_stays_where_it_was(start_server: Callable[..., Server]) -> None:
+    """Were what is staged kept until the archive's end, it would need 290 MiB."""
+    server = start_server("azure", server={"workers": 1})
+    [pid] = server.worker_pids()
+    post(server, "warm", entry("a") + ZEROS)
+    data = gzip.compress(entries({f"f{number}": bytes(24 * MIB) for number in range(12)}) + ZEROS, 1)
+    Path(f"/proc/{pid}/clear_refs").write_text("5")  # the peak is what it is now (proc(5))
+    before = resident(pid, "VmRSS")
+    assert post(server, "f", data).json()["uploaded"] == 12
+    assert resident(pid, "VmHWM") - before < 220 * MIB
 
 
 class Service:
