@@ -51,6 +51,8 @@ def _system_call(name: str, *types: Any) -> Callable[..., int] | None:
 
 _sync_file_range = _system_call("sync_file_range", ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
 _SYNC_FILE_RANGE_WRITE = 2  # sync_file_range(2): begin to write what is not being written yet
+_fallocate = _system_call("fallocate", ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+_FALLOC_FL_KEEP_SIZE = 1  # fallocate(2): the file stays as long as what was written
 
 
 class NewFile:
@@ -108,6 +110,15 @@ class NewFile:
                 written = os.write(self._fd, view)
                 self.size += written
                 view = view[written:]
+
+    def reserve(self, size: int) -> None:
+        """Have the file system set room aside for ``size`` bytes in all, if it can; nothing is promised by it.
+
+        The file stays as long as what was written. Of a large file, writes are quicker then: the file system need not
+        look for each block's place on its own.
+        """
+        if _fallocate is not None:
+            _fallocate(self._fd, _FALLOC_FL_KEEP_SIZE, 0, size)
 
     def begin_writeback(self, least: int = WRITEBACK_STEP) -> None:
         """Have the disk begin with what was written, so that a flush is short. Nothing is promised by it.

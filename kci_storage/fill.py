@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 READ_SIZE = 256 * 1024  # bytes read from a part at a time
+LARGE_OBJECT = 4 * 1024 * 1024  # bytes, for which room is reserved; of a small one that costs more than it saves
 WATCH_INTERVAL = 0.005  # seconds between two looks at a part that another process fills
 THREADS = 1000  # of one process, for fills that it runs, watches, or has waiting
 STOP_SECONDS = 5.0  # for which a process waits for its fills to end
@@ -561,6 +562,8 @@ class Filler:
                 raise
             part.write(data[part.size - before :])
         self._fill.advance(part.size)
+        if before == 0 and size >= LARGE_OBJECT:  # now, since the first bytes wait for nothing
+            part.reserve(size)
 
     def _publish(self, part: durable.NewFile, info: ObjectInfo) -> None:
         """Make the part the cache's copy, unless a writer is at work on the key or came in between."""

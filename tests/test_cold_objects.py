@@ -339,6 +339,22 @@ def test_a_disk_that_is_full_in_the_middle_of_a_fill_fails_nobody(new_bench: Cal
     wait_until_tidy(bench.server)
 
 
+def test_the_room_of_a_fill_is_its_own_from_the_beginning(azurite: Azurite, tmp_path: Path) -> None:
+    content = some_bytes(16 * MIB)
+    with small_disk(tmp_path / "cache", 24 * MIB), cold_bench(azurite, tmp_path, {}) as bench:
+        first, second = bench.store(content), bench.store(content)
+        rule = bench.proxy.inject(Stall(4 * MIB), key=first)
+        with beginning(bench, first, MIB) as wire:
+            rule.wait_until_reached()
+            bench.wait_for(first, 3 * MIB)
+            other = get(bench.server, second).content
+            rule.release()
+            assert (wire.read(len(content) - MIB), other) == (content[MIB:], content)
+        assert uncached(bench) == 1, "the other one would have taken the room that this one still needed"
+        wait_until_tidy(bench.server)
+        assert get(bench.server, first).headers["X-Cache"] == "hit"
+
+
 def test_a_disk_without_room_for_one_more_file_fails_nobody(azurite: Azurite, tmp_path: Path) -> None:
     content = some_bytes(2 * MIB)
     with small_disk(tmp_path / "cache", 8 * MIB, inodes=100), cold_bench(azurite, tmp_path, {}) as bench:

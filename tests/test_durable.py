@@ -102,6 +102,23 @@ class TestNewFile:
         assert before - 1 <= stamp.st_mtime_ns <= time.time_ns()
         assert (tmp_path / "final").stat().st_mtime_ns == stamp.st_mtime_ns
 
+    def test_room_that_is_reserved_makes_it_no_longer(self, disk: Path) -> None:
+        with NewFile(disk / "temporary") as file:
+            file.write(b"con")
+            file.reserve(128 * 1024)
+            status = os.stat(file.fileno())
+            assert status.st_size == 3 and status.st_blocks * 512 >= 128 * 1024
+            file.write(b"tent")
+            file.publish(disk / "final")
+        assert (disk / "final").read_bytes() == b"content"
+
+    def test_room_that_there_is_not_is_no_error_before_it_is_needed(self, disk: Path) -> None:
+        with NewFile(disk / "temporary") as file:
+            file.reserve(1024 * 1024)
+            file.write(bytes(128 * 1024))
+            with pytest.raises(InsufficientStorage):
+                file.write(bytes(1024 * 1024))
+
     def test_truncating_is_seen_by_who_has_it_open(self, tmp_path: Path) -> None:
         with NewFile(tmp_path / "temporary") as file:
             file.write(b"wrong")
