@@ -82,7 +82,7 @@ class Bench:
         """A metric's value, over all workers."""
         pairs = ",".join(f'{label}="{value}"' for label, value in labels.items())
         wanted = f"{name}{{{pairs}}}" if pairs else name
-        for line in requests.get(f"{self.server.url}/metrics", timeout=20).text.splitlines():
+        for line in requests.get(f"{self.server.url}/metrics", timeout=SECONDS).text.splitlines():
             found, _, value = line.rpartition(" ")
             if found == wanted:
                 return float(value)

@@ -244,7 +244,7 @@ class Rule:
         self._reached.set()
         self._released.wait(SECONDS)
 
-    def wait_until_reached(self, seconds: float = 30) -> None:
+    def wait_until_reached(self, seconds: float = SECONDS) -> None:
         """Wait for a request to be held or stalled."""
         assert self._reached.wait(seconds), "no request was held"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -205,9 +206,14 @@ class Server:
         assert self._process is not None, "the server is not running"
         return self._process
 
-    def is_writing(self) -> bool:
-        """Whether an upload holds a key's lock. The lock's file alone says less: it is there a moment before."""
-        return any(durable.is_locked(path) for path in (self.cache_directory / "locks").iterdir())
+    def is_writing(self, key: str | None = None) -> bool:
+        """Whether somebody holds this key's lock, or any. Its file alone says less: it is there a moment before.
+
+        A fill that is published holds a lock, too: who waits for an upload names its key.
+        """
+        locks = self.cache_directory / "locks"
+        names = locks.iterdir() if key is None else [locks / hashlib.sha512(key.encode()).hexdigest()]
+        return any(durable.is_locked(path) for path in names)
 
     def wait_until_swept(self) -> None:
         """Wait for the end of the walk at its latest start, which finds what the dead have left."""

@@ -17,6 +17,7 @@ from tests.faultproxy import (
     OTHER,
     PROPERTIES,
     PUT,
+    SECONDS,
     Cut,
     Delay,
     Fault,
@@ -86,7 +87,7 @@ def proxy() -> Iterator[FaultProxy]:
 
 def ask(proxy: FaultProxy, method: str = "GET", key: str = "a/b", **headers: str) -> http.client.HTTPResponse:
     """The answer's head, on a connection of its own."""
-    connection = http.client.HTTPConnection(urlsplit(proxy.endpoint).netloc, timeout=20)
+    connection = http.client.HTTPConnection(urlsplit(proxy.endpoint).netloc, timeout=SECONDS)
     body = CONTENT_BYTES[:70_000] if method == "PUT" else None
     connection.request(method, f"/account/container/{key}", body, headers)
     return connection.getresponse()
@@ -115,7 +116,7 @@ def test_without_faults_everything_passes_and_is_counted(proxy: FaultProxy) -> N
 
 
 def test_a_connection_is_kept_for_the_next_request(proxy: FaultProxy) -> None:
-    connection = http.client.HTTPConnection(urlsplit(proxy.endpoint).netloc, timeout=20)
+    connection = http.client.HTTPConnection(urlsplit(proxy.endpoint).netloc, timeout=SECONDS)
     for _ in range(2):
         connection.request("GET", "/account/container/a")
         assert connection.getresponse().read() == CONTENT_BYTES

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -52,6 +53,7 @@ def niceness() -> Iterator[int]:
 
 def go_on(file: Path) -> Iterator[str]:
     """Until it is stopped; the file says that it could clear up."""
+    sys.modules["__main__"].GRACE = TIMEOUT  # type: ignore[attr-defined]  # a busy machine, or a slow disk, may need it
     try:
         yield "begun"
         while True:

@@ -19,15 +19,18 @@ CLIENTS = 8
 TURNS = 3
 
 # gunicorn's settings as they are, but an answer says which thread it is from, "/…held" is held up by the application
-# without a word, and the worker may be told not to look after who holds up others.
+# without a word, and the worker may be told not to look after who holds up others. What is too slow for the lane, and
+# when one has left it, is a matter of some hundredths of a second, of which a busy machine takes many for a request.
 SETTINGS = """
 import pathlib, threading, time
+import kci_storage.net.lane
 import kci_storage.worker
 from kci_storage.serving import *
 from kci_storage.serving import post_worker_init as begin
 
 folder = pathlib.Path({folder!r})
 kci_storage.worker.LOOK_SECONDS = {look_seconds}
+kci_storage.worker.STAY_SECONDS = kci_storage.net.lane.STAY_SECONDS = 1
 
 def post_worker_init(worker):
     begin(worker)
@@ -70,7 +73,7 @@ class Clients:
         return len(self.take_turns()) == 1
 
 
-def settings(folder: Path, look_seconds: float = 0.01) -> list[str]:
+def settings(folder: Path, look_seconds: float = 0.5) -> list[str]:
     """gunicorn's arguments."""
     path = folder / "settings.py"
     path.write_text(SETTINGS.format(folder=str(folder), look_seconds=look_seconds))

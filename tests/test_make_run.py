@@ -102,7 +102,7 @@ def test_a_configuration_that_is_there_is_used_as_it_is(start, tmp_path, port):
     assert [paste(line, tmp_path) for line in lines][2:] == ["Hello, form\n", "Hello, curl\n"]
     assert lines[-1].endswith("/builds/v6/put.txt")
     assert (tmp_path / "config.toml").read_text() == text
-    assert requests.get(f"http://127.0.0.1:{port}/v1/list", timeout=10).text.split() == [
+    assert requests.get(f"http://127.0.0.1:{port}/v1/list", timeout=60).text.split() == [
         "builds/v6/form.txt",
         "builds/v6/put.txt",
     ]

@@ -189,6 +189,7 @@ class Load:
     answered: int = 0
     cut: int = 0
     asked_again: int = 0
+    resumed: set[str] = field(default_factory=set)
     wrong: list[str] = field(default_factory=list)
     _stopped: threading.Event = field(default_factory=threading.Event)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -221,12 +222,13 @@ class Load:
                 return None if received == self.objects[key] else "another content"
             self.cut += 1
             if received:
+                self.resumed.add(key)
                 headers |= {"Range": f"bytes={len(received)}-", "If-Range": answer.headers["ETag"]}
 
     def wait_for(self, more: int) -> None:
         """Wait until so many more requests have been answered."""
         enough = self.answered + more
-        wait_until(lambda: self.answered >= enough, 120, "answers")
+        wait_until(lambda: self.answered >= enough, 2 * SECONDS, "answers")
 
     def __enter__(self) -> Load:
         self._clients = [in_background(self._run, seed) for seed in range(8)]
@@ -235,7 +237,7 @@ class Load:
     def __exit__(self, *exc_info: object) -> None:
         self._stopped.set()
         for client in self._clients:
-            client.result(60)
+            client.result(2 * SECONDS)
 
 
 def read_on(answer: requests.Response) -> tuple[bytes, bool]:
@@ -269,7 +271,8 @@ def test_a_machine_is_killed_and_comes_back(machines: Cluster) -> None:
     times = fetches(machines, objects)
     assert {times[key] for key in objects if key not in moved} == {1.0}, "only its share moves"
     assert sum(times.values()) > OBJECTS
-    assert all(times[key] == len(machines.holders(key)) for key in moved), "who has it has fetched it once"
+    whole = [key for key in moved if key not in load.resumed]  # of others the backend has sent the missing part, too
+    assert all(times[key] == len(machines.holders(key)) for key in whole), "who has it has fetched it once"
     for key in moved:
         answer = get(machines.balancer, key)
         assert machines.balancer.tried(answer) == [dead]
@@ -288,7 +291,7 @@ def test_a_machine_is_killed_and_comes_back(machines: Cluster) -> None:
 
 
 def test_a_download_that_is_cut_goes_on_elsewhere(machines: Cluster) -> None:
-    content = some_bytes(32 * MIB)
+    content = some_bytes(48 * MIB)
     key = machines.store(content)
     owner = machines.owner(key)
     get(machines.balancer, key)
@@ -357,7 +360,7 @@ def test_a_write_is_never_sent_twice(machines: Cluster, name: str) -> None:
     rule = machines.proxy.inject(Hold(), kind=WRITES[name].kind, key=key, times=1)
     answer = in_background(WRITES[name].send, machines.balancer, key)
     rule.wait_until_reached()
-    [owner] = [server for server in machines.servers if server.is_writing()]
+    [owner] = [server for server in machines.servers if server.is_writing(key)]
     seen = len(machines.proxy.requests)
     owner.kill()
     assert answer.result(SECONDS).status == 502
@@ -391,12 +394,12 @@ def test_an_overwrite_is_seen_everywhere_in_time(machines: Cluster) -> None:
     assert [get(server, key).content == old for server in machines.servers] == [True] * MACHINES
     tidy(machines)
     assert put(writer, key, new).status_code == 200
-    acknowledged = time.time()
+    acknowledged = time.monotonic()
     assert get(writer, key).content == new
     seen: dict[Server, list[tuple[float, bytes, str]]] = {reader: [], third: []}
     for server, answers in seen.items():
         while not answers or answers[-1][0] <= acknowledged + PERIOD:
-            started = time.time()
+            started = time.monotonic()
             answer = get(server, key)
             answers.append((started, answer.content, answer.headers["ETag"]))
     tags = {}
@@ -470,7 +473,7 @@ def test_two_machines_upload_a_key_at_once(machines: Cluster) -> None:
             return put(machines.servers[number], key, body())  # noqa: B023
 
         answers = [in_background(upload, number) for number in range(2)]
-        assert {answer.result(60).status_code for answer in answers} <= {200, 201}
+        assert {answer.result(2 * SECONDS).status_code for answer in answers} <= {200, 201}
         tags = {answer.result().headers["ETag"]: content for answer, content in zip(answers, contents, strict=True)}
         assert len(tags) == 2
         for server in machines.servers:
@@ -576,7 +579,7 @@ def test_an_upload_that_is_cut_changes_nothing(machines: Cluster, framing: str) 
     sent = chunked(some_bytes(MIB))[: -len(b"0\r\n\r\n")] if framing == "chunked" else some_bytes(MIB)
     with Wire(machines.balancer) as wire:
         wire.send(request("PUT", f"/{key}", {**machines.balancer.headers(), **framed}), sent)
-        wait_until(lambda: any(server.is_writing() for server in machines.servers), SECONDS, "the upload's begin")
+        wait_until(lambda: any(server.is_writing(key) for server in machines.servers), SECONDS, "the upload's begin")
     tidy(machines)
     assert machines.container.download_blob(key).readall() == b"old"
     assert get(machines.balancer, key).content == b"old"
@@ -597,8 +600,11 @@ def test_a_large_upload_passes_without_being_kept(machines: Cluster) -> None:
 
 def taken(machines: Cluster) -> int:
     """Bytes that servers have on their disks of what comes in."""
-    found = (path for server in machines.servers for path in temporary_files(server))
-    return sum(path.stat().st_size for path in found if path.exists())
+    total = 0
+    for path in (path for server in machines.servers for path in temporary_files(server)):
+        with contextlib.suppress(FileNotFoundError):  # it has just ended
+            total += path.stat().st_size
+    return total
 
 
 def test_the_client_is_who_connected_not_who_it_says(machines: Cluster) -> None:
@@ -625,7 +631,7 @@ def test_the_list_is_whole(machines: Cluster) -> None:
 
 def test_a_hot_object_spreads_when_its_server_is_full(machines: Cluster) -> None:
     most = 4
-    content = some_bytes(16 * MIB)
+    content = some_bytes(48 * MIB)  # more than all buffers on the way take in: nobody's download may have ended
     key = machines.store(content)
     owner = machines.owner(key)
     assert get(machines.balancer, key).content == content

@@ -10,6 +10,7 @@ import pytest
 import requests
 
 from tests.harness import Server
+from tests.wire import SECONDS
 
 FILES = {
     "mainline/v6.12/Image": "application/x-kernel",
@@ -43,7 +44,7 @@ def migrated(start_server: Callable[..., Server], tmp_path: Path) -> Server:
 
 
 def content_type(server: Server, key: str) -> str:
-    response = requests.get(f"{server.url}/{key}", timeout=20)
+    response = requests.get(f"{server.url}/{key}", timeout=SECONDS)
     assert response.status_code == 200
     return response.headers["Content-Type"]
 
@@ -60,15 +61,15 @@ def test_without_a_usable_one_the_name_says_the_type(migrated: Server) -> None:
 
 def test_side_files_are_hidden(migrated: Server) -> None:
     name = side_file(Path(), "bare.log")
-    listed = requests.get(f"{migrated.url}/v1/list", timeout=20).text.split()
+    listed = requests.get(f"{migrated.url}/v1/list", timeout=SECONDS).text.split()
     assert sorted(listed) == sorted([*FILES, "bare.log", "broken.log"])
-    top = requests.get(f"{migrated.url}/v1/browse/", headers={"Accept": "application/json"}, timeout=20).json()
+    top = requests.get(f"{migrated.url}/v1/browse/", headers={"Accept": "application/json"}, timeout=SECONDS).json()
     assert [folder["name"] for folder in top["folders"]] == ["küche/", "mainline/"]
     for path in (name, ".metadata/", ".metadata/x"):
-        assert requests.get(f"{migrated.url}/{path}", timeout=20).status_code == 404
-        assert requests.head(f"{migrated.url}/{path}", timeout=20).status_code == 404
+        assert requests.get(f"{migrated.url}/{path}", timeout=SECONDS).status_code == 404
+        assert requests.head(f"{migrated.url}/{path}", timeout=SECONDS).status_code == 404
     for method in ("PUT", "DELETE"):
-        response = requests.request(method, f"{migrated.url}/{name}", headers=migrated.headers(), timeout=20)
+        response = requests.request(method, f"{migrated.url}/{name}", headers=migrated.headers(), timeout=SECONDS)
         assert response.status_code == (400 if method == "PUT" else 404)
     assert (migrated.document["local"]["storage_path"] / name).is_file()
 
@@ -76,7 +77,7 @@ def test_side_files_are_hidden(migrated: Server) -> None:
 def test_an_upload_replaces_the_type_too(migrated: Server) -> None:
     key = "mainline/v6.12/dmesg"
     headers = {**migrated.headers(), "Content-Type-Upstream": "application/json"}
-    assert requests.put(f"{migrated.url}/{key}", data=b"{}", headers=headers, timeout=20).status_code == 200
+    assert requests.put(f"{migrated.url}/{key}", data=b"{}", headers=headers, timeout=SECONDS).status_code == 200
     assert content_type(migrated, key) == "application/json"
-    assert requests.delete(f"{migrated.url}/{key}", headers=migrated.headers(), timeout=20).status_code == 204
-    assert requests.get(f"{migrated.url}/{key}", timeout=20).status_code == 404
+    assert requests.delete(f"{migrated.url}/{key}", headers=migrated.headers(), timeout=SECONDS).status_code == 204
+    assert requests.get(f"{migrated.url}/{key}", timeout=SECONDS).status_code == 404

@@ -295,7 +295,7 @@ def cause_everything(bench: Bench) -> None:
     assert get(server, broken).status_code >= 500  # 502, or 503 where it is given up sooner
     with Wire(server) as first:
         first.send(request("PUT", f"/{folder}/contested", {**server.headers(), "Content-Length": 10}), b"first")
-        wait_until(server.is_writing, SECONDS, "the upload's lock")
+        wait_until(lambda: server.is_writing(f"{folder}/contested"), SECONDS, "the upload's lock")
         assert put(server, f"{folder}/contested", b"second").status_code == 409
         first.send(b"-done")
         first.answer()

@@ -123,7 +123,7 @@ def test_an_upload_goes_through_as_it_comes(start: Callable[..., Frontend]):
     key = f"{new_folder()}/a"
     with Wire(server) as wire:
         wire.send(request("PUT", f"/{key}", {**server.headers(), "Content-Length": 2 * MIB}), b"x" * MIB)
-        wait_until(server.is_writing, SECONDS, "the upload's lock")
+        wait_until(lambda: server.is_writing(key), SECONDS, "the upload's lock")
         wire.send(b"x" * MIB)
         assert wire.answer().status == 201
     assert get(server, key).content == b"x" * 2 * MIB
@@ -151,6 +151,6 @@ def test_an_upload_that_is_cut_off_leaves_nothing(start: Callable[..., Frontend]
     key = f"{new_folder()}/a"
     with Wire(server) as wire:
         wire.send(request("PUT", f"/{key}", {**server.headers(), "Content-Length": 2 * MIB}), b"x" * MIB)
-        wait_until(server.is_writing, SECONDS, "the upload's lock")
+        wait_until(lambda: server.is_writing(key), SECONDS, "the upload's lock")
     wait_until_tidy(server)
     assert get(server, key).status_code == 404

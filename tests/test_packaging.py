@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -20,9 +21,11 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     """The wheel that pip builds from this checkout."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
-    copy = ["kci_storage", "setup.cfg", "setup.py", "README.md", "COPYING", "MANIFEST.in"]
+    copy = ["setup.cfg", "setup.py", "README.md", "COPYING", "MANIFEST.in"]
     source.mkdir()
-    subprocess.run(["cp", "-r", *(ROOT / name for name in copy), source], check=True)
+    shutil.copytree(ROOT / "kci_storage", source / "kci_storage", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in copy:
+        shutil.copy(ROOT / name, source)
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     subprocess.run([*pip, "--wheel-dir", folder, source], check=True)
     return zipfile.ZipFile(next(folder.glob("*.whl")))

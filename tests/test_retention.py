@@ -264,7 +264,7 @@ def test_what_is_being_uploaded_is_told_and_stays(start_server: Callable[..., Se
     put(server, "b", b"1")
     with Wire(server) as wire:
         wire.send(request("PUT", "/a", {**server.headers(), "Content-Length": 100}), b"begun")
-        wait_until(server.is_writing, SECONDS, "the upload")
+        wait_until(lambda: server.is_writing("a"), SECONDS, "the upload")
         result = run(server, "expire", days=2)
     assert (result.returncode, result.stdout) == (1, "b\n")
     assert "kci-storage: a: another upload of this file" in result.stderr

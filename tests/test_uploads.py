@@ -155,7 +155,7 @@ def curl(server: Server, *arguments: str, cwd: Path) -> tuple[int, str]:
         pytest.skip("curl is not installed")
     authorization = f"Authorization: Bearer {server.token()}"
     command = ["curl", "-sS", "-w", "\n%{http_code}", "-H", authorization, *arguments]
-    output = subprocess.run(command, cwd=cwd, check=True, capture_output=True, text=True, timeout=60).stdout
+    output = subprocess.run(command, cwd=cwd, check=True, capture_output=True, text=True, timeout=SECONDS).stdout
     body, _, status = output.rpartition("\n")
     return int(status), body
 
@@ -882,7 +882,7 @@ def test_a_second_upload_of_a_key_waits_then_gives_up(strict_server: Server):
     head = request("PUT", f"/{key}", {**strict_server.headers(), "Content-Length": 10})
     with Wire(strict_server) as first, Wire(strict_server) as second:
         first.send(head, b"first")
-        wait_for_lock(strict_server)
+        wait_until(lambda: strict_server.is_writing(key), SECONDS, "the first one")
         second.send(request("PUT", f"/{key}", {**strict_server.headers(), "Expect": "100-continue"}, b""))
         assert_error(second.answer(), 409, strict_server)
         assert get(strict_server, key).status_code == 404
@@ -897,17 +897,13 @@ def test_a_second_upload_of_a_key_waits_for_the_first(server: Server):
     first_part = part("path", folder.encode()) + part("file0", b"first" * 1000, "a")
     with Wire(server) as first, Wire(server) as second:
         first.send(form_head, b"%x\r\n%b\r\n" % (len(first_part), first_part))
-        wait_for_lock(server)
+        wait_until(lambda: server.is_writing(f"{folder}/a"), SECONDS, "the first one")
         second.send(request("PUT", f"/{folder}/a", server.headers(), b"second"))
         second.wait_until_taken()
         first.send(b"%x\r\n%b\r\n0\r\n\r\n" % (len(form()), form()))
         assert first.answer().status == 200
         assert second.answer().status == 200
     assert get(server, f"{folder}/a").content == b"second"
-
-
-def wait_for_lock(server: Server) -> None:
-    wait_until(server.is_writing, SECONDS, "a key's lock")
 
 
 # Memory
@@ -973,8 +969,8 @@ def test_a_form_of_too_many_files_is_refused(local_server):
         data={"path": "many"},
         files=files,
         headers=local_server.headers("a@example.com"),
-        timeout=120,
+        timeout=2 * SECONDS,
     )
     assert response.status_code == 400
     assert "at most 1000 files" in response.text
-    assert requests.get(f"{local_server.url}/many/0", timeout=30).status_code == 404
+    assert requests.get(f"{local_server.url}/many/0", timeout=SECONDS).status_code == 404

@@ -64,7 +64,7 @@ def stalled(server: Server, key: str) -> Iterator[Wire]:
     """An upload that holds its key's lock, and does not go on."""
     with Wire(server) as wire:
         wire.send(request("PUT", f"/{key}", {**server.headers(), "Content-Length": 5}), b"be")
-        wait_until(server.is_writing, SECONDS, "the upload")
+        wait_until(lambda: server.is_writing(key), SECONDS, "the upload")
         yield wire
 
 
