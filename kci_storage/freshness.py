@@ -103,6 +103,7 @@ class Freshness:
             question.set_result(verdict)
 
     def _compare(self, record: Record) -> Verdict:
+        asked = time.time()  # what the backend has said may be as old as the question
         try:
             current = self._driver.stat(record.info.key)
         except ObjectNotFound:
@@ -114,10 +115,10 @@ class Freshness:
             self._cache.remove_version(record)
             return Verdict.CHANGED
         self._cache.confirm(record)
-        self._confirm(record)
+        self._confirm(record, asked)
         return Verdict.FRESH
 
-    def _confirm(self, record: Record) -> None:
+    def _confirm(self, record: Record, asked: float) -> None:
         if len(self._good_until) >= REMEMBERED:
             self._good_until.clear()
-        self._good_until[record.generation] = time.time() + (self._period or float("inf"))
+        self._good_until[record.generation] = asked + (self._period or float("inf"))

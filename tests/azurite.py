@@ -31,7 +31,7 @@ from kci_storage.config import AzureConfig
 
 COMMAND_VARIABLE = "KCI_STORAGE_AZURITE"
 ENTRY_POINT = Path(__file__).parent.parent / ".tools/node_modules/azurite/dist/src/blob/main.js"
-START_SECONDS = 60
+START_SECONDS = 120
 
 _OPTIONS = ("--silent", "--disableTelemetry", "--blobPort", "0")
 # The SDK speaks a newer version of the API than any Azurite knows. It is not --loose: unknown headers are errors.

@@ -24,7 +24,7 @@ import requests
 from kci_storage import durable
 from kci_storage.cache import Cache
 
-START_SECONDS = 60  # a loaded machine starts two Python workers in well under this
+START_SECONDS = 120  # a loaded machine starts two Python workers in well under this
 STOP_SECONDS = 60  # less than graceful_timeout, which would hide what hangs
 _TROUBLE = re.compile(
     r"Traceback \(most recent call last\)|\[(?:ERROR|CRITICAL)\]|\blevel=(?:error|critical)\b", re.I

@@ -10,7 +10,7 @@ import requests
 
 from kci_storage.freshness import PATIENCE, QUIET
 from tests.cold import MIB, Bench, crowd, from_each_worker, in_background, some_bytes
-from tests.faultproxy import CONTENT, PROPERTIES, Delay, Hold
+from tests.faultproxy import CONTENT, PROPERTIES, Delay, Fault, Hold
 from tests.harness import wait_until
 from tests.wire import SECONDS, get, put, wait_until_tidy
 
@@ -67,6 +67,22 @@ def test_one_question_for_all_in_each_period(checking: Bench) -> None:
     assert 2 <= asked <= 1 + (time.monotonic() - started) / PERIOD
     assert checks(checking, "fresh") == asked
     assert checking.proxy.count(CONTENT, key) == 1
+
+
+class AnswersLate(Fault):
+    """The backend has said how things are, but its answer takes a whole period to come."""
+
+    def head(self, lines: list[bytes]) -> list[bytes]:
+        time.sleep(PERIOD)
+        return lines
+
+
+def test_an_answer_is_as_old_as_its_question(checking: Bench) -> None:
+    """Another program may have replaced the object since the backend looked."""
+    key = stored_and_cached(checking, b"content")
+    checking.proxy.inject(AnswersLate(), kind=PROPERTIES, key=key, times=1)
+    assert [cache_status(checking, key) for _ in range(2)] == ["hit", "hit"]
+    assert checking.proxy.count(PROPERTIES, key) == 2
 
 
 def test_a_copy_that_was_just_fetched_or_uploaded_is_fresh_for_every_worker(new_bench: Callable[..., Bench]) -> None:
