@@ -10,7 +10,7 @@ from typing import Any
 
 from playwright.sync_api import Browser, ConsoleMessage, Dialog, Error, Page, sync_playwright
 
-SECONDS = 30  # for which anything is waited for; a loaded machine needs a few
+SECONDS = 60  # for which anything is waited for; a loaded machine needs a few
 DESKTOP = {"width": 1280, "height": 800}
 PHONE = {"width": 390, "height": 844}
 
@@ -27,6 +27,7 @@ def running_chromium() -> Iterator[Browser]:
         browser = playwright.chromium.launch(
             executable_path=shutil.which("chromium"),
             args=["--disable-dev-shm-usage"],  # containers have little of it
+            timeout=SECONDS * 1000,
         )
         yield browser
         browser.close()

@@ -24,6 +24,7 @@ from tests.azurite import Azurite
 
 PIECE = 32 * 1024  # bytes that are passed on at a time
 SECONDS = 60  # for which the proxy waits for either side
+HOLD_SECONDS = 300  # for which it holds a request that is not let go: longer than any test runs
 
 PROPERTIES, CONTENT, PUT, OTHER = "properties", "content", "put", "other"
 
@@ -242,7 +243,7 @@ class Rule:
     def wait(self) -> None:
         """Hold the request until the test lets it go."""
         self._reached.set()
-        self._released.wait(SECONDS)
+        self._released.wait(HOLD_SECONDS)
 
     def wait_until_reached(self, seconds: float = SECONDS) -> None:
         """Wait for a request to be held or stalled."""

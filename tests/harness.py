@@ -23,6 +23,7 @@ import requests
 
 from kci_storage import durable
 from kci_storage.cache import Cache
+from tests.peers import holders
 
 START_SECONDS = 120  # a loaded machine starts two Python workers in well under this
 STOP_SECONDS = 60  # less than graceful_timeout, which would hide what hangs
@@ -222,9 +223,13 @@ class Server:
     def worker_pids(self) -> list[int]:
         """The process ids of the workers that live."""
         with contextlib.suppress(psutil.NoSuchProcess):
-            children = psutil.Process(self.process.pid).children()
-            return [child.pid for child in children if child.status() != psutil.STATUS_ZOMBIE]
+            return [child.pid for child in psutil.Process(self.process.pid).children() if _lives(child.pid)]
         return []
+
+    def holders(self, path: Path) -> list[int]:
+        """The workers that hold the lock of a file: without what they are just forking, or have passed it on to."""
+        workers = self.worker_pids()
+        return [pid for pid in holders(path) if pid in workers]
 
     def token(self, email: str = "user@example.com", **claims: Any) -> str:
         """A token signed with this server's secret."""

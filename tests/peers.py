@@ -79,13 +79,24 @@ def _serve(connection: Connection) -> None:
 
 
 def holders(path: Path) -> list[int]:
-    """The processes that hold the lock of the file at a path (``proc_pid_fdinfo(5)``)."""
-    found = []
-    for link in Path("/proc").glob("[0-9]*/fd/*"):
-        with contextlib.suppress(OSError):  # it is closed by now, or another user's
-            if link.samefile(path) and "FLOCK" in (link.parents[1] / "fdinfo" / link.name).read_text():
-                found.append(int(link.parts[2]))
-    return found
+    """The processes that hold the lock of the file at a path (``proc_pid_fdinfo(5)``).
+
+    Among them is a child that one of them is just forking, until it runs a program of its own.
+    """
+    return [int(name) for name in os.listdir("/proc") if name.isdecimal() and _holds(Path("/proc", name), path)]
+
+
+def _holds(process: Path, path: Path) -> bool:
+    """Whether a process holds a file's lock; False when it ends meanwhile, or is another user's."""
+    with contextlib.suppress(OSError):
+        return any(_is_lock(process, fd, path) for fd in os.listdir(process / "fd"))
+    return False
+
+
+def _is_lock(process: Path, fd: str, path: Path) -> bool:
+    with contextlib.suppress(OSError):  # it is closed by now
+        return (process / "fd" / fd).samefile(path) and "FLOCK" in (process / "fdinfo" / fd).read_text()
+    return False
 
 
 def dies(function: Callable[[], object]) -> bool:

@@ -27,7 +27,7 @@ from benchmarks import stage as stages
 from benchmarks.measuring import OURS, BenchError, Measure, Row, Sample, Workload
 from benchmarks.scale import SCALES
 from tests.azurite import Azurite
-from tests.harness import Server
+from tests.harness import Server, wait_until
 
 ROOT = Path(benchmarks.__file__).parent.parent
 TINY = SCALES["tiny"]
@@ -119,7 +119,8 @@ def test_every_workload_has_figures_of_every_system(run):
         assert [row["name"] for row in rows] == expected.get("measures", [""]), workload
         for row in rows:
             assert set(row["medians"]) == systems, workload
-            assert all(value > 0 for values in row["runs"].values() for value in values), row
+            least = 0 if "memory" in row["name"] else 1e-9  # a worker may have had all that it needs
+            assert all(value >= least for values in row["runs"].values() for value in values), row
             assert all(len(values) == TINY.rounds for values in row["runs"].values())
             assert set(row["ratios"]) == systems - {OURS}
         assert rows[0]["cpu_ms_per_operation"].keys() == systems - {"Azurite"}
@@ -180,7 +181,7 @@ def test_an_interrupted_run_leaves_nothing(number, group, tmp_path, programs, az
     assert process.returncode == 130
     assert rest.splitlines()[-1] == "bench: interrupted"
     assert list(scratch.iterdir()) == []
-    assert at_work_in(scratch) == []
+    wait_until(lambda: at_work_in(scratch) == [], SECONDS, "the end of what it has started")
 
 
 # What is missing

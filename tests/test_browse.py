@@ -18,6 +18,7 @@ from kci_storage.pages.directory import Directory, Folder
 from kci_storage.pages.kinds import Kind, mark
 from kci_storage.sizes import readable_size
 from tests.faultproxy import fault_proxy
+from tests.wire import SECONDS
 
 MARKUP = '<img src=x onerror="alert(1)">&amp;.txt'
 FILES = (
@@ -58,7 +59,7 @@ class Links(HTMLParser):
 
 def put(server, key: str) -> None:
     url = f"{server.url}/{quote(key)}"
-    response = requests.put(url, data=b"12345", headers=server.headers("a@example.com"), timeout=30)
+    response = requests.put(url, data=b"12345", headers=server.headers("a@example.com"), timeout=SECONDS)
     assert response.status_code in (200, 201), response.text
 
 
@@ -70,7 +71,7 @@ def stored(server):
 
 
 def get(server, path: str, **headers: str) -> requests.Response:
-    return requests.get(server.url + path, headers=headers, timeout=30)
+    return requests.get(server.url + path, headers=headers, timeout=SECONDS)
 
 
 def test_one_level_is_listed_folders_first_in_natural_order(stored):
@@ -171,7 +172,7 @@ def test_what_is_no_folder_is_not_found(stored, path):
     with requests.Session() as session:
         request = requests.Request("GET", stored.url + "/").prepare()
         request.url = stored.url + path  # as it stands, not normalised
-        response = session.send(request, timeout=30)
+        response = session.send(request, timeout=SECONDS)
     assert response.status_code == 404
 
 
@@ -200,7 +201,7 @@ def test_many_files_come_in_pages_that_together_are_all(local_server):
 
 
 def test_head_is_get_without_the_page(stored):
-    head, page = requests.head(f"{stored.url}/pages/", timeout=30), get(stored, "/pages/")
+    head, page = requests.head(f"{stored.url}/pages/", timeout=SECONDS), get(stored, "/pages/")
     assert head.status_code == 200
     assert head.content == b""
     assert head.headers["Content-Length"] == page.headers["Content-Length"]

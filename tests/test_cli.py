@@ -190,7 +190,7 @@ def test_the_installed_command_is_this_one():
 
 
 def test_serve_serves(local_server):
-    assert requests.get(f"{local_server.url}/v1/health", timeout=10).text == "ok"
+    assert requests.get(f"{local_server.url}/v1/health", timeout=60).text == "ok"
 
 
 def test_a_cache_directory_that_cannot_be_made_is_one_line(run, tmp_path):

@@ -35,9 +35,6 @@ from tests.faultproxy import CONTENT, PROPERTIES, Flip, Stall
 from tests.harness import wait_until
 from tests.wire import SECONDS, Wire, get, new_folder, put, request, temporary_files, wait_until_tidy
 
-QUICK = 5.0  # seconds; what waits for nothing takes far less, even on a busy machine
-
-
 # Streaming, and one fetch
 
 
@@ -167,7 +164,7 @@ def test_a_copy_is_made_although_nobody_waits_for_it_any_more(bench: Bench) -> N
 
 def test_a_server_that_stops_leaves_nothing_of_a_fill(new_bench: Callable[..., Bench]) -> None:
     bench = new_bench()
-    bench.proxy.bandwidth = 4 * MIB
+    bench.proxy.bandwidth = MIB
     key = bench.store(some_bytes(32 * MIB))
     beginning(bench, key).reset()
     assert temporary_files(bench.server)
@@ -410,7 +407,7 @@ def grow_old(cache: Path) -> None:
 
 
 def test_beyond_the_bound_cold_objects_wait_and_hits_do_not(new_bench: Callable[..., Bench]) -> None:
-    bench = new_bench(cache={"max_fills": 1}, server={"workers": 1, "threads": 8, "lock_timeout": 4})
+    bench = new_bench(cache={"max_fills": 1}, server={"workers": 1, "threads": 8, "lock_timeout": 6})
     hit = bench.store(b"hit")
     get(bench.server, hit)
     wait_until_tidy(bench.server)
@@ -418,11 +415,11 @@ def test_beyond_the_bound_cold_objects_wait_and_hits_do_not(new_bench: Callable[
     running, waiting = bench.store(content), bench.store(content)
     rule = bench.proxy.inject(Stall(1000), key=running)
     with beginning(bench, running) as wire:
-        refused = in_background(get, bench.server, waiting)
+        refused, hits = in_background(get, bench.server, waiting), 0
         while not refused.done():
-            started = time.monotonic()
             assert get(bench.server, hit).headers["X-Cache"] == "hit"
-            assert time.monotonic() - started < QUICK
+            hits += 1
+        assert hits > 1, "they have waited, too"
         assert (refused.result().status_code, refused.result().headers["Retry-After"]) == (503, "5")
         patient = in_background(get, bench.server, waiting)
         rule.release()
@@ -441,9 +438,8 @@ def test_those_who_wait_leave_threads_to_the_others(new_bench: Callable[..., Ben
         answers = [in_background(get, bench.server, key) for key in keys]
         wait_until(lambda: sum(answer.done() for answer in answers) == 6, SECONDS, "those who are too many")
         assert {answer.result().status_code for answer in answers if answer.done()} == {503}
-        started = time.monotonic()
         assert get(bench.server, hit).status_code == 200
-        assert time.monotonic() - started < QUICK
+        assert sum(answer.done() for answer in answers) == 6, "it has waited for those who wait"
         rule.release()
         assert sum(answer.result().status_code == 200 for answer in answers) == 4
 

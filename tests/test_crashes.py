@@ -27,7 +27,7 @@ from kci_storage.upload import ExpectedDigests, FormPlan
 from tests.azurite import Azurite
 from tests.backends import Pauses, install
 from tests.harness import START_SECONDS, Server, toml, wait_until
-from tests.peers import Peer, dies, holders, peers
+from tests.peers import Peer, dies, peers
 from tests.steps import CHANGING, GROWING, Steps, die_at, full_at
 from tests.wire import BOUNDARY, FORM_TYPE, SECONDS, Wire, form, get, part, put, request
 
@@ -463,7 +463,7 @@ def get_from_all(server: Server) -> set[bytes | None]:
 def writers(server: Server) -> list[int]:
     """The process that holds the key's lock, if one does."""
     cache = Cache(server.cache_directory)
-    return holders(cache.locks.directory / cache.slot(KEY).digest)
+    return server.holders(cache.locks.directory / cache.slot(KEY).digest)
 
 
 def cool(server: Server) -> None:

@@ -11,13 +11,14 @@ import kci_storage
 from kci_storage.config import SECTIONS, settings
 from kci_storage.errors import TABLE
 from tests.harness import Server
+from tests.wire import SECONDS
 
 ROOT = Path(kci_storage.__file__).parent.parent
 DOCUMENT = (ROOT / "docs" / "reliability.md").read_text()
 
 
 def test_its_metrics_are_shown(azure_server: Server) -> None:
-    page = requests.get(f"{azure_server.url}/metrics", timeout=20).text
+    page = requests.get(f"{azure_server.url}/metrics", timeout=SECONDS).text
     shown = {line.split()[2] for line in page.splitlines() if line.startswith("# TYPE")}
     named = {f"kci_storage_{name}" for name in re.findall(r"`…([a-z_]+)", DOCUMENT)}
     named |= set(re.findall(r"`(storage_[a-z_]+)`", DOCUMENT))

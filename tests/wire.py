@@ -77,14 +77,15 @@ class Wire:
         wait_until(lambda: self._waiting_at_server() == 0, SECONDS, "the server to read what was sent")
 
     def _waiting_at_server(self) -> int:
-        """Bytes in the receive queue of the connection's other end (proc_net_tcp)."""
-        ours, theirs = (address[1] for address in (self._socket.getsockname(), self._socket.getpeername()))
-        ends = f":{theirs:04X}", f":{ours:04X}"
+        """Bytes that our end still has, or the receive queue of the other one (proc_net_tcp)."""
+        ours, theirs = (f":{address[1]:04X}" for address in (self._socket.getsockname(), self._socket.getpeername()))
+        queues = {}  # of bytes to send and bytes to read
         for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
-            _, local, remote, _, queues, *_ = line.split()
-            if (local[-5:], remote[-5:]) == ends:
-                return int(queues.partition(":")[2], 16)
-        return 1  # not accepted yet
+            _, local, remote, _, sizes, *_ = line.split()
+            queues[local[-5:], remote[-5:]] = [int(size, 16) for size in sizes.split(":")]
+        if not {(ours, theirs), (theirs, ours)} <= queues.keys():
+            return 1  # not accepted yet
+        return queues[ours, theirs][0] + queues[theirs, ours][1]
 
     def _receive(self) -> bytes:
         data = self._socket.recv(1 << 16)
@@ -283,8 +284,9 @@ def logfmt(line: str) -> dict[str, str]:
 
 
 def logged(server: Server, request_id: str, event: str) -> list[dict[str, str]]:
-    """The lines about one request so far."""
-    lines = (line for line in server.log().split("\n") if request_id in line and line.startswith("ts="))
+    """The lines about one request so far, without one that is just being written."""
+    whole = server.log().split("\n")[:-1]
+    lines = (line for line in whole if request_id in line and line.startswith("ts="))
     return [fields for line in lines if (fields := logfmt(line))["event"] == event]
 
 
