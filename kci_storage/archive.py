@@ -51,16 +51,19 @@ class Archives:
         :raises Forbidden: a key may not be written.
         """
         with self.uploads.cache.new_spool() as spool:
-            files = ArchiveFiles(self.uploader, plan, spool)
-            with Staging(files) as staging:
-                form = _Form(files, staging, self.limits)
-                with self._turn():
-                    form.receive(form_events(body, boundary, self.uploads.max_bytes))
-                prefix, extents = form.files()
-                with places.aside():  # it waits for the threads that upload
-                    report = Run(files, prefix).upload(extents, staging.accepted())
-        memory.give_back(report.size)
-        return report
+            try:
+                return self._store(body, boundary, ArchiveFiles(self.uploader, plan, spool))
+            finally:
+                memory.give_back(spool.size)
+
+    def _store(self, body: Body, boundary: bytes, files: ArchiveFiles) -> ArchiveReport:
+        with Staging(files) as staging:
+            form = _Form(files, staging, self.limits)
+            with self._turn():
+                form.receive(form_events(body, boundary, self.uploads.max_bytes))
+            prefix, extents = form.files()
+            with places.aside():  # it waits for the threads that upload
+                return Run(files, prefix).upload(extents, staging.accepted())
 
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 UPLOAD_MEMORY = 96 * 1024 * 1024  # bytes that the uploads of one worker's archives may hold, all together
 MOST_HELD = 40 * 1024 * 1024  # bytes that one upload's driver holds at most: the blocks that it has in flight
 DIGESTING = 2 * 1024 * 1024  # bytes of the buffers of one upload's digests, unless it is small
-MOST_STAGED = 256  # files of one worker's archives; each has one open
+MOST_STAGED = 512  # files of one worker's archives; each has one open
 
 
 @dataclass(frozen=True, slots=True)

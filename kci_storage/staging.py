@@ -13,11 +13,12 @@ import threading
 from collections.abc import Mapping
 from concurrent.futures import Future, wait
 
+from kci_storage import places
 from kci_storage.archive_files import ArchiveFiles, Extent, held_for
 from kci_storage.upload import Upload
 
-STAGED_ABOVE = 8 * 1024 * 1024  # bytes; what is smaller is one request to Azure, and would be two
-MOST_OF_ONE = 64  # files of one archive, so that a client that stands still leaves the others theirs
+STAGED_FROM = 2 * 1024 * 1024  # bytes; a smaller file is little work, but two requests to Azure instead of one
+MOST_OF_ONE = 128  # files of one archive, so that a client that stands still leaves the others theirs
 
 
 class StagedFile:
@@ -104,7 +105,7 @@ class Staging:
         if (earlier := self._staged.pop(key, None)) is not None:
             earlier.give_up()
             self._replaced.append(earlier)
-        if extent.size > STAGED_ABOVE:
+        if extent.size >= STAGED_FROM:
             self._waiting[key] = extent
         self.go_on()
 
@@ -146,7 +147,9 @@ class Staging:
                 for file in files:
                     each.callback(file.give_up)
         finally:
-            wait([file.sent for file in files])  # they read the spool file
+            if not all(file.sent.done() for file in files):
+                with places.aside(bounded=False):
+                    wait([file.sent for file in files])  # they read the spool file
             self._forget_all()
         return bool(files)
 

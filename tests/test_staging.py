@@ -38,6 +38,7 @@ from tests.wire import (
     Answer,
     Wire,
     access,
+    exchange,
     form,
     get,
     keys,
@@ -189,11 +190,13 @@ def test_files_go_to_their_disk_while_the_archive_comes(local_server: Server) ->
 
 
 def test_small_files_are_one_request_each(bench: Bench) -> None:
-    folder, content = new_folder(), {"large": large(1), "small": large(2, 8 * MIB)}
+    folder = new_folder()
+    content = {"large": large(1), "medium": large(2, staging.STAGED_FROM), "small": large(3, staging.STAGED_FROM - 1)}
     with sending(bench.server, folder, content) as archive:
         wait_until(lambda: blocks(bench, f"{folder}/large") == 2, SECONDS, "the large file's blocks")
         answer = archive.finish()
     assert_all_stored(answer, bench.server, folder, content)
+    assert (blocks(bench, f"{folder}/medium"), commits(bench, f"{folder}/medium")) == (1, 1)
     assert (blocks(bench, f"{folder}/small"), commits(bench, f"{folder}/small")) == (0, 1)
 
 
@@ -288,27 +291,34 @@ def all_staged(server: Server, folder: str, times: int) -> bool:
     return all(staged(server, f"{folder}/{name}") == size for name in names)
 
 
-@pytest.mark.parametrize("other", ["put", "put large", "delete"])
 @pytest.mark.parametrize("driver", ["local", "azure"])
-def test_nobody_waits_for_an_archive_that_stands_still(
-    start_server: Callable[..., Server], driver: str, other: str
-) -> None:
+def test_nobody_waits_for_an_archive_that_stands_still(start_server: Callable[..., Server], driver: str) -> None:
     server = start_server(driver, server={"lock_timeout": 0.5})
-    put(server, "f/a", b"old")
-    content = {"a": large(1)}
+    for other in (b"small", large(2), None):
+        put(server, "f/a", b"old")
+        content = {"a": large(1)}
+        with sending(server, "f", content) as archive:
+            wait_until_staged(server, "f/a")
+            replace(server, "f/a", other)
+            answer = archive.finish()
+        assert_all_stored(answer, server, "f", content)
+
+
+def replace(server: Server, key: str, content: bytes | None) -> None:
+    """Store something else under a key, or nothing."""
+    if content is None:
+        assert exchange(server, request("DELETE", f"/{key}", server.headers())).status == 204
+        assert key not in keys(server, "")
+    else:
+        assert put(server, key, content).status_code == 200
+        assert get(server, key).content == content
+
+
+def test_one_thread_is_enough(start_server: Callable[..., Server]) -> None:
+    server = start_server("local", environ={"KCI_STORAGE_ARCHIVE_PARALLELISM": "1"})
+    content = {f"f{number}": large(number, 3 * MIB) for number in range(4)} | {"small": b"1"}
     with sending(server, "f", content) as archive:
-        wait_until_staged(server, "f/a")
-        if other == "delete":
-            with Wire(server) as wire:
-                wire.send(request("DELETE", "/f/a", server.headers()))
-                assert wire.answer().status == 204
-            assert keys(server, "f") == []
-        else:
-            data = b"put" if other == "put" else large(2)
-            assert put(server, "f/a", data).status_code == 200
-            assert get(server, "f/a").content == data
-        answer = archive.finish()
-    assert_all_stored(answer, server, "f", content)
+        assert_all_stored(archive.finish(), server, "f", content)
 
 
 # What fails
