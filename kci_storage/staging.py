@@ -63,7 +63,7 @@ class StagedFile:
 
     @property
     def has_failed(self) -> bool:
-        """Whether it is known to be of no use."""
+        """Whether it is known already that it could not be sent."""
         return self.sent.done() and self.sent.exception() is not None
 
     def take(self) -> Upload | None:
@@ -137,7 +137,7 @@ class Staging:
     def accepted(self) -> Mapping[str, StagedFile]:
         """The archive has been seen and is accepted: those to be committed, by key."""
         self._waiting.clear()
-        return {key: file for key, file in self._staged.items() if not file.has_failed}
+        return dict(self._staged)
 
     def give_up(self) -> bool:
         """Stage nothing of this archive; whether something had been, whose room on the disk is free now."""

@@ -208,6 +208,8 @@ def test_where_the_path_comes_last_nothing_is_sent_before(bench: Bench) -> None:
         assert len(bench.proxy.requests) == before
         answer = archive.finish()
     assert_all_stored(answer, bench.server, folder, content)
+    assert {each.key for each in bench.proxy.requests[before:] if each.operation == "PUT block"} == {f"{folder}/a"}
+    assert blocks(bench, f"{folder}/a") == 2
 
 
 def spooled(server: Server) -> int:
