@@ -119,7 +119,10 @@ EVERYWHERE = {
 
 def test_every_metric_is_there_before_it_is_needed(start_server: Callable[..., Server]):
     """A rate over a counter that appears with its first event misses that event."""
-    series = scrape(start_server())
+    server = start_server()
+    requests_total = "kci_storage_http_requests_total"  # there once a request was counted, such as that of the start
+    wait_until(lambda: any(name == requests_total for name, _ in scrape(server)), SECONDS, "a request's count")
+    series = scrape(server)
     for name, labels in EVERYWHERE.items():
         found = [{label for label, _ in labelled} for other, labelled in series if other == name]
         assert found and all(names in labels for names in found), name
