@@ -297,8 +297,8 @@ def test_a_head_may_come_with_the_request_before(scene: Scene):
 
 @pytest.fixture(scope="module")
 def impatient(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
-    """One thread, and little patience."""
-    document = {"server": {"workers": 1, "threads": 1, "send_timeout": 2}}
+    """One thread, and little patience; but a machine may stand still for a second or two, with all its clients."""
+    document = {"server": {"workers": 1, "threads": 1, "send_timeout": 5}}
     with running(Server(tmp_path_factory.mktemp("impatient"), document)) as server:
         yield Scene(server)
 
@@ -343,7 +343,7 @@ def test_a_slow_reader_gets_all(impatient: Scene, ranges: str):
         head = wire.head()
         size = int(head.headers["Content-Length"])
         received = 0
-        for _ in range(16):
+        for _ in range(20):
             received += len(wire.read(64 * KIB))
             time.sleep(0.5)  # it is slow
         received += len(wire.read(size - received))
@@ -415,8 +415,8 @@ def test_who_is_too_slow_is_served_while_there_is_room(impatient: Scene):
     with ExitStack() as stack:
         wires = impatient.wires(stack, 2)
         for wire in wires:
-            wire.send(upload_head(impatient.server, f"{new_folder()}/a", 60))
-        finished = [in_background(send_slowly, wire, 1, 60) for wire in wires]
+            wire.send(upload_head(impatient.server, f"{new_folder()}/a", 80))
+        finished = [in_background(send_slowly, wire, 1, 80) for wire in wires]
         assert [status.result(SECONDS) for status in finished] == [201, 201]
 
 

@@ -485,8 +485,8 @@ def test_a_broken_chunked_body_is_refused(server: Server):
 
 @pytest.fixture(scope="module")
 def impatient_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server that drops a client after a second without progress."""
-    with running(Server(tmp_path_factory.mktemp("impatient"), {"server": {"send_timeout": 1}})) as server:
+    """A server that drops a client after two seconds without progress."""
+    with running(Server(tmp_path_factory.mktemp("impatient"), {"server": {"send_timeout": 2}})) as server:
         yield server
 
 
