@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from kci_storage import keys, places
-from kci_storage.errors import BadKey, ObjectChanged
+from kci_storage.errors import BadKey, ObjectChanged, Refused
 from kci_storage.http_semantics import RequestHeaders
 from kci_storage.objects import Objects
 from kci_storage.sending import STATUS_LINES, Responder, Response
-from kci_storage.transport import EXCHANGE
+from kci_storage.transport import EXCHANGE, SMALL_FILE
 
 ROUTE = "download"  # the view's name, for the metrics
 FAILURE = "kci_storage.failure"  # the environ's key for what a download has raised
@@ -42,6 +42,8 @@ class Downloads:
             return self._pass_on(environ, start_response)
         try:
             response = self._respond(key, environ)
+        except Refused:  # there are too many that last
+            raise
         except Exception as exc:
             environ[FAILURE] = exc
             return self._app(environ, start_response)
@@ -49,6 +51,7 @@ class Downloads:
         return response.body
 
     def _pass_on(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        environ[EXCHANGE].lasts()
         places.take_time()
         return self._app(environ, start_response)
 
@@ -62,10 +65,12 @@ class Downloads:
         return self._respond_once(key, environ, conditions)
 
     def _respond_once(self, key: str, environ: dict[str, Any], conditions: RequestHeaders) -> Response:
-        content = self._objects.open(key, environ["REQUEST_METHOD"], conditions)
         exchange = environ[EXCHANGE]
+        content = self._objects.open(key, environ["REQUEST_METHOD"], conditions, exchange.lasts)
         exchange.route, exchange.cache = ROUTE, content.status.value
         try:
+            if content.info.size > SMALL_FILE:
+                exchange.lasts()
             return self._responder.respond(content, environ, conditions)
         except BaseException:
             content.close()

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from kci_storage import places
-from kci_storage.cache import Cache, Record
+from kci_storage.cache import Cache
 from kci_storage.drivers.base import Driver, LocalObjects, ObjectInfo, ObjectReader
 from kci_storage.errors import (
     BackendError,
@@ -211,6 +211,10 @@ class RemoteContent(Content):
             self._followed.pop().close()
 
 
+def _nothing() -> None:
+    """Nobody wants to know."""
+
+
 class Objects:
     """The objects of the store.
 
@@ -241,16 +245,23 @@ class Objects:
         self._freshness = Freshness(driver, cache, metrics, revalidate_after)
         self._questions: Flights[ObjectInfo] = Flights()
 
-    def open(self, key: str, method: str = "GET", conditions: RequestHeaders = UNCONDITIONAL) -> Content:
+    def open(
+        self,
+        key: str,
+        method: str = "GET",
+        conditions: RequestHeaders = UNCONDITIONAL,
+        lasts: Callable[[], None] = _nothing,
+    ) -> Content:
         """The object, to be read.
 
         :param method: with another one than ``GET``, and under conditions, maybe only its properties are wanted, or
             some of its bytes: then no more than those is fetched if it is not here.
+        :param lasts: called before what may take a while; what it raises ends that.
         :raises ObjectNotFound: there is none.
         :raises Overloaded: an upload of the key took too long to wait for.
         :raises BackendError: it is not here, and cannot be fetched.
         """
-        content = self._open(key, method, conditions)
+        content = self._open(key, method, conditions, lasts)
         self._metrics.served(content.status)
         return content
 
@@ -259,12 +270,12 @@ class Objects:
         info, fd = local.open(key)
         return FileContent(info, CacheStatus.HIT, fd, None)
 
-    def _open(self, key: str, method: str, conditions: RequestHeaders) -> Content:
+    def _open(self, key: str, method: str, conditions: RequestHeaders, lasts: Callable[[], None]) -> Content:
         if self._local is not None:
             return self._open_local(self._local, key)
         started = time.monotonic()
         while True:
-            content = self._open_copy(key) or self._open_cold(key, method, conditions)
+            content = self._open_copy(key, lasts) or self._open_cold(key, method, conditions, lasts)
             if content is not None:
                 return content
             self._wait_for_writer(key, started)
@@ -280,12 +291,20 @@ class Objects:
                 if self._cache.has_copy(key) or not self._cache.is_being_written(key):
                     return
 
-    def _open_copy(self, key: str) -> FileContent | None:
+    def _open_copy(self, key: str, lasts: Callable[[], None]) -> FileContent | None:
         entry = self._cache.lookup(key)
         if entry is None:
             return None
         content = FileContent(entry.record.info, CacheStatus.HIT, entry.fd, entry.path)
-        verdict = self._checked(entry.record) if self._freshness.is_due(entry.record) else Verdict.FRESH
+        if not self._freshness.is_due(entry.record):
+            return content
+        try:
+            lasts()
+            places.take_time()
+            verdict = self._freshness.check(entry.record)
+        except BaseException:
+            content.close()
+            raise
         if verdict is Verdict.UNKNOWN:
             content.status = CacheStatus.STALE
         elif verdict is not Verdict.FRESH:
@@ -293,12 +312,11 @@ class Objects:
             return None
         return content
 
-    def _checked(self, record: Record) -> Verdict:
-        places.take_time()
-        return self._freshness.check(record)
-
-    def _open_cold(self, key: str, method: str, conditions: RequestHeaders) -> Content | None:
+    def _open_cold(
+        self, key: str, method: str, conditions: RequestHeaders, lasts: Callable[[], None]
+    ) -> Content | None:
         """A content that is fetched; None when one has to look again."""
+        lasts()
         places.take_time()
         if self._cache.is_being_written(key):
             return None

@@ -49,7 +49,7 @@ class Exchange:
     def __init__(self, environ: Environ, finished: Callable[[Exchange], None]):
         self.environ = environ
         self.started = time.time()
-        self._clock = time.perf_counter()
+        self.begun = time.monotonic()  # in seconds
         self.request_id = _request_id(environ.get("HTTP_X_REQUEST_ID"))
         self.body = RequestBody(environ)
         self.status = 0
@@ -60,8 +60,18 @@ class Exchange:
         self.user: str | None = None  # the token's email
         self.cache: str | None = None  # what X-Cache said
         self.error: str | None = None  # what only the log may say
-        self.release: Callable[[], None] | None = None  # called at the end, by who has counted it
+        self.count: Callable[[], Callable[[], None]] | None = None  # counts it if it lasts; returns what ends that
+        self._release: Callable[[], None] | None = None
         self._finished: Callable[[Exchange], None] | None = finished
+
+    def lasts(self) -> None:
+        """It will not be over at once: have it counted, where that is wanted and has not been done.
+
+        :raises Refused: there are too many already.
+        """
+        if self.count is not None:
+            count, self.count = self.count, None
+            self._release = count()
 
     def failed(self, error: StorageError) -> None:
         """Have the log say what went wrong."""
@@ -71,12 +81,13 @@ class Exchange:
         """The response has been sent, or never will be. Only the first call counts."""
         if self._finished is not None:
             finished, self._finished = self._finished, None
-            if self.release is not None:
-                self.release()
-            self.duration = time.perf_counter() - self._clock
+            if self._release is not None:
+                self._release()
+            self.duration = time.monotonic() - self.begun
             if self.sent < self.promised:
                 self.close_connection()  # else the client waits for the rest, and takes the next answer for it
             finished(self)
+            self.environ.pop(EXCHANGE, None)  # they would keep one another until the collector of cycles comes
 
     def close_connection(self) -> None:
         """Have the connection closed after this response."""
@@ -364,7 +375,7 @@ def is_content_length(name: str) -> bool:
 def _promised(method: str, headers: list[tuple[str, str]]) -> int:
     """How many bytes of body a response announces."""
     if method != "HEAD":
-        for name, value in headers:
+        for name, value in reversed(headers):  # ours have it last
             if is_content_length(name):
                 return int(value)
     return 0

@@ -8,17 +8,26 @@ import os
 import re
 import signal
 import struct
+import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from wsgiref.util import FileWrapper
 
 import pytest
 import requests
+from werkzeug.exceptions import NotFound
+from werkzeug.test import Client
 
+from kci_storage.app import build_services, transport
+from kci_storage.config import load
 from kci_storage.errors import TooManyRequests
 from kci_storage.guards import crawlers
 from kci_storage.guards.crawlers import UserAgents
-from kci_storage.guards.limits import Ledger, Rate
+from kci_storage.guards.limits import Downloads, Ledger, Rate
 from kci_storage.guards.networks import Subnets, parse_address
-from tests.harness import Server, running, wait_until
+from tests.cold import Bench, in_background
+from tests.faultproxy import CONTENT, PROPERTIES, Hold
+from tests.harness import Server, running, toml, wait_until
 from tests.wire import SECONDS, Wire, access, assert_error, get, new_folder, put, request, stored_by_another_program
 
 MIB = 1 << 20
@@ -400,6 +409,57 @@ def test_downloads_at_a_time_are_counted_over_all_workers(clients: Clients) -> N
     wait_until(lambda: clients.status("203.0.113.1") == 200, SECONDS, "a place for one more")
     for wire in begun:
         wire.close()
+
+
+def test_a_small_file_is_over_at_once_and_refused_all_the_same(clients: Clients) -> None:
+    """It need not be counted, but who has as many as he may have gets none."""
+    assert put(clients.server, "small/file", b"x").status_code in (200, 201)
+    client = {"X-Forwarded-For": "203.0.113.4"}
+    begun = [clients.begin("203.0.113.4") for _ in range(4)]
+    for _ in range(4):  # whichever worker takes it
+        assert get(clients.server, "small/file", client).status_code == 429
+    assert get(clients.server, "small/file", {"X-Forwarded-For": "203.0.113.5"}).status_code == 200
+    begun.pop().close()
+    wait_until(lambda: get(clients.server, "small/file", client).status_code == 200, SECONDS, "a place for one more")
+    assert clients.status("203.0.113.4") == 200
+    for wire in begun:
+        wire.close()
+
+
+@pytest.mark.parametrize("kind", [CONTENT, PROPERTIES], ids=["cold", "to be checked"])
+def test_a_small_file_that_has_to_be_waited_for_counts(new_bench: Callable[..., Bench], kind: str) -> None:
+    bench = new_bench(limits={"downloads_per_client": 1}, cache={"revalidate_after": 1})
+    key, other = bench.store(b"first"), bench.store(b"other")
+    if kind == PROPERTIES:
+        assert get(bench.server, key).content == b"first"
+        time.sleep(1.1)
+    rule = bench.proxy.inject(Hold(), kind=kind, key=key)
+    waiting = in_background(get, bench.server, key)
+    rule.wait_until_reached()
+    for _ in range(3):  # whichever worker takes it
+        assert get(bench.server, other).status_code == 429
+        assert get(bench.server, "").status_code == 429
+    assert bench.proxy.count(CONTENT, other) == bench.proxy.count(PROPERTIES, other) == 0
+    rule.release()
+    assert waiting.result().content == b"first"
+    wait_until(lambda: get(bench.server, other).content == b"other", SECONDS, "a place for one more")
+
+
+def test_who_loses_the_race_for_the_last_place_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both were let in, as there was a place; then both turn out to last."""
+    server = Server(tmp_path, {"limits": {"downloads_per_client": 1}})
+    stored_by_another_program(server, "large", os.urandom(MIB))
+    server.config_path.write_text(toml(server.document))
+    client = Client(transport(NotFound(), build_services(load(server.config_path, {}))))
+    one, other = ({"REMOTE_ADDR": f"192.0.2.{n}", "wsgi.file_wrapper": FileWrapper} for n in (1, 2))
+    monkeypatch.setattr(Downloads, "check", lambda *_: None)
+    for path in ("/large", "/v1/list"):
+        with client.get("/large", environ_base=one, buffered=False) as first:
+            assert first.status_code == 200
+            refused = client.get(path, environ_base=one)
+            assert (refused.status_code, refused.headers["Retry-After"]) == (429, "5")
+            assert b"no more than 1 download" in refused.data
+            assert client.get(path, environ_base=other, buffered=True).status_code in (200, 404)
 
 
 def test_what_has_ended_counts_no_more(clients: Clients) -> None:

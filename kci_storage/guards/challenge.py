@@ -61,10 +61,12 @@ class Challenge:
         self._prefix_lengths = settings.ipv4_prefix_length, settings.ipv6_prefix_length
         self._network = functools.lru_cache(REMEMBERED_CLIENTS)(self._network_of)
 
+    def concerns(self, user_agent: str) -> bool:
+        """Whether it is that of a browser which has to prove that it is one."""
+        return self._user_agents.find(user_agent) is not None
+
     def judge(self, environ: dict[str, Any]) -> Verdict | None:
-        """What becomes of a request; None: it is not concerned, since it is no download, or not by a browser."""
-        if self._user_agents.find(environ.get("HTTP_USER_AGENT", "")) is None:
-            return None
+        """What becomes of a request that :meth:`concerns` says yes of; None: it is no download, so nothing."""
         if environ["REQUEST_METHOD"] not in ("GET", "HEAD") or not _names_file(environ["PATH_INFO"]):
             return None
         if self.has_passed(environ.get("HTTP_COOKIE", ""), environ.get("REMOTE_ADDR", "")):

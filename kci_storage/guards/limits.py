@@ -6,7 +6,8 @@ same other one (a count-min sketch). So the memory is bounded however many clien
 be cleared.
 
 - Downloads: each worker counts its own, in cells that only it writes; the sum is what counts. When a worker dies, its
-  cells are cleared.
+  cells are cleared. Most are hits on small files, which are over before anybody could look: these are not counted,
+  and of who has no other download it is found with one look at memory that he has none.
 - Requests: a cell holds the time at which the client's bucket is full again (the "theoretical arrival time" of the
   Generic Cell Rate Algorithm, ITU-T I.371). All workers write it, and two that do at the same microsecond count one
   request instead of two. That is good enough for a limit of this kind.
@@ -43,6 +44,7 @@ class Ledger:
         self._salt = os.urandom(16)
         size = CELLS * COUNT_BYTES
         view = memoryview(mmap.mmap(-1, mmap.PAGESIZE + CELLS * RATE_BYTES + rows * size))
+        self.may_be_busy = memoryview(mmap.mmap(-1, CELLS))  # 0: there is no download in the cell
         self._used = view[: mmap.PAGESIZE].cast("I")  # its first number says how many rows have ever been used
         counts = view[mmap.PAGESIZE + CELLS * RATE_BYTES :]
         self.full_at = view[mmap.PAGESIZE : mmap.PAGESIZE + CELLS * RATE_BYTES].cast("d")
@@ -90,6 +92,7 @@ class Ledger:
         with self._lock:
             own[one] += 1
             own[other] += 1
+        self.may_be_busy[one] = 1
 
     def end(self, cells: Cells) -> None:
         """Count it as ended."""
@@ -97,6 +100,9 @@ class Ledger:
         with self._lock:
             own[one] -= 1
             own[other] -= 1
+        self.may_be_busy[one] = 0
+        if self._count(one):  # only now, so that one which begins meanwhile is not overlooked
+            self.may_be_busy[one] = 1
 
     def has_more_than(self, cells: Cells, limit: int) -> bool:
         """Whether the client has more downloads than so many."""
@@ -120,15 +126,25 @@ class Downloads:
     Traceback (most recent call last):
     kci_storage.errors.TooManyDownloads: no more than 1 download at a time from one network; try again later
     >>> end()
+    >>> downloads.check((1, 2))
     >>> end = downloads.begin((1, 2))
     """
 
     def __init__(self, ledger: Ledger, limit: int):
         self._ledger = ledger
+        self._may_be_busy = ledger.may_be_busy
         self._limit = limit
 
+    def check(self, cells: Cells) -> None:
+        """A download comes; whether it will last, and so has to be counted, nobody knows yet.
+
+        :raises TooManyDownloads: the client has as many as it may have.
+        """
+        if self._may_be_busy[cells[0]] and self._ledger.has_more_than(cells, self._limit - 1):
+            self._refuse()
+
     def begin(self, cells: Cells) -> Callable[[], None]:
-        """A download begins; what is to be called at its end.
+        """A download begins that will last; what is to be called at its end.
 
         Two that come at the same moment for one last place may both be refused; never are there too many.
 
@@ -137,12 +153,15 @@ class Downloads:
         self._ledger.begin(cells)
         if self._ledger.has_more_than(cells, self._limit):
             self._ledger.end(cells)
-            downloads = "download" if self._limit == 1 else "downloads"
-            raise TooManyDownloads(
-                f"no more than {self._limit} {downloads} at a time from one network; try again later",
-                retry_after=MANY_DOWNLOADS_RETRY,
-            )
+            self._refuse()
         return functools.partial(self._ledger.end, cells)
+
+    def _refuse(self) -> NoReturn:
+        downloads = "download" if self._limit == 1 else "downloads"
+        raise TooManyDownloads(
+            f"no more than {self._limit} {downloads} at a time from one network; try again later",
+            retry_after=MANY_DOWNLOADS_RETRY,
+        )
 
 
 class Rate:
@@ -162,7 +181,7 @@ class Rate:
     def __init__(self, ledger: Ledger, per_second: float, burst: int):
         self._full_at = ledger.full_at
         self._interval = 1 / per_second
-        self._tolerance = (burst - 1) * self._interval
+        self._tolerance = (burst - 1) * self._interval + _ROUNDING
         self._most = burst * self._interval  # seconds until an empty bucket is full
 
     def count(self, cells: Cells, now: float) -> None:
@@ -172,14 +191,16 @@ class Rate:
         :raises TooManyRequests: it is one too many. It does not count.
         """
         full_at, (one, other) = self._full_at, cells
-        full = full_at[one] if full_at[one] < full_at[other] else full_at[other]
-        ahead = full - now if full > now else 0.0
-        if ahead > self._tolerance + _ROUNDING:
-            self._refuse(cells, now, min(ahead, self._most))
-        full = now + ahead + self._interval
-        if full_at[one] < full:
+        first, second = full_at[one], full_at[other]
+        full = first if first < second else second
+        if full < now:
+            full = now
+        elif full - now > self._tolerance:
+            self._refuse(cells, now, min(full - now, self._most))
+        full += self._interval
+        if first < full:
             full_at[one] = full
-        if full_at[other] < full:
+        if second < full:
             full_at[other] = full
 
     def _refuse(self, cells: Cells, now: float, ahead: float) -> NoReturn:

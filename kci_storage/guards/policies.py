@@ -34,7 +34,7 @@ class Policies:
 
     def apply(self, config: Config) -> None:
         """From the next request on, this configuration holds."""
-        self.admission = Admission(config, self._ledger)
         self.challenge = Challenge(config.download_challenge) if config.download_challenge.user_agents else None
+        self.admission = Admission(config, self._ledger, self.challenge)
         self.permissions = Permissions(config.users)
         self.retention = Retention(config.retention)
