@@ -373,7 +373,7 @@ def test_a_worker_that_dies_has_stored_nothing(start_server: Callable[..., Serve
     put(server, "f/a", b"old")
     with sending(server, "f", {"a": large(1)}):
         wait_until_staged(server, "f/a")
-        [pid] = {pid for path in temporary_files(server) for pid in holders(path)}
+        [pid] = {pid for path in temporary_files(server) for pid in server.holders(path)}
         os.kill(pid, signal.SIGKILL)
         wait_until(lambda: pid not in (pids := server.worker_pids()) and len(pids) == 2, START_SECONDS, "a successor")
     assert get(server, "f/a").content == b"old"
