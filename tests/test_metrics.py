@@ -155,6 +155,7 @@ def test_openmetrics_for_those_who_prefer_it(server: Server):
 
 
 def test_the_disks(server: Server):
+    put(server, f"{new_folder()}/a", b"content")  # the local driver's folder comes with the first one
     series = scrape(server)
     folders = [server.cache_directory]
     if server.document["driver"] == "local":
