@@ -27,7 +27,6 @@ from tests.cold import Bench, cold_bench
 from tests.disks import small_disk
 from tests.faultproxy import PUT, Say
 from tests.harness import START_SECONDS, Server, toml, wait_until
-from tests.peers import holders
 from tests.test_archive import post, resident
 from tests.test_metrics import scrape
 from tests.test_unpacking import ZEROS, entry
