@@ -40,6 +40,8 @@ class Peer:
         self._tls = tls
         self._take = take or take_all
         self._listener = socket.create_server(("127.0.0.1", 0))
+        # Some systems' sockets hold tens of MiB, for who would seem to be silent while it takes that in.
+        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 256 * 1024)
         self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
         threading.Thread(target=self._accept, daemon=True).start()
 

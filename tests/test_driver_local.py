@@ -423,7 +423,7 @@ def test_a_failed_commit_leaves_no_folders(driver, root):
 
 def test_uploads_and_deletions_in_one_folder_do_not_disturb_each_other(driver, root):
     def work(number: int) -> None:
-        for _ in range(40):
+        for _ in range(15):  # each is flushed several times
             put(driver, f"a/b/{number}", b"content", f"x/{number}")
             assert driver.stat(f"a/b/{number}").content_type == f"x/{number}"
             driver.delete(f"a/b/{number}")
