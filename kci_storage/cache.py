@@ -6,7 +6,7 @@ For a key whose SHA-512 is ``abcd…``, in the folder ``ab``:
 ``abcd….json``               the record: the object's properties, and the name of its content file
 ``abcd….<generation>.data``  the content; never modified once it has this name
 ``abcd….<generation>.part``  a content on its way in, locked by its writer
-``abcd….fill``               who fetches a cold object, and what it is (:class:`kci_storage.fill.Claim`)
+``abcd….fill``               who fetches a cold object, and the record that it is to have (:class:`.fill.Claim`)
 ===========================  ===========================================================================
 
 The rename of the record is the commit. Each version has a generation, hence a content file, of its own, and before a
@@ -69,6 +69,10 @@ class Slot(NamedTuple):
     def content(self, generation: str) -> Path:
         """The path of one generation's content."""
         return Path(f"{self.stem}.{generation}{CONTENT}")
+
+    def part(self, generation: str) -> Path:
+        """Its path while it is on its way in."""
+        return Path(f"{self.stem}.{generation}{PART}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,13 +278,13 @@ class Cache:
         with self._writing_if_free(slot) as free:
             return not free
 
-    def new_part(self, key: str) -> durable.NewFile:
+    def new_part(self, key: str, generation: str | None = None) -> durable.NewFile:
         """A file for a new version's content.
 
+        :param generation: which it will be; None: nobody knows yet.
         :raises InsufficientStorage: the disk is full.
         """
-        slot = self.slot(key)
-        return durable.NewFile(Path(f"{slot.stem}.{new_generation()}{PART}"))
+        return durable.NewFile(self.slot(key).part(generation or new_generation()))
 
     def new_spool(self) -> durable.NewFile:
         """A file for a form part whose key is not known yet.
@@ -300,26 +304,45 @@ class Cache:
     def publish(self, part: durable.NewFile, info: ObjectInfo) -> None:
         """Make the part file the object's copy, in place of the one there was. The caller holds the key's lock.
 
-        The disk is waited for twice: for content and record, and then for both their names. If it has but one of
-        these when the power fails, no copy is found; what a record names is whole.
-
         :raises InsufficientStorage: the disk is full. The old copy is gone then, and the part is to be discarded.
         """
-        slot = self.slot(info.key)
+        slot, new = self.slot(info.key), new_record(info)
+        with self._replacing(slot, new) as old, self._new_record(slot, new) as file:
+            self._put_in_place(part, file, old, new)
+
+    def publish_filled(self, part: durable.NewFile, record: Record, file: durable.NewFile) -> None:
+        """The same with a record that there is already.
+
+        :param file: the record, written, under a temporary name, which the caller closes.
+        """
+        with self._replacing(self.slot(record.info.key), record) as old:
+            self._put_in_place(part, file, old, record)
+
+    @contextlib.contextmanager
+    def _replacing(self, slot: Slot, new: Record) -> Iterator[Record | None]:
+        """The record that is to be replaced during the block. If that fails, there is no copy any more."""
         old = self._parse(slot)
-        new = Record(info, new_generation(), validated=time.time())
         try:
-            with self._new_record(slot, new) as record:
-                durable.flush_together(part, record)  # what follows cannot fail for want of room
-                part.take_name(slot.content(new.generation))
-                self._count(1, info.size)
-                self._unlink_old_content(slot, old, keep=new)
-                record.publish(slot.record)
-            part.close()
+            yield old
         except BaseException:
             self._unlink_content(slot, new)
             self._unlink_entry(slot, old)
             raise
+
+    def _put_in_place(self, part: durable.NewFile, file: durable.NewFile, old: Record | None, new: Record) -> None:
+        """Give a new version's content and its record their names.
+
+        The disk is waited for twice: for content and record, and then for both their names. If it has but one of
+        these when the power fails, no copy is found; what a record names is whole.
+        """
+        slot = self.slot(new.info.key)
+        durable.flush_together(part, file)  # what follows cannot fail for want of room
+        part.take_name(slot.content(new.generation))
+        self._count(1, new.info.size)
+        self._unlink_old_content(slot, old, keep=new)
+        file.take_name(slot.record)
+        durable.sync_directory(slot.record.parent)
+        part.close()
 
     @staticmethod
     def _new_record(slot: Slot, record: Record) -> durable.NewFile:
@@ -578,6 +601,11 @@ class Cache:
         if size != record.info.size:
             return [f"the content of {record.info.key!r} has {size} bytes, its record says {record.info.size}"]
         return []
+
+
+def new_record(info: ObjectInfo) -> Record:
+    """The record of a version that the backend has now."""
+    return Record(info, new_generation(), validated=time.time())
 
 
 def new_generation() -> str:

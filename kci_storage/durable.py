@@ -72,7 +72,7 @@ class NewFile:
         with _full_disk_is_insufficient_storage():
             self._fd = _create(path) if fd is None else fd
         self.size = 0 if fd is None else os.lseek(fd, 0, os.SEEK_END)  # bytes written so far
-        self._begun = self.size  # bytes that the disk was asked to begin with
+        self._begun = 0  # bytes that the disk was asked to begin with
         self._flushed = False
         self._stamped = False
         self.named = False  # whether it has its final name

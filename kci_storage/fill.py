@@ -2,6 +2,7 @@
 
 Over all workers, one thread fetches: the *filler*. It holds the lock of the key's *claim*, a small file that says
 what the object is and which *part* file it goes to. Everybody else, in whatever process, *follows* the growing part.
+The claim is what the cache's record will be: in the end it gets that one's name, as the part gets the content's.
 
 Claim and part say by themselves how a fill fares:
 
@@ -19,19 +20,17 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import logging
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from kci_storage import durable, memory, places
-from kci_storage.cache import Cache, Slot
+from kci_storage.cache import Cache, Record, Slot, new_record
 from kci_storage.drivers.base import Driver, ObjectInfo, ObjectReader
 from kci_storage.errors import CorruptObject, InsufficientStorage, Overloaded, StorageError
 from kci_storage.fetch import LARGE_BUFFER_SIZE, resumed, verified
@@ -79,48 +78,24 @@ class Region(NamedTuple):
             yield data
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What a claim says, as soon as the backend has answered: which version goes to which file."""
-
-    info: ObjectInfo
-    part: str  # a name in the claim's folder
-
-    def to_json(self) -> bytes:
-        """The plan as the claim holds it."""
-        return json.dumps({"info": self.info.to_fields(), "part": self.part}, ensure_ascii=False).encode()
-
-    @classmethod
-    def from_json(cls, data: bytes) -> Plan:
-        """Read a plan.
-
-        :raises ValueError: there is none yet, or not all of it.
-        """
-        try:
-            fields = json.loads(data)
-            return cls(ObjectInfo.from_fields(fields["info"]), fields["part"])
-        except (TypeError, KeyError) as exc:
-            raise ValueError(f"not a plan: {exc}") from exc
-
-
 class Claim:
     """The file whose lock says who fetches an object. Closed at the end of its block, and thereby unlocked.
 
     :param fd: the file, opened; closed with the claim.
     """
 
-    def __init__(self, path: Path, fd: int):
-        self._path = path
+    def __init__(self, slot: Slot, fd: int):
+        self._slot = slot
         self._fd = fd
         self._status = os.fstat(fd)
 
     @classmethod
-    def at(cls, path: Path) -> Claim:
+    def at(cls, slot: Slot) -> Claim:
         """The claim that is there, or a new one.
 
         :raises InsufficientStorage: it cannot be made.
         """
-        return cls(path, durable.open_lock_file(path))
+        return cls(slot, durable.open_lock_file(slot.fill))
 
     def try_lock(self) -> bool:
         """Lock it if it is free now; whether that worked."""
@@ -129,38 +104,42 @@ class Claim:
     def is_current(self) -> bool:
         """Whether newcomers still find it."""
         try:
-            return os.path.samestat(self._status, os.stat(self._path))
+            return os.path.samestat(self._status, os.stat(self._slot.fill))
         except FileNotFoundError:
             return False
 
-    def read(self) -> Plan | None:
+    def read(self) -> Record | None:
         """What is fetched; None when nobody knows yet."""
         with contextlib.suppress(ValueError):
-            return Plan.from_json(os.pread(self._fd, os.fstat(self._fd).st_size, 0))
+            return Record.from_json(os.pread(self._fd, os.fstat(self._fd).st_size, 0))
         return None
 
-    def write(self, plan: Plan) -> None:
+    def write(self, record: Record) -> None:
         """Tell the others what is fetched.
 
         :raises InsufficientStorage: the disk is full.
         """
-        durable.write_lock_file(self._fd, plan.to_json())
+        durable.write_lock_file(self._fd, record.to_json())
 
-    def part(self, plan: Plan) -> Path:
+    def file(self) -> durable.NewFile:
+        """What was written, to become the cache's record. It is closed with the claim."""
+        return durable.NewFile(self._slot.fill, self._fd)
+
+    def part(self, record: Record) -> Path:
         """The path of the part file."""
-        return self._path.with_name(plan.part)
+        return self._slot.part(record.generation)
 
     def read_living(self) -> tuple[ObjectInfo, Path] | None:
-        """What is fetched, and where to; None also when the plan is that of a filler that died."""
-        plan = self.read()
-        if plan is None or not durable.is_locked(self.part(plan)):
+        """What is fetched, and where to; None also when that was written by a filler that died."""
+        record = self.read()
+        if record is None or not durable.is_locked(self.part(record)):
             return None
-        return plan.info, self.part(plan)
+        return record.info, self.part(record)
 
     def withdraw(self) -> None:
         """Take it from its path. The caller holds its lock."""
         if self.is_current():
-            durable.remove(self._path)
+            durable.remove(self._slot.fill)
 
     def __enter__(self) -> Claim:
         return self
@@ -202,6 +181,10 @@ class Fill:
         :raises FileNotFoundError: it is gone.
         """
         self._fd = os.open(part, os.O_RDONLY | os.O_CLOEXEC)
+
+    def follows(self, part: durable.NewFile) -> bool:
+        """Whether that is the file that the followers read."""
+        return os.path.samestat(os.fstat(self._fd), os.fstat(part.fileno()))
 
     def look(self) -> None:
         """See how long the part is now.
@@ -354,9 +337,9 @@ class Fills:
 
     def progress(self, key: str) -> tuple[ObjectInfo, int] | None:
         """What any process fetches of a key now, and how many bytes of it are here; None: nothing."""
-        path = self.cache.slot(key).fill
-        with contextlib.suppress(FileNotFoundError), Claim(path, os.open(path, os.O_RDONLY | os.O_CLOEXEC)) as claim:
-            info, part = claim.read_living() or (None, path)
+        slot = self.cache.slot(key)
+        with contextlib.suppress(FileNotFoundError), _opened(slot) as claim:
+            info, part = claim.read_living() or (None, slot.fill)
             if info is not None and claim.is_current():
                 return info, part.stat().st_size
         return None
@@ -401,7 +384,7 @@ class Fills:
 
     def _take_part(self, fill: Fill) -> bool:
         """Fill, or watch another process fill; False when that ended before anybody here knew what it was."""
-        with Claim.at(fill.slot.fill) as claim:
+        with Claim.at(fill.slot) as claim:
             fill.claim = claim
             if not claim.try_lock() and not self._watch(fill, claim):
                 return True
@@ -465,6 +448,14 @@ class Fills:
         return sum(fill.followers for fill in self._running.values() if fill.queued)
 
 
+def _opened(slot: Slot) -> Claim:
+    """The claim that is there, to be read.
+
+    :raises FileNotFoundError: there is none.
+    """
+    return Claim(slot, os.open(slot.fill, os.O_RDONLY | os.O_CLOEXEC))
+
+
 def _overloaded() -> Overloaded:
     return Overloaded("too many files are being fetched; try later", retry_after=5)
 
@@ -497,7 +488,7 @@ class Filler:
         if self._fill.info is None:
             self._begin()
         else:
-            self._carry_on(self._fill.info)
+            self._carry_on()
 
     def _look_again(self) -> None:
         entry = self._cache.lookup(self._fill.key)
@@ -514,34 +505,37 @@ class Filler:
         self._remove_leftover()
         with self._driver.read(self._fill.key) as reader:
             self._fill.begin(reader.info)
-            with self._new_part(reader.info) as part:
+            record = new_record(reader.info)
+            with self._new_part(record) as part:
                 self._fill.open(part.path)
-                self._claim.write(Plan(reader.info, part.path.name))
-                self._complete(part, reader.info, reader)
+                self._claim.write(record)
+                self._complete(part, record, reader)
 
     def _remove_leftover(self) -> None:
-        plan = self._claim.read()
-        if plan is not None:
-            durable.remove_if_unlocked(self._claim.part(plan))
+        record = self._claim.read()
+        if record is not None:
+            durable.remove_if_unlocked(self._claim.part(record))
 
-    def _new_part(self, info: ObjectInfo) -> durable.NewFile:
-        if not self._fills.make_room(info.size):
+    def _new_part(self, record: Record) -> durable.NewFile:
+        if not self._fills.make_room(record.info.size):
             raise InsufficientStorage("the object does not fit into the cache")
-        return self._cache.new_part(info.key)
+        return self._cache.new_part(record.info.key, record.generation)
 
-    def _carry_on(self, info: ObjectInfo) -> None:
+    def _carry_on(self) -> None:
         """Take up what this process has followed until its filler died."""
-        plan = self._claim.read()
-        part = durable.NewFile.take_over(self._claim.part(plan)) if plan is not None else None
-        if part is None:
+        record = self._claim.read()
+        part = durable.NewFile.take_over(self._claim.part(record)) if record is not None else None
+        if record is None or part is None:
             raise FillLost("the object could not be fetched")
         with part:
+            if not self._fill.follows(part):  # somebody else began anew meanwhile, and died as well
+                raise FillLost("the object could not be fetched")
             self._fill.look()
-            self._complete(part, info, None)
+            self._complete(part, record, None)
 
-    def _complete(self, part: durable.NewFile, info: ObjectInfo, reader: ObjectReader | None) -> None:
+    def _complete(self, part: durable.NewFile, record: Record, reader: ObjectReader | None) -> None:
         """Bring the part to its full length, through interruptions, and publish it."""
-        begun = part.size > 0
+        info, begun = record.info, part.size > 0
         pieces = resumed(self._driver, info, part.size, info.size, reader, begun, LARGE_BUFFER_SIZE)
         try:
             for data in verified(info, pieces, before=self._fill.read(0, part.size)):
@@ -549,7 +543,7 @@ class Filler:
         except CorruptObject:
             part.truncate()
             raise
-        self._publish(part, info)
+        self._publish(part, record)
 
     def _append(self, part: durable.NewFile, data: memoryview, size: int) -> None:
         if self._fills.stopping:
@@ -565,8 +559,8 @@ class Filler:
         if before == 0 and size >= LARGE_OBJECT:  # now, since the first bytes wait for nothing
             part.reserve(size)
 
-    def _publish(self, part: durable.NewFile, info: ObjectInfo) -> None:
+    def _publish(self, part: durable.NewFile, record: Record) -> None:
         """Make the part the cache's copy, unless a writer is at work on the key or came in between."""
-        with self._cache.writing_if_free(info.key) as free:
+        with self._cache.writing_if_free(record.info.key) as free:
             if free and self._claim.is_current():
-                self._cache.publish(part, info)
+                self._cache.publish_filled(part, record, self._claim.file())
