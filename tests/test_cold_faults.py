@@ -18,11 +18,13 @@ import pytest
 import requests
 
 from kci_storage import fetch
-from kci_storage.cache import Cache
+from kci_storage.cache import Cache, new_record
 from kci_storage.config import AzureConfig
 from kci_storage.drivers.azure import AzureDriver
+from kci_storage.drivers.base import ObjectInfo
+from kci_storage.drivers.local import LocalDriver
 from kci_storage.errors import BackendError, CorruptObject
-from kci_storage.fill import Fill, Fills
+from kci_storage.fill import Claim, Fill, Filler, FillLost, Fills
 from kci_storage.metrics import Metrics
 from tests.azurite import Azurite
 from tests.cold import (
@@ -235,6 +237,27 @@ def test_the_last_piece_waits_for_the_digest(
         fill.leave()
         fills.stop()
     assert MIB < max(lengths) < len(content)
+    assert cache.check() == []
+
+
+def test_who_takes_over_looks_whether_it_is_what_his_clients_read(tmp_path: Path) -> None:
+    """Their filler died, another one began anew, and died as well."""
+    cache = Cache(tmp_path)
+    fills = Fills(LocalDriver(tmp_path / "store"), cache, Metrics(cache, []), bool, at_once=1, queue_size=1)
+    fill = Fill("key", cache.slot("key"))
+    old, new = (new_record(ObjectInfo("key", 7, "etag", 0)) for _ in range(2))
+    with cache.new_part("key", old.generation) as part:
+        fill.open(part.path)
+        fill.begin(old.info)
+    left = cache.new_part("key", new.generation)
+    left.write(b"con")
+    left.close()
+    with Claim.at(fill.slot) as claim:
+        assert claim.try_lock()
+        claim.write(new)
+        with pytest.raises(FillLost):
+            Filler(fills, fill, claim).run()
+    fill.end(None)
     assert cache.check() == []
 
 

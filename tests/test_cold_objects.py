@@ -6,6 +6,7 @@ The figures in docs/reliability.md are what these tests and those of ``test_cold
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import time
 from collections.abc import Callable
@@ -160,6 +161,28 @@ def test_a_copy_is_made_although_nobody_waits_for_it_any_more(bench: Bench) -> N
     answer = get(bench.server, key)
     assert (answer.content == content, answer.headers["X-Cache"]) == (True, "hit")
     assert bench.fetched(key) == len(content)
+
+
+def test_part_and_claim_become_the_copy(bench: Bench) -> None:
+    """No further file is made for it, and none deleted: both are dear on ext4."""
+    content = some_bytes(4 * MIB)
+    key = bench.store(content)
+    rule = bench.proxy.inject(Stall(MIB), key=key)
+    beginning(bench, key).reset()
+    rule.wait_until_reached()
+    bench.wait_for(key, 1)
+    before = files(bench, key)
+    rule.release()
+    wait_until_tidy(bench.server)
+    after = files(bench, key)
+    assert set(before) == {".fill", ".part"} and set(after) == {".json", ".data"}
+    assert (before[".fill"], before[".part"]) == (after[".json"], after[".data"])
+
+
+def files(bench: Bench, key: str) -> dict[str, int]:
+    """The inodes of a key's files in the cache, by suffix."""
+    digest = hashlib.sha512(key.encode()).hexdigest()
+    return {path.suffix: path.stat().st_ino for path in bench.server.cache_directory.glob(f"??/{digest}.*")}
 
 
 def test_a_server_that_stops_leaves_nothing_of_a_fill(new_bench: Callable[..., Bench]) -> None:
