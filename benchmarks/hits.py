@@ -56,6 +56,13 @@ def workloads(stage: Stage) -> Iterator[Workload]:
     yield cached.one(f"one download of {size_text(stage.scale.large)}", LARGE)
 
 
+def rules(stage: Stage) -> Workload:
+    """Hits on a server with every rule, on one without, and on another one without: they differ by chance alone."""
+    keys = _store_kind(stage, SMALL, stage.scale.small_files, 4 * KIB)
+    targets = {**_rules(stage), "default rules again": Ours(stage.second_local_server)}
+    return _Load(stage, targets).many(f"{size_text(4 * KIB)}, every rule on", keys, 4 * KIB)
+
+
 def _targets(stage: Stage, server: Server) -> dict[str, Target]:
     """A server of ours and the yardsticks, in the order of their turns."""
     bare: dict[str, Target] = {"gunicorn": stage.gunicorn, "our worker": stage.worker}
@@ -74,15 +81,20 @@ def _rules(stage: Stage) -> dict[str, Target]:
 def _store(stage: Stage) -> dict[str, list[str]]:
     """Put files into the folder that all serve; the keys by kind."""
     scale = stage.scale
-    keys = {
-        SMALL: [f"{SMALL}/{number:04}.bin" for number in range(scale.small_files)],
-        MEBIBYTE: [f"{MEBIBYTE}/{number:04}.bin" for number in range(scale.mebibyte_files)],
-        LARGE: [LARGE],
+    return {
+        SMALL: _store_kind(stage, SMALL, scale.small_files, 4 * KIB),
+        MEBIBYTE: _store_kind(stage, MEBIBYTE, scale.mebibyte_files, MIB),
+        LARGE: _store_files(stage, [LARGE], scale.large),
     }
-    sizes = {SMALL: 4 * KIB, MEBIBYTE: MIB, LARGE: scale.large}
-    for kind, found in keys.items():
-        for key in found:
-            random_file(stage.files / key, sizes[kind])
+
+
+def _store_kind(stage: Stage, folder: str, count: int, size: int) -> list[str]:
+    return _store_files(stage, [f"{folder}/{number:04}.bin" for number in range(count)], size)
+
+
+def _store_files(stage: Stage, keys: list[str], size: int) -> list[str]:
+    for key in keys:
+        random_file(stage.files / key, size)
     return keys
 
 

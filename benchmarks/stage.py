@@ -58,6 +58,11 @@ class Stage:
         return self._server("local", {"driver": "local", "local": {"storage_path": self.files}})
 
     @cached_property
+    def second_local_server(self) -> Server:
+        """Another one, over the same files."""
+        return self._server("local-too", {"driver": "local", "local": {"storage_path": self.files}})
+
+    @cached_property
     def guarded_server(self) -> Server:
         """The same with every rule about who may come in, of which none refuses anybody."""
         rules = {

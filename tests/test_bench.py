@@ -154,6 +154,15 @@ def test_a_run_leaves_nothing(run):
     assert at_work_in(run.scratch) == []
 
 
+def test_rules_are_compared_turn_by_turn(programs, tmp_path):
+    command = [sys.executable, "-m", "benchmarks.rules", "--turns", "2", "--seconds", "1"]
+    environ = environment(tmp_path, tmp_path)
+    result = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=SECONDS)
+    assert result.returncode == 0, result.stderr
+    assert len(re.findall(r"^  .+ / default: \d\.\d{3} ± \d\.\d{3}$", result.stdout, flags=re.M)) == 4
+    assert list(tmp_path.iterdir()) == []
+
+
 def at_work_in(folder: Path) -> list[str]:
     """The command lines of the processes that have something to do with a folder."""
     found = []
