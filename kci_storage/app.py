@@ -13,7 +13,8 @@ from flask import Flask
 from werkzeug.middleware.proxy_fix import ProxyFix
 
 from kci_storage import check, drivers, logs, master, memory
-from kci_storage.archive import Archives
+from kci_storage.archives.receiving import Archives
+from kci_storage.archives.unpacking import Limits
 from kci_storage.auth import Authenticator, Permissions
 from kci_storage.blueprints import admin, archives, auth, browse, challenge, downloads, failures, uploads
 from kci_storage.blueprints.routing import KeyConverter
@@ -30,7 +31,6 @@ from kci_storage.misses import Misses
 from kci_storage.objects import Objects
 from kci_storage.sending import Responder
 from kci_storage.transport import Exchange, Transport
-from kci_storage.unpacking import Limits
 from kci_storage.upload import Uploads
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import requests
 
-from kci_storage.archive_files import Budget
+from kci_storage.archives.files import Budget
 from tests.backends import Pauses
 from tests.harness import Server, running, wait_until
 from tests.test_metrics import scrape

@@ -18,6 +18,7 @@ MODULES = {
 }
 
 PURE = {
+    "archives.unpacking",
     "errors",
     "http_semantics",
     "keys",
@@ -27,13 +28,12 @@ PURE = {
     "problems",
     "retention.tags",
     "sizes",
-    "unpacking",
 }
 SERVICES = {
-    "archive",
-    "archive_files",
-    "archive_run",
-    "staging",
+    "archives.receiving",
+    "archives.files",
+    "archives.run",
+    "archives.staging",
     "retention.expire",
     "upload",
     "forms",

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from kci_storage import archive_files, staging
 from kci_storage.app import Services, build_services
-from kci_storage.archive_files import MOST_STAGED, UPLOAD_MEMORY, ArchivePlan
-from kci_storage.archive_run import ArchiveReport
+from kci_storage.archives import files as archive_files
+from kci_storage.archives import staging
+from kci_storage.archives.files import MOST_STAGED, UPLOAD_MEMORY, ArchivePlan
+from kci_storage.archives.run import ArchiveReport
 from kci_storage.config import load
 from kci_storage.errors import StorageError
 from kci_storage.forms import READ_SIZE

@@ -16,8 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kci_storage.errors import BadArchive
-from kci_storage.unpacking import (
+from kci_storage.archives.unpacking import (
     MOST_FRAMES,
     PIECE_SIZE,
     Limits,
@@ -27,6 +26,7 @@ from kci_storage.unpacking import (
     pax_records,
     relative_name,
 )
+from kci_storage.errors import BadArchive
 
 if sys.version_info >= (3, 14):
     from compression import zstd

@@ -8,8 +8,8 @@ import logging
 from flask import Blueprint, Response, g
 
 from kci_storage import logs
-from kci_storage.archive_files import ArchivePlan
-from kci_storage.archive_run import ArchiveReport
+from kci_storage.archives.files import ArchivePlan
+from kci_storage.archives.run import ArchiveReport
 from kci_storage.blueprints.failures import storage_error
 from kci_storage.blueprints.routing import authenticated, exchange, services
 from kci_storage.blueprints.uploads import admitted_body, form_boundary, log_stored, stored_tags, stored_type

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future, wait
 
 from kci_storage import places
-from kci_storage.archive_files import ArchiveFiles, Extent, held_for
+from kci_storage.archives.files import ArchiveFiles, Extent, held_for
 from kci_storage.upload import Upload
 
 STAGED_FROM = 2 * 1024 * 1024  # bytes; a smaller file is little work, but two requests to Azure instead of one

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING
 from werkzeug.sansio.multipart import Data, Event, Field, File
 
 from kci_storage import keys, memory, places
-from kci_storage.archive_files import ArchiveFiles, ArchivePlan, Extent, Uploader
-from kci_storage.archive_run import ArchiveReport, Run
+from kci_storage.archives.files import ArchiveFiles, ArchivePlan, Extent, Uploader
+from kci_storage.archives.run import ArchiveReport, Run
+from kci_storage.archives.staging import Staging
+from kci_storage.archives.unpacking import Limits, Piece, TarReader, decompressed
 from kci_storage.errors import BadArchive, BadForm, BadKey, InsufficientStorage, Overloaded
 from kci_storage.forms import Body, form_events
-from kci_storage.staging import Staging
-from kci_storage.unpacking import Limits, Piece, TarReader, decompressed
 from kci_storage.upload import LONGEST_PATH_FIELD, Uploads
 
 if TYPE_CHECKING:

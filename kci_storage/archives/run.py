@@ -10,9 +10,9 @@ from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 
 from kci_storage import logs
-from kci_storage.archive_files import ArchiveFiles, Extent, held_for
+from kci_storage.archives.files import ArchiveFiles, Extent, held_for
+from kci_storage.archives.staging import StagedFile
 from kci_storage.errors import BackendError, InsufficientStorage, StorageError, WriteConflict
-from kci_storage.staging import StagedFile
 from kci_storage.upload import Stored
 
 log = logging.getLogger(__name__)

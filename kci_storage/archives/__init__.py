@@ -1,0 +1,1 @@
+"""Archives: unpacked while they arrive, looked at as a whole, then stored, many files at a time."""
