@@ -201,9 +201,7 @@ class Housekeeper:
         removed. None: a crash leaves nothing there.
     """
 
-    def __init__(
-        self, cache: Cache, limits: CacheConfig, metrics: Metrics, sweep_driver: Callable[[], int] | None
-    ):
+    def __init__(self, cache: Cache, limits: CacheConfig, metrics: Metrics, sweep_driver: Callable[[], int] | None):
         self._cache = cache
         self._limits = limits
         self._metrics = metrics
@@ -311,9 +309,7 @@ class Housekeeper:
                     break
         finally:
             if files:
-                log.info(
-                    "event=evicted files=%d bytes=%d seconds=%.3f", files, size, time.monotonic() - started
-                )
+                log.info("event=evicted files=%d bytes=%d seconds=%.3f", files, size, time.monotonic() - started)
 
     def make_room(self, size: int) -> bool:
         """Evict, if need be, so that an object of ``size`` bytes fits; whether it does.

@@ -86,9 +86,7 @@ class Patience:
         self._backoff = min(2 * self._backoff, LONGEST_BACKOFF)
 
 
-def verified(
-    info: ObjectInfo, pieces: Iterable[memoryview], before: Iterable[bytes] = ()
-) -> Iterator[memoryview]:
+def verified(info: ObjectInfo, pieces: Iterable[memoryview], before: Iterable[bytes] = ()) -> Iterator[memoryview]:
     """The pieces that end an object, the last of them only if the whole is what the backend's digests say.
 
     :param before: what comes before them, and is not given again.

@@ -111,7 +111,6 @@ class Responder:
             return _several_ranges(content, decision.ranges, headers, environ["wsgi.file_wrapper"])
         return _one_range(content, decision, headers, method, environ["wsgi.file_wrapper"])
 
-
     def _handed_over(self, content: FileContent, path: str, headers: Headers, decision: Decision) -> Response:
         """nginx sends the file, or the part of it that the request's ``Range`` asks for; the worker is free."""
         location = self._accel_redirect + os.path.relpath(path, self._cache_directory)

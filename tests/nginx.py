@@ -106,9 +106,7 @@ def nginx(folder: Path, server: Server, cache: Path | None = None, user: str = "
         frontend = Frontend(server, *ports, self_signed(folder))
         (folder / "nginx.conf").write_text(main_configuration(folder, "site.conf", user=user))
         shutil.copy(DEPLOYED / "kci-storage-proxy.conf", folder)
-        (folder / "site.conf").write_text(
-            site(server, *ports, frontend.certificate, cache or server.cache_directory)
-        )
+        (folder / "site.conf").write_text(site(server, *ports, frontend.certificate, cache or server.cache_directory))
         stack.enter_context(_running(folder, frontend))
         yield frontend
 

@@ -218,9 +218,7 @@ def test_a_wrong_length_is_noticed_at_once(bench: Bench) -> None:
     assert bench.proxy.count(CONTENT, key) <= 3
 
 
-def test_the_last_piece_waits_for_the_digest(
-    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_last_piece_waits_for_the_digest(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a fill has appended is for everybody to read: the end of something damaged must never be there."""
     content = some_bytes(3 * MIB)
     key = bench.store(content)

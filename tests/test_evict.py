@@ -536,9 +536,7 @@ class TestTheThread:
             keeper.stop()
         assert "removed=8 " in caplog.text
 
-    def test_a_stop_ends_a_job(
-        self, cache: Cache, tmp_path: Path, caplog: pytest.LogCaptureFixture
-    ) -> None:
+    def test_a_stop_ends_a_job(self, cache: Cache, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         """Its lock is free when the worker is gone, and nothing is reported that was not done."""
         begun = tmp_path / "begun"
         keeper = Housekeeper(cache, settings(cache), Metrics(cache, []), partial(hang, begun))

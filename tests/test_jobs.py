@@ -122,7 +122,7 @@ class TestReports:
         assert is_gone(job.pid)
 
     def test_a_failure_is_told_with_its_place(self) -> None:
-        with Job(fail) as job, pytest.raises(JobFailed, match=r'(?s)in fail\n.*ValueError: what went wrong'):
+        with Job(fail) as job, pytest.raises(JobFailed, match=r"(?s)in fail\n.*ValueError: what went wrong"):
             list(job)
 
     def test_a_death_is_a_failure(self) -> None:
@@ -198,7 +198,6 @@ class TestItsEnd:
         wait_until(lambda: is_gone(pid), TIMEOUT, "the end of the job")
         assert file.read_text() == "cleared up"
         assert holders(lock) == []
-
 
     def test_it_says_nothing_of_a_parent_that_is_killed_while_it_reports(
         self, capfd: pytest.CaptureFixture[str]

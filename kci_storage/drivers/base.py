@@ -26,6 +26,7 @@ from kci_storage.config import Config
 
 PIECE_SIZE = 256 * 1024  # bytes that who iterates over a reader gets at a time, at most
 
+
 @dataclass(frozen=True, slots=True)
 class ObjectInfo:
     """The properties of one version of an object."""

@@ -243,9 +243,7 @@ class Answer:
     :raises ValueError: the body has no length that makes sense.
     """
 
-    def __init__(
-        self, connection: Connection, status: int, headers: dict[str, str], rest: bytes, without_body: bool
-    ):
+    def __init__(self, connection: Connection, status: int, headers: dict[str, str], rest: bytes, without_body: bool):
         self.status = status
         self.headers = headers
         self._connection = connection

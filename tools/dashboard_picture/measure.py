@@ -54,4 +54,3 @@ def curve(scraper: Scraper, target: dict[str, Any], end: float, seconds: float) 
     asked = {"query": query, "start": str(end - seconds), "end": str(end), "step": str(STEP_SECONDS)}
     found: list[Any] = scraper.ask("query_range", **asked)["result"]
     return found
-
