@@ -57,12 +57,14 @@ class Program:
 
 
 @contextlib.contextmanager
-def running(name: str, command: Sequence[object], port: int, log: Path, **environ: str) -> Iterator[Program]:
+def running(
+    name: str, command: Sequence[object], port: int, log: Path, cwd: Path = ROOT, **environ: str
+) -> Iterator[Program]:
     """Start a program, wait until it listens, and end it and all that it has started at the end of the block."""
     with log.open("ab") as output:
         process = subprocess.Popen(
             [str(word) for word in command],
-            cwd=ROOT,
+            cwd=cwd,
             env={**os.environ, **environ},
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -205,7 +207,7 @@ def _nginx(name: str, folder: Path, http: str, server: str) -> Iterator[Program]
         config.write_text(main_configuration(folder, "site.conf", beside=http))
         (folder / "site.conf").write_text(_SITE.format(port=port, server=server))
         command = [find("nginx", "nginx"), "-p", folder, "-c", config, "-e", folder / "error.log"]
-        with running(name, command, port, folder / "log") as program:
+        with running(name, command, port, folder / "log", folder) as program:
             yield program
 
 

@@ -86,7 +86,7 @@ class Balancer:
         (self.folder / "nginx.conf").write_text(main_configuration(self.folder, "balancer.conf", beside=self._beside))
         self._configure()
         command = [program(), "-p", self.folder, "-c", self.folder / "nginx.conf", "-e", self.folder / "error.log"]
-        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+        self._process = subprocess.Popen(command, cwd=self.folder, stdin=subprocess.DEVNULL)
         wait_until(self._is_up, START_SECONDS, "nginx's start")
 
     def _configure(self, down: str | None = None, **numbers: int) -> None:

@@ -114,7 +114,8 @@ def nginx(folder: Path, server: Server, cache: Path | None = None, user: str = "
 @contextlib.contextmanager
 def _running(folder: Path, frontend: Frontend) -> Iterator[None]:
     errors = folder / "error.log"
-    process = subprocess.Popen([program(), "-p", folder, "-c", folder / "nginx.conf", "-e", errors])
+    command = [program(), "-p", folder, "-c", folder / "nginx.conf", "-e", errors]
+    process = subprocess.Popen(command, cwd=folder)
 
     def is_up() -> bool:
         assert process.poll() is None, errors.read_text()

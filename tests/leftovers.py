@@ -1,0 +1,111 @@
+"""The processes that a run of the tests has started and that outlive it.
+
+The first process of a run puts :data:`VARIABLE` into its environment, from which everything that it starts inherits
+it. At the end of the run ``conftest.py`` looks for processes that still have it, and reports them as an error. A
+guard, which is this file run as a program, kills them then, and also where the run itself was killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+VARIABLE = "KCI_TEST_RUN"
+GRACE_SECONDS = 30  # for which a process may outlive the tests: one that was told to stop needs a moment
+_KILL_SECONDS = 60
+_POLL_SECONDS = 0.1
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of the tests.
+
+    :param name: the value of :data:`VARIABLE`; no other run has it.
+    :param folder: below which the run has its temporary files.
+    """
+
+    name: str
+    folder: Path
+
+    def processes(self) -> list[psutil.Process]:
+        """Those of its processes that live, but for this one and those that are hidden from this user."""
+        return [process for process in psutil.process_iter() if self._started(process)]
+
+    def _started(self, process: psutil.Process) -> bool:
+        """Whether a process is one of the run's; False when it ends meanwhile."""
+        with contextlib.suppress(psutil.Error):
+            if process.pid == os.getpid() or _ends_by_itself(process):
+                return False
+            return process.environ().get(VARIABLE) == self.name or self._works_in_folder(process)
+        return False
+
+    def _works_in_folder(self, process: psutil.Process) -> bool:
+        """For nginx, which overwrites its environment with its title."""
+        folder = process.cwd()
+        return bool(folder) and Path(folder).is_relative_to(self.folder)
+
+    def left(self, seconds: float) -> list[psutil.Process]:
+        """The processes that are there after ``seconds``; returns at once when there are none."""
+        deadline = time.monotonic() + seconds
+        while (found := self.processes()) and time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS)
+        return found
+
+    def kill(self) -> None:
+        """SIGKILL to all of them, and to those that they start meanwhile; returns when none is left."""
+        deadline = time.monotonic() + _KILL_SECONDS
+        while (found := self.processes()) and time.monotonic() < deadline:
+            for process in found:
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
+            psutil.wait_procs(found, _POLL_SECONDS)
+
+
+def _ends_by_itself(process: psutil.Process) -> bool:
+    """Whether it is a helper of Python's multiprocessing, which ends when the process that started it has ended."""
+    return "multiprocessing.resource_tracker" in " ".join(process.cmdline())
+
+
+def describe(process: psutil.Process) -> str:
+    """One line: process id, command line, and the test during which it was started, as far as that is known."""
+    line = str(process.pid)
+    with contextlib.suppress(psutil.Error):
+        line += f" {' '.join(process.cmdline())!r} in {process.cwd()}"
+        if test := process.environ().get("PYTEST_CURRENT_TEST"):  # pytest sets it for the time of each test
+            line += f", started by {test}"
+    return line
+
+
+@contextmanager
+def guarded(run: Run) -> Iterator[None]:
+    """Have the run's processes killed at the end of the block, or when this process has ended in whatever way."""
+    command = [sys.executable, __file__, run.name, str(run.folder)]
+    environ = {name: value for name, value in os.environ.items() if name != VARIABLE}
+    # In a session of its own: a signal to the run's process group, such as that of Ctrl-C, does not reach it.
+    guard = subprocess.Popen(command, stdin=subprocess.PIPE, env=environ, cwd="/", start_new_session=True)
+    assert guard.stdin is not None
+    try:
+        yield
+    finally:
+        guard.stdin.close()
+        guard.wait()
+
+
+def main() -> None:
+    """Wait until the other end of standard input is closed, as it is when its process ends; then kill."""
+    name, folder = sys.argv[1:]
+    sys.stdin.buffer.read()
+    Run(name, Path(folder)).kill()
+
+
+if __name__ == "__main__":
+    main()
