@@ -1,3 +1,3 @@
-"""gunicorn's settings for ``gunicorn wsgi:app``: all of them come from kci_storage.serving."""
+"""gunicorn's settings for ``gunicorn wsgi:app``: all of them come from kci_storage.server.settings."""
 
-from kci_storage.serving import *  # noqa: F403
+from kci_storage.server.settings import *  # noqa: F403

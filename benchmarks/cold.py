@@ -17,8 +17,8 @@ from benchmarks.measuring import OURS, RATE, BenchError, Measure, PrivateMemory,
 from benchmarks.scale import KIB, MIB, size_text
 from benchmarks.stage import Stage
 from benchmarks.yardsticks import LARGE_BUFFERS, Program
-from kci_storage.cache import CONTENT, FILL, PART, Cache, last_use
-from tests.harness import Server, wait_until
+from kci_storage.cache.directory import CONTENT, FILL, PART, Cache, last_use
+from tests.support.harness import Server, wait_until
 
 CLIENTS, CROWD, FOLLOWERS, CONNECTIONS = 16, 50, 64, 16
 SMALL = 16 * KIB  # bytes

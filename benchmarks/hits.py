@@ -14,7 +14,7 @@ from benchmarks import load
 from benchmarks.measuring import OURS, P99, RATE, TIME, BenchError, Measure, Sample, Workload, cpu_seconds
 from benchmarks.scale import KIB, MIB, size_text
 from benchmarks.stage import Stage
-from tests.harness import Server
+from tests.support.harness import Server
 
 CONNECTIONS = 32
 UPLOADERS = 4

@@ -35,11 +35,11 @@ from typing import Any
 
 import psutil
 
-from kci_storage.cache import FOLDERS, Cache, Record
-from kci_storage.config import CacheConfig
+from kci_storage.cache.directory import FOLDERS, Cache, Record
+from kci_storage.cache.housekeeping import Evictor, recover
+from kci_storage.config.settings import CacheConfig
 from kci_storage.drivers.base import ObjectInfo
-from kci_storage.evict import Evictor, recover
-from tests.harness import Server
+from tests.support.harness import Server
 
 SIZE = 64 * 1024  # bytes of an object; its content is a hole
 HOT = 500  # the entries that hits ask for
@@ -223,7 +223,7 @@ def job_of(server: Server) -> psutil.Process | None:
     """The process that sweeps or evicts now."""
     for process in psutil.Process(server.process.pid).children(recursive=True):
         with contextlib.suppress(psutil.Error):
-            if "kci_storage.jobs" in process.cmdline():
+            if "kci_storage.files.jobs" in process.cmdline():
                 return process
     return None
 

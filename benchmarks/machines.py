@@ -17,10 +17,10 @@ from pathlib import Path
 
 from benchmarks.load import Rate, wrk
 from benchmarks.measuring import cpu_seconds, number
-from tests.azurite import running_azurite
-from tests.cold import MIB, some_bytes
-from tests.machines import Cluster, cluster
-from tests.wire import get, wait_until_tidy
+from tests.deploy.machines import Cluster, cluster
+from tests.support.azurite import running_azurite
+from tests.support.cold import MIB, some_bytes
+from tests.support.wire import get, wait_until_tidy
 
 ROUNDS, SECONDS, CONNECTIONS, OBJECTS = 7, 3, 32, 60
 SIZES = {"4 KiB": 4096, "1 MiB": MIB}  # bytes

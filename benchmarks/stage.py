@@ -17,9 +17,9 @@ from benchmarks import yardsticks
 from benchmarks.measuring import BenchError
 from benchmarks.scale import MIB, Scale
 from benchmarks.yardsticks import MissingProgram, Program, find
-from kci_storage.cache import Cache
-from tests.azurite import Azurite, running_azurite
-from tests.harness import Server, unexpected
+from kci_storage.cache.directory import Cache
+from tests.support.azurite import Azurite, running_azurite
+from tests.support.harness import Server, unexpected
 
 
 class Stage:
@@ -118,7 +118,7 @@ class Stage:
     @cached_property
     def worker(self) -> Program:
         """Our worker with the same function."""
-        return self._bare("our worker", "kci_storage.worker.Worker")
+        return self._bare("our worker", "kci_storage.server.worker.Worker")
 
     @cached_property
     def durable_gunicorn(self) -> Program:

@@ -15,7 +15,7 @@ from benchmarks.hits import Ours, Target, authorization, random_file
 from benchmarks.measuring import OURS, RATE, TIME, BenchError, Sample, Workload, cpu_seconds
 from benchmarks.scale import KIB, size_text
 from benchmarks.stage import Stage
-from tests.harness import Server
+from tests.support.harness import Server
 
 CONNECTIONS = 16
 SMALL = 16 * KIB  # bytes

@@ -15,8 +15,8 @@ from pathlib import Path
 import psutil
 
 from benchmarks.measuring import BenchError, family
-from tests.harness import reserve_port
-from tests.nginx import main_configuration
+from tests.deploy.nginx import main_configuration
+from tests.support.harness import reserve_port
 
 START_SECONDS, STOP_SECONDS = 60, 10
 WORKERS, THREADS, KEEPALIVE = 2, 64, 75  # processes, threads in each, seconds: as the server itself

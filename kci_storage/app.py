@@ -12,26 +12,29 @@ from typing import Any
 from flask import Flask
 from werkzeug.middleware.proxy_fix import ProxyFix
 
-from kci_storage import check, drivers, logs, master, memory
+from kci_storage import drivers
+from kci_storage.access.limits import Ledger
+from kci_storage.access.policies import Policies
+from kci_storage.access.tokens import Authenticator, Permissions
 from kci_storage.archives.receiving import Archives
 from kci_storage.archives.unpacking import Limits
-from kci_storage.auth import Authenticator, Permissions
-from kci_storage.blueprints import admin, archives, auth, browse, challenge, downloads, failures, uploads
-from kci_storage.blueprints.routing import KeyConverter
-from kci_storage.config import Config, load, wants_debug
-from kci_storage.downloads import Downloads
+from kci_storage.blueprints import archives, auth, browse, challenge, downloads, errors, status, uploads
+from kci_storage.blueprints.context import KeyConverter
+from kci_storage.cache.housekeeping import Housekeeper
+from kci_storage.config.settings import Config, load, wants_debug
 from kci_storage.drivers.base import Driver, LocalObjects, Sweepable
-from kci_storage.evict import Housekeeper
-from kci_storage.fill import Fills
-from kci_storage.guards.guard import Guard
-from kci_storage.guards.limits import Ledger
-from kci_storage.guards.policies import Policies
-from kci_storage.metrics import Metrics
-from kci_storage.misses import Misses
-from kci_storage.objects import Objects
-from kci_storage.sending import Responder
-from kci_storage.transport import Exchange, Transport
-from kci_storage.upload import Uploads
+from kci_storage.fills.fill import Fills
+from kci_storage.monitoring import logs
+from kci_storage.monitoring.metrics import Metrics
+from kci_storage.net import memory
+from kci_storage.server import preflight, reload
+from kci_storage.store.negative_cache import Misses
+from kci_storage.store.objects import Objects
+from kci_storage.store.uploads import Uploads
+from kci_storage.wsgi.admission import Guard
+from kci_storage.wsgi.downloads import Downloads
+from kci_storage.wsgi.exchange import Exchange, Transport
+from kci_storage.wsgi.responder import Responder
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class Services:
     policies: Policies
     metrics: Metrics
     housekeeper: Housekeeper
-    follower: master.Follower | None = None
+    follower: reload.Follower | None = None
 
     @property
     def permissions(self) -> Permissions:
@@ -80,26 +83,26 @@ def create_app(config: Config | None = None) -> Flask:
     logs.configure(debug=wants_debug())
     services = build_services(config) if config else inherited_services()
 
-    app = Flask("kci_storage", static_folder=None)
+    app = Flask("kci_storage", static_folder=None, template_folder="pages/templates")
     app.json.sort_keys = False  # type: ignore[attr-defined]
     app.url_map.merge_slashes = False
     app.url_map.converters["path"] = KeyConverter
     app.extensions["kci_storage"] = services
     services.metrics.watch(app)
-    for module in (admin, archives, auth, browse, challenge, uploads, downloads):
+    for module in (status, archives, auth, browse, challenge, uploads, downloads):
         app.register_blueprint(module.blueprint)
-    failures.install(app)
+    errors.install(app)
     app.wsgi_app = transport(app.wsgi_app, services)  # type: ignore[method-assign]
     return app
 
 
 def inherited_services() -> Services:
     """The parts for a worker: what the master has given it, and how it hears of changes."""
-    parent = master.current
+    parent = reload.current
     if parent is None:  # another server than ours has started it
         return build_services(load())
     services = build_services(parent.config, parent.ledger)
-    return dataclasses.replace(services, follower=master.Follower(parent, services.policies.apply))
+    return dataclasses.replace(services, follower=reload.Follower(parent, services.policies.apply))
 
 
 def build_services(config: Config, ledger: Ledger | None = None) -> Services:
@@ -109,7 +112,7 @@ def build_services(config: Config, ledger: Ledger | None = None) -> Services:
     """
     driver = drivers.load(config.driver).from_config(config)
     local = driver if isinstance(driver, LocalObjects) else None
-    cache = check.usable_cache(config)
+    cache = preflight.usable_cache(config)
     metrics = Metrics(cache, disks(config, local))
     sweep = partial(drivers.sweep, config) if isinstance(driver, Sweepable) else None
     housekeeper = Housekeeper(cache, config.cache, metrics, sweep)

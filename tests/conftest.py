@@ -13,12 +13,12 @@ import psutil
 import pytest
 from hypothesis import HealthCheck, settings
 
-pytest.register_assert_rewrite("tests.harness", "tests.driver_contract", "tests.cold")
+pytest.register_assert_rewrite("tests.support.harness", "tests.drivers.contract", "tests.support.cold")
 
-from tests import leftovers  # noqa: E402
-from tests.azurite import azurite  # noqa: E402, F401  (a fixture)
-from tests.cold import bench, new_bench, shared_bench  # noqa: E402, F401  (fixtures)
-from tests.harness import Server, running  # noqa: E402
+from tests.support import leftovers  # noqa: E402
+from tests.support.azurite import azurite  # noqa: E402, F401  (a fixture)
+from tests.support.cold import bench, new_bench, shared_bench  # noqa: E402, F401  (fixtures)
+from tests.support.harness import Server, running  # noqa: E402
 
 # By default an example may take 200 ms, which is a matter of the machine's load, and examples are others each time.
 # `pytest --hypothesis-profile=random` looks for new ones.
@@ -112,7 +112,7 @@ def start_server(
     """Starts a server for this test alone: ``start_server("azure", server={"workers": 3}, users=[…])``.
 
     Keyword arguments are the configuration's top-level keys and sections; ``environ`` and ``arguments`` are
-    :class:`~tests.harness.Server`'s. The server is stopped and must be clean at the end of the test.
+    :class:`~tests.support.harness.Server`'s. The server is stopped and must be clean at the end of the test.
     """
     with ExitStack() as stack:
 

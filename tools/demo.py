@@ -29,8 +29,8 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tests.azurite import Azurite, running_azurite  # noqa: E402
-from tests.harness import Server, running  # noqa: E402
+from tests.support.azurite import Azurite, running_azurite  # noqa: E402
+from tests.support.harness import Server, running  # noqa: E402
 
 CLIENTS = 8
 BLOCK = 1 << 20  # bytes

@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 from urllib.parse import quote
 
-from kci_storage import auth
-from kci_storage.config import CONFIG_VARIABLE, DEFAULT_FILE, Config, ConfigError, load, split_bind
+from kci_storage.access import tokens
+from kci_storage.config.settings import CONFIG_VARIABLE, DEFAULT_FILE, Config, ConfigError, load, split_bind
 
 FIRST_CONFIG = """\
 # Written by `make run`. Every key, with its default and help, stands in config.toml.sample.
@@ -52,7 +52,7 @@ def write_first_config(path: Path) -> None:
     with contextlib.suppress(FileExistsError):
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with open(descriptor, "w", encoding="utf-8") as file:
-            file.write(FIRST_CONFIG.format(secret=auth.new_secret()))
+            file.write(FIRST_CONFIG.format(secret=tokens.new_secret()))
         print(f"run: wrote {path} with a fresh secret, for the local driver", flush=True)
 
 
@@ -154,7 +154,7 @@ def writer(config: Config) -> tuple[str, str]:
 def lines_to_paste(config: Config) -> str:
     """Commands that upload and download, for any shell and folder; the token in them is valid for a day."""
     email, folder = writer(config)
-    token = auth.issue(email, config.secrets[0], 1)
+    token = tokens.issue(email, config.secrets[0], 1)
     address = split_bind(config.server.bind)
     curl, url = "curl", base_url(address) if address else "http://localhost"
     if address is None:

@@ -21,8 +21,8 @@ from playwright.sync_api import Browser
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tests.chromium import DESKTOP, PHONE, running_chromium  # noqa: E402
-from tests.harness import Server, running  # noqa: E402
+from tests.support.chromium import DESKTOP, PHONE, running_chromium  # noqa: E402
+from tests.support.harness import Server, running  # noqa: E402
 
 KIB, MIB = 1 << 10, 1 << 20
 BUILT = 1_763_800_000  # when, in seconds since the epoch: of every picture the same

@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from kci_storage.config import Config, ConfigError
+from kci_storage.config.settings import Config, ConfigError
 from kci_storage.drivers.base import Driver, Expectation, ObjectInfo, ObjectReader, ObjectWriter, Page
 from kci_storage.errors import BackendError, BadRequest, ObjectChanged, ObjectNotFound, PreconditionFailed
 

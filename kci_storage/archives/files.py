@@ -9,13 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kci_storage import durable
-from kci_storage.digests import ALONE
-from kci_storage.forms import READ_SIZE
-from kci_storage.upload import Stored, Upload, Uploads
+from kci_storage.files import durable
+from kci_storage.http.multipart import READ_SIZE
+from kci_storage.store.digests import ALONE
+from kci_storage.store.uploads import Stored, Upload, Uploads
 
 if TYPE_CHECKING:
-    from kci_storage.metrics import Metrics
+    from kci_storage.monitoring.metrics import Metrics
 
 UPLOAD_MEMORY = 96 * 1024 * 1024  # bytes that the uploads of one worker's archives may hold, all together
 MOST_HELD = 40 * 1024 * 1024  # bytes that one upload's driver holds at most: the blocks that it has in flight

@@ -15,17 +15,18 @@ from typing import TYPE_CHECKING
 
 from werkzeug.sansio.multipart import Data, Event, Field, File
 
-from kci_storage import keys, memory, places
+from kci_storage import keys
 from kci_storage.archives.files import ArchiveFiles, ArchivePlan, Extent, Uploader
 from kci_storage.archives.run import ArchiveReport, Run
 from kci_storage.archives.staging import Staging
 from kci_storage.archives.unpacking import Limits, Piece, TarReader, decompressed
 from kci_storage.errors import BadArchive, BadForm, BadKey, InsufficientStorage, Overloaded
-from kci_storage.forms import Body, form_events
-from kci_storage.upload import LONGEST_PATH_FIELD, Uploads
+from kci_storage.http.multipart import Body, form_events
+from kci_storage.net import memory, slots
+from kci_storage.store.uploads import LONGEST_PATH_FIELD, Uploads
 
 if TYPE_CHECKING:
-    from kci_storage.metrics import Metrics
+    from kci_storage.monitoring.metrics import Metrics
 
 UNPACKED_AT_ONCE = 32  # archives, of one worker; each may need as much memory as its compression allows
 
@@ -62,13 +63,13 @@ class Archives:
             with self._turn():
                 form.receive(form_events(body, boundary, self.uploads.max_bytes))
             prefix, extents = form.files()
-            with places.aside():  # it waits for the threads that upload
+            with slots.released():  # it waits for the threads that upload
                 return Run(files, prefix).upload(extents, staging.accepted())
 
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:
         """Be one of those that are unpacked during the block."""
-        with places.aside():
+        with slots.released():
             mine = self._unpacking.acquire(timeout=self.uploads.lock_timeout)
         if not mine:
             raise Overloaded("too many archives are being unpacked; try later", retry_after=5)

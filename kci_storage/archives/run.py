@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 
-from kci_storage import logs
 from kci_storage.archives.files import ArchiveFiles, Extent, held_for
 from kci_storage.archives.staging import StagedFile
 from kci_storage.errors import BackendError, InsufficientStorage, StorageError, WriteConflict
-from kci_storage.upload import Stored
+from kci_storage.monitoring import logs
+from kci_storage.store.uploads import Stored
 
 log = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ import threading
 from collections.abc import Mapping
 from concurrent.futures import Future, wait
 
-from kci_storage import places
 from kci_storage.archives.files import ArchiveFiles, Extent, held_for
-from kci_storage.upload import Upload
+from kci_storage.net import slots
+from kci_storage.store.uploads import Upload
 
 STAGED_FROM = 2 * 1024 * 1024  # bytes; a smaller file is little work, but two requests to Azure instead of one
 MOST_OF_ONE = 128  # files of one archive, so that a client that stands still leaves the others theirs
@@ -148,7 +148,7 @@ class Staging:
                     each.callback(file.give_up)
         finally:
             if not all(file.sent.done() for file in files):
-                with places.aside(bounded=False):
+                with slots.released(bounded=False):
                     wait([file.sent for file in files])  # they read the spool file
             self._forget_all()
         return bool(files)

@@ -19,7 +19,7 @@ from itertools import chain
 from typing import Any, Protocol
 
 from kci_storage.errors import BadArchive
-from kci_storage.sizes import readable_size
+from kci_storage.http.sizes import readable_size
 
 if sys.version_info >= (3, 14):
     from compression import zstd

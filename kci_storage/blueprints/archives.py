@@ -7,14 +7,14 @@ import logging
 
 from flask import Blueprint, Response, g
 
-from kci_storage import logs
 from kci_storage.archives.files import ArchivePlan
 from kci_storage.archives.run import ArchiveReport
-from kci_storage.blueprints.failures import storage_error
-from kci_storage.blueprints.routing import authenticated, exchange, services
+from kci_storage.blueprints.context import authenticated, exchange, services
+from kci_storage.blueprints.errors import storage_error
 from kci_storage.blueprints.uploads import admitted_body, form_boundary, log_stored, stored_tags, stored_type
 from kci_storage.errors import StorageError
-from kci_storage.forms import FORM_OVERHEAD
+from kci_storage.http.multipart import FORM_OVERHEAD
+from kci_storage.monitoring import logs
 
 blueprint = Blueprint("archives", __name__)
 log = logging.getLogger(__name__)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from flask import Blueprint, Response
 
-from kci_storage.blueprints.routing import authenticated
+from kci_storage.blueprints.context import authenticated
 
 blueprint = Blueprint("auth", __name__)
 

@@ -10,19 +10,19 @@ from flask import Blueprint, Response, jsonify, render_template, request
 from markupsafe import Markup
 
 from kci_storage import keys
-from kci_storage.blueprints.routing import exchange, services
+from kci_storage.blueprints.context import exchange, services
 from kci_storage.errors import BadKey, ObjectNotFound
-from kci_storage.http_semantics import prefers_json
+from kci_storage.http.conditions import prefers_json
+from kci_storage.http.sizes import readable_size
 from kci_storage.pages import csp
 from kci_storage.pages.directory import TOP, Directory, browse
-from kci_storage.sizes import readable_size
 
 blueprint = Blueprint("browse", __name__)
 
 
 def _own(name: str) -> Markup:
     """A file of the page, which we wrote: not to be escaped."""
-    return Markup(resources.files("kci_storage").joinpath("templates", name).read_text(encoding="utf-8"))
+    return Markup(resources.files("kci_storage.pages").joinpath("templates", name).read_text(encoding="utf-8"))
 
 
 STYLE, SCRIPT, MARKS = _own("directory.css"), _own("directory.js"), _own("marks.svg")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from flask import Blueprint, Response, request
 
-from kci_storage.blueprints.failures import without_body
-from kci_storage.blueprints.routing import services
+from kci_storage.blueprints.context import services
+from kci_storage.blueprints.errors import without_body
 from kci_storage.errors import ObjectNotFound
 
 blueprint = Blueprint("challenge", __name__)

@@ -1,4 +1,4 @@
-"""``GET`` and ``HEAD`` of a path that is no download that succeeds: those are :mod:`kci_storage.downloads`'s."""
+"""``GET`` and ``HEAD`` of a path that is no download that succeeds: those are :mod:`kci_storage.wsgi.downloads`'s."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from flask import Blueprint, Response, request
 
 from kci_storage import keys
 from kci_storage.blueprints.browse import directory
-from kci_storage.downloads import FAILURE
 from kci_storage.errors import BadKey, ObjectNotFound, StorageError
+from kci_storage.wsgi.downloads import FAILURE
 
 blueprint = Blueprint("downloads", __name__)
 

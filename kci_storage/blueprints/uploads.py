@@ -9,13 +9,13 @@ from urllib.parse import quote
 from flask import Blueprint, Response, jsonify, request
 from werkzeug.http import parse_options_header
 
-from kci_storage import keys, logs, media
-from kci_storage.blueprints.failures import without_body
-from kci_storage.blueprints.routing import authenticated, exchange, services
+from kci_storage import keys
+from kci_storage.blueprints.context import authenticated, exchange, services
+from kci_storage.blueprints.errors import without_body
 from kci_storage.drivers.base import ObjectInfo
 from kci_storage.errors import BadForm, BadRequest
-from kci_storage.forms import FORM_OVERHEAD, too_large
-from kci_storage.http_semantics import (
+from kci_storage.http import media
+from kci_storage.http.conditions import (
     RequestHeaders,
     conditional_write,
     etag_header,
@@ -23,8 +23,10 @@ from kci_storage.http_semantics import (
     parse_repr_digest,
     write_allowed,
 )
-from kci_storage.transport import RequestBody
-from kci_storage.upload import ExpectedDigests, FormPlan, Stored
+from kci_storage.http.multipart import FORM_OVERHEAD, too_large
+from kci_storage.monitoring import logs
+from kci_storage.store.uploads import ExpectedDigests, FormPlan, Stored
+from kci_storage.wsgi.exchange import RequestBody
 
 blueprint = Blueprint("uploads", __name__)
 log = logging.getLogger(__name__)

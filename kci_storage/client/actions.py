@@ -25,7 +25,7 @@ from kci_storage.client.retries import Attempts
 from kci_storage.client.storage import Level, Properties, Storage, printable
 from kci_storage.client.transfers import at_once
 from kci_storage.client.uploads import upload
-from kci_storage.sizes import readable_size
+from kci_storage.http.sizes import readable_size
 
 T = TypeVar("T")
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130  # exit codes

@@ -8,7 +8,7 @@ import time
 from typing import TextIO
 
 from kci_storage.client.storage import printable
-from kci_storage.sizes import readable_size
+from kci_storage.http.sizes import readable_size
 
 try:
     from tqdm import tqdm

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from importlib.metadata import EntryPoint, entry_points
 
-from kci_storage.config import Config, ConfigError
+from kci_storage.config.settings import Config, ConfigError
 from kci_storage.drivers.base import Driver, Sweepable
 
 GROUP = "kci_storage.drivers"

@@ -11,7 +11,7 @@ own word that an object is missing is :class:`~kci_storage.errors.ObjectNotFound
 :class:`~kci_storage.errors.BackendTimeout`, throttling is :class:`~kci_storage.errors.BackendThrottled`, anything
 else of the backend is :class:`~kci_storage.errors.BackendError`.
 
-``tests/driver_contract.py`` says the same in tests; a new driver inherits them in a few lines.
+``tests/drivers/contract.py`` says the same in tests; a new driver inherits them in a few lines.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
-from kci_storage.config import Config
+from kci_storage.config.settings import Config
 
 PIECE_SIZE = 256 * 1024  # bytes that who iterates over a reader gets at a time, at most
 

@@ -21,11 +21,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from kci_storage import places
-from kci_storage.transport import SentFile, SentSegments
+from kci_storage.net import slots
+from kci_storage.wsgi.exchange import SentFile, SentSegments
 
 if TYPE_CHECKING:
-    from kci_storage.net.pool import Pool
+    from kci_storage.net.threads import Pool
 
 SLOW_SECONDS = 0.05  # who lets a thread wait longer than this is slow,
 QUICK_RATE = 1024 * 1024  # unless it has brought so many bytes a second for that
@@ -217,7 +217,7 @@ class ClientSocket(socket.socket):
 
         What is no plain file knows how to send itself.
         """
-        places.take_time()
+        slots.may_block()
         if isinstance(file, SentSegments):
             return file.send_to(self)
         assert count is not None
@@ -328,7 +328,7 @@ class ClientSocket(socket.socket):
 
         :raises ConnectionResetError: it stands still.
         """
-        places.take_time()
+        slots.may_block()
         if self._is_ready_soon(event):
             return
         self.begin_waiting(for_input=event == select.POLLIN)

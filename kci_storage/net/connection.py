@@ -13,14 +13,14 @@ from gunicorn.workers.gthread import TConn
 
 from kci_storage.net.background import Background, Lingering
 from kci_storage.net.client_socket import ClientSocket
-from kci_storage.net.request import Environs, Request
+from kci_storage.server.request import Environs, Request
 
 HEAD_SIZE = 16 * 1024  # bytes that are read at a time, of a head and what comes with it
 _END_OF_HEAD = re.compile(rb"\r\n\r\n|(?:^|[^\r])\n")  # its own, or a bare LF, at which no head goes on
 
 
 class WorkerConnection:
-    """What the application may do to its connection (:class:`kci_storage.transport.Connection`)."""
+    """What the application may do to its connection (:class:`kci_storage.wsgi.exchange.Connection`)."""
 
     def __init__(self, request: Any, sock: socket.socket, expects_continue: bool):
         self._request = request

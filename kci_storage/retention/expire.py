@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from kci_storage.drivers.base import Driver, ObjectInfo
 from kci_storage.errors import ObjectNotFound, PreconditionFailed, StorageError
-from kci_storage.objects import Objects
 from kci_storage.retention.tags import is_expired
+from kci_storage.store.objects import Objects
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from kci_storage.keys import Prefix
 
 if TYPE_CHECKING:
-    from kci_storage.config import RetentionConfig
+    from kci_storage.config.settings import RetentionConfig
 
 OWNER = "owner"  # the tag that names who has uploaded an object
 LONGEST_VALUE = 256  # characters; Azure's limit

@@ -13,9 +13,9 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import traffic  # noqa: E402
 
-from tests.azurite import running_azurite  # noqa: E402
-from tests.cold import cold_bench  # noqa: E402
-from tests.test_monitoring import DASHBOARD, Scraper, panels, running_prometheus, substituted  # noqa: E402
+from tests.deploy.test_monitoring import DASHBOARD, Scraper, panels, running_prometheus, substituted  # noqa: E402
+from tests.support.azurite import running_azurite  # noqa: E402
+from tests.support.cold import cold_bench  # noqa: E402
 
 SCRAPE_SECONDS = 15  # as deployed
 STEP_SECONDS = 15  # between two points of a curve; Grafana takes the interval of the scrapes for so short a time

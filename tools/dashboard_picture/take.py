@@ -31,7 +31,7 @@ import measure  # noqa: E402
 from playwright.sync_api import Page  # noqa: E402
 from screenshots import with_a_palette  # noqa: E402
 
-from tests.chromium import running_chromium  # noqa: E402
+from tests.support.chromium import running_chromium  # noqa: E402
 
 BUILD = ROOT / ".tools" / "dashboard_picture"
 PICTURES = ROOT / "docs" / "pictures"

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 import requests
 
-from tests.cold import Bench
-from tests.faultproxy import CONTENT, PROPERTIES, PUT, Delay, Fault, FaultProxy, Say
+from tests.support.cold import Bench
+from tests.support.faultproxy import CONTENT, PROPERTIES, PUT, Delay, Fault, FaultProxy, Say
 
 KIB, MIB = 1 << 10, 1 << 20
 CLIENTS = 24  # at once; an arrival that finds none of them free waits

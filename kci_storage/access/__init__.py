@@ -1,0 +1,1 @@
+"""Access control: tokens and permissions, crawlers, networks, limits, and the browser challenge."""

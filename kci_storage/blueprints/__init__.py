@@ -1,0 +1,1 @@
+"""Views: gather what a request says, call a service, answer."""

@@ -1,0 +1,124 @@
+"""Whether cached copies are still what the backend has: asked once in a while, and never for long.
+
+One thread asks for all that want to know about a copy, for a few seconds at most. While the backend is away, copies
+are served as they are, at once, and one question every few seconds finds out when it is back.
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+import threading
+import time
+from concurrent.futures import Future
+from typing import TYPE_CHECKING
+
+from kci_storage.cache.directory import Cache, Record
+from kci_storage.drivers.base import Driver
+from kci_storage.errors import ObjectNotFound, StorageError
+
+if TYPE_CHECKING:
+    from kci_storage.monitoring.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+PATIENCE = 5.0  # seconds for which a request waits for the backend when it could have a copy that is maybe old
+QUIET = 5.0  # seconds after a failure for which the backend is not asked again
+REMEMBERED = 100_000  # copies; then the memory of what was checked starts afresh
+
+
+class Verdict(enum.Enum):
+    """What asking has shown; the value is the metric's label."""
+
+    FRESH = "fresh"
+    CHANGED = "changed"
+    DELETED = "deleted"
+    UNKNOWN = "failed"  # the backend is away
+
+
+class Freshness:
+    """What this process knows of its copies' freshness.
+
+    :param period: seconds for which a check holds; 0: for ever.
+    """
+
+    def __init__(self, driver: Driver, cache: Cache, metrics: Metrics, period: float):
+        self._driver = driver
+        self._cache = cache
+        self._metrics = metrics
+        self._period = period
+        self._good_until: dict[str, float] = {}  # by generation; seconds since the epoch
+        self._running: dict[str, Future[Verdict]] = {}  # by generation
+        self._away = False  # whether the last answer was none
+        self._quiet_until = 0.0  # on the monotonic clock, in seconds
+        self._mutex = threading.Lock()
+
+    def is_due(self, record: Record) -> bool:
+        """Whether the copy has to be checked before it is served."""
+        if not self._period and not record.doubtful:
+            return False
+        until = self._good_until.get(record.generation)
+        if until is None:
+            until = 0.0 if record.doubtful else record.validated + self._period
+        return time.time() >= until
+
+    def check(self, record: Record) -> Verdict:
+        """Ask the backend whether the copy is still right, or share the answer with who is asking.
+
+        A copy that is not right is removed. It takes :data:`PATIENCE` at most.
+        """
+        with self._mutex:
+            if not self.is_due(record):  # answered since the caller looked
+                return Verdict.FRESH
+            question = self._running.get(record.generation) or self._ask(record)
+        if question is None or self._away:
+            return Verdict.UNKNOWN
+        try:
+            return question.result(PATIENCE)
+        except TimeoutError:
+            self._away = True
+            return Verdict.UNKNOWN
+
+    def _ask(self, record: Record) -> Future[Verdict] | None:
+        """The answer to come; None: the backend is to be left alone. The caller holds the mutex."""
+        if time.monotonic() < self._quiet_until:
+            return None
+        if self._away:
+            self._quiet_until = time.monotonic() + QUIET  # one question finds out whether it is back
+        question: Future[Verdict] = Future()
+        threading.Thread(target=self._answer, args=(record, question), name="revalidate", daemon=True).start()
+        self._running[record.generation] = question
+        return question
+
+    def _answer(self, record: Record, question: Future[Verdict]) -> None:
+        verdict = Verdict.UNKNOWN
+        try:
+            verdict = self._compare(record)
+        finally:
+            self._metrics.revalidated(verdict.value)
+            with self._mutex:
+                self._away = verdict is Verdict.UNKNOWN
+                self._quiet_until = time.monotonic() + QUIET if self._away else 0.0
+                del self._running[record.generation]
+            question.set_result(verdict)
+
+    def _compare(self, record: Record) -> Verdict:
+        asked = time.time()  # what the backend has said may be as old as the question
+        try:
+            current = self._driver.stat(record.info.key)
+        except ObjectNotFound:
+            self._cache.remove_version(record)
+            return Verdict.DELETED
+        except StorageError:
+            return Verdict.UNKNOWN
+        if current.etag != record.info.etag:
+            self._cache.remove_version(record)
+            return Verdict.CHANGED
+        self._cache.confirm(record)
+        self._confirm(record, asked)
+        return Verdict.FRESH
+
+    def _confirm(self, record: Record, asked: float) -> None:
+        if len(self._good_until) >= REMEMBERED:
+            self._good_until.clear()
+        self._good_until[record.generation] = asked + (self._period or float("inf"))

@@ -1,0 +1,1 @@
+"""The command ``kci-storage`` and its subcommands."""

@@ -1,0 +1,7 @@
+"""``python -m kci_storage.cli``: the command, where its script is not on the path."""
+
+import sys
+
+from kci_storage.cli.main import main
+
+sys.exit(main())

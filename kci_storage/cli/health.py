@@ -1,0 +1,59 @@
+"""Whether the server of a configuration answers: what ``kci-storage health`` asks, for containers and scripts."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import socket
+import ssl
+
+from kci_storage.config.settings import ServerConfig, split_bind
+
+SECONDS = 8.0  # for each step of the conversation; a container's health check has ten in all
+_HERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # of "all addresses", one that can be connected to
+
+
+class Unhealthy(Exception):
+    """Nobody answers, or the answer is not 200; the text says what happened."""
+
+
+def ask(server: ServerConfig) -> None:
+    """Ask the server that was started with this configuration for ``/v1/health``.
+
+    :raises Unhealthy: it does not answer, or not as it should.
+    """
+    try:
+        status = _status(server)
+    except (OSError, http.client.HTTPException) as exc:
+        raise Unhealthy(f"{server.bind} does not answer: {exc or type(exc).__name__}") from exc
+    if status != http.client.OK:
+        raise Unhealthy(f"{server.bind} answers with status {status}")
+
+
+def _status(server: ServerConfig) -> int:
+    with contextlib.closing(http.client.HTTPConnection("localhost", timeout=SECONDS)) as connection:
+        connection.sock = _connect(server)
+        connection.request("GET", "/v1/health", headers={"User-Agent": "kci-storage-health"})
+        return connection.getresponse().status
+
+
+def _connect(server: ServerConfig) -> socket.socket:
+    """A connection, with TLS where the server has it; the certificate need not name this machine's loopback."""
+    sock = _socket(server.bind)
+    if not server.certfile:
+        return sock
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return context.wrap_socket(sock)
+
+
+def _socket(bind: str) -> socket.socket:
+    """A connection to where the server listens."""
+    if address := split_bind(bind):
+        host, port = address
+        return socket.create_connection((_HERE.get(host, host), port), SECONDS)
+    sock = socket.socket(socket.AF_UNIX)
+    sock.settimeout(SECONDS)
+    sock.connect(bind.removeprefix("unix:"))
+    return sock

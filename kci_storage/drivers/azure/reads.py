@@ -1,0 +1,479 @@
+"""Reading from Azure Blob Storage: properties and ranges of content, without the SDK (:mod:`.blob_http` says why).
+
+A reader receives its object itself, range by range, over one connection as long as that is fast: each request costs
+the backend, and several connections only share what one can have. Where one has a limit of its own, as Azure's have,
+the next ranges are asked for beside it, and what has come of them is taken while the first has nothing. So a slow
+reader holds no thread, and a fast one waits for no other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import random
+import re
+import secrets
+import time
+from base64 import b64decode
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from email.utils import parsedate_to_datetime
+from typing import Any
+from urllib.parse import quote
+
+from kci_storage.drivers.azure import errors
+from kci_storage.drivers.azure.errors import Unanswered, nonsense, refusal, silence
+from kci_storage.drivers.azure.http import Answer, Pool, wait_for
+from kci_storage.drivers.base import ObjectInfo, ObjectReader
+from kci_storage.errors import (
+    BackendError,
+    BackendThrottled,
+    BackendTimeout,
+    CorruptObject,
+    ObjectChanged,
+    ObjectNotFound,
+)
+
+READ_SIZE = 16 * 1024 * 1024  # bytes of a download's first request, and of each over a connection that is slow
+LONG_READ_SIZE = 256 * 1024 * 1024  # bytes of one over a connection that is fast
+FAST_RATE = 128 * 1024 * 1024  # bytes a second; less is slow
+PATIENCE_SECONDS = 0.01  # that a connection may be waited for before it is slow,
+MOST_PATIENCE_SECONDS = 0.1  # or, when it was fast, up to so many
+READS_AHEAD = 2  # of one download, beside the one that is read, over connections that are slow
+ASK_AHEAD = 8 * 1024 * 1024  # bytes before the end of a range when a fast one asks for the next
+HELD_SIZE = 8 * 1024 * 1024  # bytes of each of them that may wait in memory
+HELD_PIECE = 64 * 1024  # bytes taken from the socket at a time, of those; malloc() would map each larger one anew
+LOOK_SECONDS = 0.02  # between two looks whether an answer has come that another thread asks for
+GATHER_SECONDS = 0.005  # for which a reader waits for more than it has, once it has something
+
+_SHA256 = re.compile(r"[0-9a-f]{64}\Z")
+_RANGE = re.compile(r"bytes ([0-9]+)-(-?[0-9]+)/([0-9]+)\Z")  # Azurite says 0--1/0 of nothing
+
+
+class BlobReads:
+    """The reading half of one container.
+
+    :param path: the container's, quoted, as in its URL.
+    :param signature: gives the query that authorises a read, now; it is a secret.
+    :param version: of Azure's protocol.
+    :param submit: calls a function in another thread.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        path: str,
+        signature: Callable[[], str],
+        version: str,
+        submit: Callable[..., Future[Any]],
+    ):
+        self.pool = pool
+        self.submit = submit
+        self._path = path
+        self._signature = signature
+        self._version = version
+
+    def stat(self, key: str) -> ObjectInfo:
+        """An object's properties.
+
+        :raises ObjectNotFound: there is none.
+        :raises BackendError: the backend failed.
+        """
+        answer = self._ask("HEAD", key, {})
+        answer.close()
+        return _info(key, answer.headers, answer.headers.get("content-length"), answer.headers.get("content-md5"))
+
+    def read(self, key: str, start: int, stop: int | None, etag: str | None) -> ObjectReader:
+        """As of :meth:`kci_storage.drivers.base.Driver.read`."""
+        first_stop = start + READ_SIZE if stop is None else min(stop, start + READ_SIZE)
+        info, answer = self.ask(key, start, first_stop, etag)
+        return _Reader(self, info, answer, start, info.size if stop is None else min(stop, info.size))
+
+    def ask(self, key: str, start: int, stop: int, etag: str | None) -> tuple[ObjectInfo, Answer | None]:
+        """Ask for one range of an object.
+
+        :param stop: bytes; beyond the end means the end, and not above ``start`` means nothing.
+        :param etag: the only version wanted; None: the present one.
+        :returns: the object's properties, and the answer, of which only the head is here; None: the range is empty.
+        :raises ObjectNotFound: there is no such object.
+        :raises ObjectChanged: the present version is not ``etag``.
+        :raises CorruptObject: the answer contradicts itself.
+        :raises BackendError: the backend failed.
+        """
+        answer = None
+        if stop > start:
+            with contextlib.suppress(_NotThatRange):
+                answer = self._ask("GET", key, {"x-ms-range": f"bytes={start}-{stop - 1}", **_condition(etag)})
+        if answer is None:
+            info = self.stat(key)
+        else:
+            info = _checked_info(key, answer, start, stop)
+        # Azurite takes the headers later than the content, and does not compare them with the condition.
+        if etag not in (None, info.etag) or (answer is None and start < min(stop, info.size)):
+            if answer is not None:
+                answer.close()
+            raise ObjectChanged("the object was replaced")
+        return info, answer
+
+    def ask_again(self, info: ObjectInfo, start: int, stop: int) -> Answer:
+        """The answer to a range of a version that was there.
+
+        :raises ObjectChanged: the version is gone.
+        :raises CorruptObject: it is not as long as it was said to be.
+        """
+        try:
+            found, answer = self.ask(info.key, start, stop, info.etag)
+        except ObjectNotFound as exc:
+            raise ObjectChanged("the object was deleted") from exc
+        if answer is None or found.size != info.size:
+            if answer is not None:
+                answer.close()
+            raise CorruptObject("the backend sent a damaged object", detail=f"{found.size} of {info.size} B")
+        return answer
+
+    def _ask(self, method: str, key: str, headers: Mapping[str, str]) -> Answer:
+        """The answer to a request, which is tried again as long as that is of use, a few times."""
+        for tried in itertools.count():
+            try:
+                answer = self._ask_once(method, key, headers)
+            except Unanswered as exc:
+                if tried == errors.RETRIES:
+                    raise BackendError(exc.message, detail=exc.detail) from None
+            else:
+                if answer.status in (200, 206):
+                    return answer
+                answer.discard()
+                if answer.status not in errors.WORTH_ANOTHER_TRY or tried == errors.RETRIES:
+                    raise _refusal(answer)
+            time.sleep(errors.RETRY_WAIT * random.uniform(0.5, 1.5))
+        raise AssertionError("unreachable")
+
+    def _ask_once(self, method: str, key: str, headers: Mapping[str, str]) -> Answer:
+        target = f"{self._path}/{quote(key, safe='~/')}?{self._signature()}"
+        # The name is what the backend's logs will have of the request.
+        own = {"x-ms-version": self._version, "x-ms-client-request-id": secrets.token_hex(16)}
+        answer = self.pool.ask(method, target, {**own, **headers})
+        if method == "GET" and answer.status in (200, 206) and not _has_its_length(answer):
+            answer.close()
+            raise Unanswered("the backend sent something else than was asked for")
+        return answer
+
+
+def _has_its_length(answer: Answer) -> bool:
+    """Whether the body will be as long as the range that the answer says it is."""
+    found = _RANGE.match(answer.headers.get("content-range", ""))
+    return found is not None and answer.length == int(found[2]) - int(found[1]) + 1
+
+
+class _NotThatRange(Exception):
+    """The version is another one, or there is none; or the range begins beyond the end, which may be 0."""
+
+
+def _refusal(answer: Answer) -> Exception:
+    code = answer.headers.get("x-ms-error-code", "")
+    if code in ("ConditionNotMet", "InvalidRange"):
+        return _NotThatRange()
+    detail = f"{answer.status} {code}, request {answer.headers.get('x-ms-request-id')}"
+    return refusal(answer.status, code, detail, answer.headers.get("retry-after"))
+
+
+class _Reader(ObjectReader):
+    """An object's content by ranged requests, a few of them ahead of the one that is read.
+
+    Each but the first names the version (``If-Match``).
+    """
+
+    def __init__(self, reads: BlobReads, info: ObjectInfo, answer: Answer | None, start: int, stop: int):
+        self.info = info
+        self._reads = reads
+        self._ranges = deque([_Range(reads, info, start, min(start + READ_SIZE, stop), answer)] if answer else [])
+        self._next = min(start + READ_SIZE, stop)  # where the next range begins
+        self._stop = stop
+        self._pace = _Pace()
+        self._begun = False
+        self._failure: BackendError | None = None  # what is to be said when what came before it has been given
+
+    def readinto(self, buffer: memoryview) -> int:
+        if self._failure is not None:
+            raise self._failure
+        size = 0
+        try:
+            for received in self._arriving(buffer):
+                size += received
+        except BackendError as exc:
+            if not size:
+                raise
+            self._failure = exc
+        self._begun = True
+        return size
+
+    def _arriving(self, buffer: memoryview) -> Iterator[int]:
+        """How many bytes each step puts into the buffer: until it is full, or no more come soon."""
+        deadline = time.monotonic() + self._reads.pool.read_timeout
+        begun = False
+        while buffer and self._present():
+            size = self._ranges[0].receive_into(buffer)
+            if size:
+                self._pace.received(size)
+                yield size
+                buffer = buffer[size:]
+                if not self._begun:  # the very first bytes: further requests would keep them from leaving
+                    return
+                if not begun:
+                    begun, deadline = True, time.monotonic() + GATHER_SECONDS
+            elif not self._wait(deadline, len(buffer)):
+                if begun:
+                    return
+                raise silence("nothing came of its content")
+
+    def _present(self) -> bool:
+        """Whether there is a range to receive, the first in the queue; others are asked for."""
+        while self._ranges and self._ranges[0].is_done:
+            self._ranges.popleft()
+        while self._begun and self._wants_another():
+            size = LONG_READ_SIZE if self._pace.is_fast else READ_SIZE
+            start, self._next = self._next, min(self._next + size, self._stop)
+            self._ranges.append(_Range(self._reads, self.info, start, self._next))
+        return bool(self._ranges)
+
+    def _wants_another(self) -> bool:
+        """Whether the next range is to be asked for: by then a fast connection needs it, a slow one needs help."""
+        if self._next == self._stop:
+            return False
+        if self._pace.is_fast:
+            return not self._ranges or (len(self._ranges) == 1 and self._ranges[0].missing <= ASK_AHEAD)
+        return len(self._ranges) <= READS_AHEAD
+
+    def _wait(self, deadline: float, wanted: int) -> bool:
+        """Wait for more of the first range; False: it did not come in time.
+
+        :param wanted: bytes that can be used now.
+        """
+        first, left = self._ranges[0].answer, deadline - time.monotonic()
+        if first is None:  # it broke off, and is to be asked for again
+            return True
+        if left <= 0:
+            return False
+        with self._pace.waiting():
+            if not self._pace.is_fast:
+                return self._wait_beside(deadline)
+            first.wait_for(wanted, min(left, GATHER_SECONDS))
+        return True  # maybe it is slow by now
+
+    def _wait_beside(self, deadline: float) -> bool:
+        """Wait for any of the first range, and meanwhile take what comes of the others; whether it came in time."""
+        first, *others = self._ranges
+        while (left := deadline - time.monotonic()) > 0:
+            if [each for each in others if not each.has_answer()]:
+                left = min(left, LOOK_SECONDS)
+            later = {each.answer: each for each in others if each.answer is not None and each.has_room}
+            ready = wait_for([first.answer, *later], left)
+            for answer in ready:
+                if answer in later:
+                    later[answer].hold()
+            if first.answer in ready:
+                return True
+        return False
+
+    def close(self) -> None:
+        self._next = self._stop
+        while self._ranges:
+            self._ranges.pop().close()
+
+
+class _Pace:
+    """Whether a connection is fast enough that others beside it would bring nothing.
+
+    A bucket of seconds: each :data:`FAST_RATE` bytes that come bring one in, and what they are waited for goes out.
+    """
+
+    def __init__(self) -> None:
+        self._credit = PATIENCE_SECONDS
+
+    @property
+    def is_fast(self) -> bool:
+        """Whether there is something in the bucket."""
+        return self._credit > 0
+
+    def received(self, size: int) -> None:
+        """So many bytes have come."""
+        self._add(size / FAST_RATE)
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Bytes are waited for during the block."""
+        started = time.monotonic()
+        yield
+        self._add(started - time.monotonic())
+
+    def _add(self, seconds: float) -> None:
+        self._credit = max(-MOST_PATIENCE_SECONDS, min(self._credit + seconds, MOST_PATIENCE_SECONDS))
+
+
+class _Range:
+    """A range of one version on its way, asked for again where it breaks off, a few times.
+
+    :param answer: what it comes with at first; None: it is asked for now, in another thread.
+    """
+
+    def __init__(self, reads: BlobReads, info: ObjectInfo, start: int, stop: int, answer: Answer | None = None):
+        self.answer = answer  # None: not here yet, or not any more
+        self._reads = reads
+        self._info = info
+        self._position = start  # of the next byte that comes from the backend
+        self._stop = stop
+        self._asked = None if answer else reads.submit(reads.ask_again, info, start, stop)
+        self._held: deque[memoryview] = deque()
+        self._held_size = 0  # bytes
+        self._broken = 0  # how often it has been
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all of it has been given."""
+        return self._position == self._stop and not self._held
+
+    @property
+    def missing(self) -> int:
+        """Bytes that have not come from the backend."""
+        return self._stop - self._position
+
+    @property
+    def has_room(self) -> bool:
+        """Whether more of it may be held."""
+        return self._position < self._stop and self._held_size < HELD_SIZE
+
+    def receive_into(self, buffer: memoryview) -> int | None:
+        """Put the next bytes at the beginning of ``buffer``; how many; None: there are none yet.
+
+        :raises ObjectChanged: the version is gone.
+        :raises BackendError: it has failed too often, or in a way that another try does not change.
+        """
+        if self._held:
+            return self._give(buffer)
+        try:
+            return self._receive(self._answer(), buffer)
+        except (BackendTimeout, BackendThrottled, ObjectChanged, CorruptObject):
+            raise
+        except BackendError:
+            if self._broken == errors.RETRIES:
+                raise
+            self._break_off()
+            return None
+
+    def _answer(self) -> Answer:
+        if self.answer is None:
+            if self._asked is None:
+                time.sleep(max(self._broken - 1, 0) * errors.RETRY_WAIT)
+                self.answer = self._reads.ask_again(self._info, self._position, self._stop)
+            else:
+                asked, self._asked = self._asked, None
+                self.answer = asked.result()
+        return self.answer
+
+    def _receive(self, answer: Answer, buffer: memoryview) -> int | None:
+        size = answer.receive_into(buffer)
+        self._position += size or 0
+        return size
+
+    def _break_off(self) -> None:
+        self._broken += 1
+        if self.answer is not None:
+            self.answer.close()
+        self.answer = None
+
+    def _give(self, buffer: memoryview) -> int:
+        piece = self._held.popleft()
+        size = min(len(piece), len(buffer))
+        buffer[:size] = piece[:size]
+        if size < len(piece):
+            self._held.appendleft(piece[size:])
+        self._held_size -= size
+        return size
+
+    def has_answer(self) -> bool:
+        """Whether the answer has come that was asked for; one that is a failure shows when its turn comes."""
+        if self._asked is not None and self._asked.done() and self._asked.exception() is None:
+            self._answer()
+        return self._asked is None or self._asked.done()
+
+    def hold(self) -> None:
+        """Take some of what there is; a failure shows when its turn comes."""
+        assert self.answer is not None
+        piece = memoryview(bytearray(HELD_PIECE))
+        try:
+            size = self._receive(self.answer, piece)
+        except BackendError:
+            self._break_off()
+        else:
+            if size:
+                self._held.append(piece[:size])
+                self._held_size += size
+
+    def close(self) -> None:
+        """Give it up; an answer that is still to come is closed then."""
+        if self.answer is not None:
+            self.answer.close()
+        if self._asked is not None and not self._asked.cancel():
+            self._asked.add_done_callback(_close_answer)
+
+
+def _close_answer(asked: Future[Answer]) -> None:
+    if not asked.cancelled() and asked.exception() is None:
+        asked.result().close()
+
+
+def _checked_info(key: str, answer: Answer, start: int, stop: int) -> ObjectInfo:
+    """The properties of the object that an answer is a range of.
+
+    :raises CorruptObject: it is of another range than the object's length makes of the one that was asked for.
+    :raises BackendError: it makes no sense.
+    """
+    try:
+        found = _RANGE.match(answer.headers.get("content-range", ""))
+        if found is None:
+            raise nonsense("there is no range in it")
+        first, last, size = map(int, found.groups())
+        # The whole object's; Content-MD5 is the range's.
+        info = _info(key, answer.headers, size, answer.headers.get("x-ms-blob-content-md5"))
+        if (first, last + 1) != (start, min(stop, size)):
+            raise CorruptObject("the backend sent something else than was asked for", detail=found[0])
+    except BackendError:
+        answer.close()
+        raise
+    return info
+
+
+def _info(key: str, headers: Mapping[str, str], size: Any, md5: str | None) -> ObjectInfo:
+    try:
+        return ObjectInfo(
+            key,
+            int(size),
+            headers["etag"].strip('"'),
+            int(parsedate_to_datetime(headers["last-modified"]).timestamp()),
+            headers.get("content-type"),
+            valid_sha256(headers.get("x-ms-meta-sha256")),
+            b64decode(md5) if md5 else None,
+        )
+    except (KeyError, TypeError, ValueError) as exc:
+        raise nonsense(repr(exc)) from exc
+
+
+def valid_sha256(text: str | None) -> str | None:
+    """A digest, if it is one: another program's metadata may hold anything under that name."""
+    return text if text and _SHA256.match(text) else None
+
+
+def _condition(etag: str | None) -> dict[str, str]:
+    return {} if etag is None else {"If-Match": pinned(etag)}
+
+
+def pinned(etag: str) -> str:
+    """The value of a condition that a certain version is there.
+
+    A star, quoted or not, would match any version, and is in no ETag.
+
+    >>> pinned("0x1"), pinned("*")
+    ('"0x1"', '"-"')
+    """
+    return '"{}"'.format(etag.replace("*", "-"))

@@ -1,0 +1,164 @@
+"""Writing to Azure Blob Storage: Put Blob, Put Block, Put Block List, without the SDK (:mod:`.blob_http` says why).
+
+Bodies are sent from where they lie, without a copy. So the caller's buffer must not change meanwhile.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import secrets
+import time
+from base64 import b64encode
+from collections.abc import Callable, Iterable, Mapping
+from email.utils import parsedate_to_datetime
+from urllib.parse import quote, urlencode
+
+from kci_storage.drivers.azure import errors
+from kci_storage.drivers.azure.errors import Unanswered, nonsense, refusal
+from kci_storage.drivers.azure.http import Answer, Pool
+from kci_storage.drivers.azure.reads import pinned
+from kci_storage.drivers.base import Expectation
+from kci_storage.errors import BackendError, PreconditionFailed
+
+_LOST = ("InvalidBlockList", "InvalidBlobOrBlock")
+
+
+class BlocksLost(Exception):
+    """Staged blocks are gone, or are refused beside another client's: they must be staged again."""
+
+
+class BlobWrites:
+    """The writing half of one container.
+
+    What fails in a way that may pass is tried again, a few times.
+
+    :param path: the container's, quoted, as in its URL.
+    :param signature: gives the query that authorises a write, now; it is a secret.
+    :param version: of Azure's protocol.
+    """
+
+    def __init__(self, pool: Pool, path: str, signature: Callable[[], str], version: str):
+        self._pool = pool
+        self._path = path
+        self._signature = signature
+        self._version = version
+
+    def put(self, key: str, body: bytes | memoryview, headers: Mapping[str, str]) -> tuple[str, int]:
+        """Make a body an object's content (Put Blob).
+
+        :param headers: of :func:`properties` and :func:`condition`.
+        :returns: its ETag, and when it was modified, in seconds since the epoch.
+        :raises PreconditionFailed: something else is there than the headers say; it may be what an earlier try has
+            stored, whose answer was lost.
+        :raises BackendError: the backend failed, or nobody knows.
+        """
+        return _stored(self._ask(key, "", body, {"x-ms-blob-type": "BlockBlob", **headers}))
+
+    def stage(self, key: str, block_id: str, body: bytes | memoryview) -> None:
+        """Send a block, which is visible to nobody until it is committed (Put Block).
+
+        :param block_id: of :func:`new_block_id`.
+        :raises BlocksLost: it is refused beside the blocks that another client has left.
+        :raises BackendError: the backend failed, or nobody knows.
+        """
+        self._ask(key, f"comp=block&blockid={quote(block_id, safe='')}&", body, {})
+
+    def commit(self, key: str, block_ids: Iterable[str], headers: Mapping[str, str]) -> tuple[str, int]:
+        """Make blocks an object's content, in this order (Put Block List). As :meth:`put` otherwise.
+
+        :raises BlocksLost: one is not there; or an earlier try has committed them.
+        """
+        return _stored(self._ask(key, "comp=blocklist&", block_list(block_ids), headers))
+
+    def _ask(self, key: str, query: str, body: bytes | memoryview, headers: Mapping[str, str]) -> Answer:
+        """Have a request done, tried again as long as that is of use."""
+        for tried in itertools.count():
+            last = tried == errors.RETRIES
+            try:
+                answer = self._ask_once(key, query, body, headers)
+            except Unanswered as exc:
+                if last:
+                    raise BackendError(exc.message, detail=exc.detail) from None
+            else:
+                answer.discard()
+                if answer.status == 201:
+                    return answer
+                if answer.status not in errors.WORTH_ANOTHER_TRY or last:
+                    raise _refusal(answer)
+            time.sleep(errors.RETRY_WAIT * random.uniform(0.5, 1.5))
+        raise AssertionError("unreachable")
+
+    def _ask_once(self, key: str, query: str, body: bytes | memoryview, headers: Mapping[str, str]) -> Answer:
+        own = {
+            "x-ms-version": self._version,
+            "x-ms-client-request-id": secrets.token_hex(16),
+            "Content-Length": str(len(body)),
+        }
+        target = f"{self._path}/{quote(key, safe='~/')}?{query}{self._signature()}"
+        return self._pool.ask("PUT", target, {**own, **headers}, body)
+
+
+def new_block_id(size: int) -> str:
+    """A block's id, that no other has, as the protocol has it: base64 of ``size`` bytes.
+
+    They are text, since the SDK shows other programs ids that are no text in another way.
+    """
+    return b64encode(secrets.token_urlsafe(size)[:size].encode()).decode()
+
+
+def block_list(block_ids: Iterable[str]) -> bytes:
+    """The body of a Put Block List.
+
+    >>> block_list(["YQ=="])
+    b'<?xml version="1.0" encoding="utf-8"?><BlockList><Latest>YQ==</Latest></BlockList>'
+    """
+    blocks = "".join(f"<Latest>{block_id}</Latest>" for block_id in block_ids)
+    return f'<?xml version="1.0" encoding="utf-8"?><BlockList>{blocks}</BlockList>'.encode()
+
+
+def properties(
+    content_type: str, md5: bytes | None, metadata: Mapping[str, str], tags: Mapping[str, str] | None
+) -> dict[str, str]:
+    """An object's properties as headers.
+
+    >>> properties("text/plain", b"0", {"a": "b"}, {"c": "d e"})["x-ms-tags"]
+    'c=d+e'
+    """
+    headers = {"x-ms-blob-content-type": content_type}
+    headers |= {f"x-ms-meta-{name}": value for name, value in metadata.items()}
+    if md5 is not None:
+        headers["x-ms-blob-content-md5"] = b64encode(md5).decode()
+    if tags:
+        headers["x-ms-tags"] = urlencode(tags)
+    return headers
+
+
+def condition(expected: str | Expectation) -> dict[str, str]:
+    """What must be there, as headers.
+
+    >>> condition("0x1"), condition(Expectation.NOTHING), condition(Expectation.ANYTHING)
+    ({'If-Match': '"0x1"'}, {'If-None-Match': '*'}, {})
+    """
+    if expected is Expectation.ANYTHING:
+        return {}
+    if isinstance(expected, Expectation):
+        return {"If-None-Match": "*"}
+    return {"If-Match": pinned(expected)}
+
+
+def _stored(answer: Answer) -> tuple[str, int]:
+    try:
+        modified = parsedate_to_datetime(answer.headers["last-modified"])
+        return answer.headers["etag"].strip('"'), int(modified.timestamp())
+    except (KeyError, ValueError) as exc:
+        raise nonsense(repr(exc)) from exc
+
+
+def _refusal(answer: Answer) -> Exception:
+    code = answer.headers.get("x-ms-error-code", "")
+    if code in _LOST:
+        return BlocksLost(code)
+    detail = f"{answer.status} {code}, request {answer.headers.get('x-ms-request-id')}"
+    unmet = PreconditionFailed("the stored version is not the expected one")
+    return refusal(answer.status, code, detail, answer.headers.get("retry-after"), unmet)

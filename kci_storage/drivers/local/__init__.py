@@ -1,0 +1,1 @@
+"""The driver for a folder of this machine."""

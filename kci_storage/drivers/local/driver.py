@@ -1,0 +1,418 @@
+"""The embedded default: objects are plain files at their key under one folder, so that an operator can look at them.
+
+A file put there by hand is an object too. The properties that a file does not have by itself (content type, digests,
+ETag) are its record (:mod:`kci_storage.drivers.local.properties`), which belongs to one version of the file. A file
+that was put there or changed by hand has no record: its ETag is its identity, and its type is unknown.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import io
+import os
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+
+from kci_storage.config.settings import Config
+from kci_storage.drivers.base import Digests, Driver, Expectation, ObjectInfo, ObjectReader, ObjectWriter, Page
+from kci_storage.drivers.local import legacy_types
+from kci_storage.drivers.local.properties import Identity, NewRecord, Records, files_in
+from kci_storage.drivers.local.tree import ABSENT, Tree
+from kci_storage.errors import (
+    BackendError,
+    BadKey,
+    KeyConflict,
+    ObjectChanged,
+    ObjectNotFound,
+    PreconditionFailed,
+    StorageError,
+)
+from kci_storage.files import durable
+from kci_storage.files.locks import KeyLocks
+
+PAGE_SIZE = 1000  # objects and folders
+TRIES = 20  # how often to begin again when somebody else comes in between, each time
+LOCK_TIMEOUT = 30  # seconds; a commit holds its lock for some flushes of the disk
+
+_READ = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC  # O_NONBLOCK: opening a named pipe waits for its writer
+
+
+class LocalDriver(Driver):
+    """Objects as files under one folder.
+
+    :param storage_path: the folder; made with the first upload.
+    """
+
+    def __init__(self, storage_path: Path):
+        self._tree = Tree(storage_path)
+        self._temporary = storage_path / ".kci/tmp"
+        self._lock_directory = storage_path / ".kci/lock"
+        self._records = Records(self._tree, self._temporary)
+
+    @classmethod
+    def from_config(cls, config: Config) -> LocalDriver:
+        return cls(config.local.storage_path)
+
+    def open(self, key: str) -> tuple[ObjectInfo, int]:
+        """The object's properties and its file, as :class:`~kci_storage.drivers.base.LocalObjects` says.
+
+        On the path of every download: one open, one fstat, and a look into memory.
+        """
+        _check_visible(key)
+        for _ in range(TRIES):
+            fd = -1
+            try:
+                fd = self._tree.call(os.open, key, _READ)
+                info = self._describe(key, fd)
+                if info is not None:
+                    opened, fd = fd, -1
+                    return info, opened
+            except OSError as exc:
+                raise _read_error(exc) from exc
+            finally:
+                if fd >= 0:
+                    os.close(fd)
+        raise _busy()
+
+    def stat(self, key: str) -> ObjectInfo:
+        _check_visible(key)
+        with _own_errors():
+            identity = _identity_of(self._tree.call(os.stat, key))
+        info = self._records.remembered(key, identity)
+        if info is None:
+            info, fd = self.open(key)
+            os.close(fd)
+        return info
+
+    def read(self, key: str, start: int = 0, stop: int | None = None, etag: str | None = None) -> ObjectReader:
+        info, fd = self.open(key)
+        if etag not in (None, info.etag):
+            os.close(fd)
+            raise ObjectChanged("the object was replaced")
+        return _Reader(info, io.FileIO(fd), start, info.size if stop is None else min(stop, info.size))
+
+    def writer(self, key: str, content_type: str, tags: Mapping[str, str] | None = None) -> ObjectWriter:
+        """Begin a new version.
+
+        :raises KeyConflict: a file or folder is in the way; said before the body is sent.
+        :raises BadKey: it is among the side files.
+        """
+        if legacy_types.is_hidden(key):
+            raise BadKey(f'"{legacy_types.FOLDER}/" is reserved, for what an earlier server has left there')
+        with _own_errors(_write_error):
+            self._check_place(key)
+            return _Writer(self, key, content_type, tags or {}, durable.NewFile.unnamed(self._temporary))
+
+    def delete(self, key: str) -> None:
+        _check_visible(key)
+        folder, _, name = key.rpartition("/")
+        with _own_errors(), self._locked(key):
+            identity = self._identity(key)
+            if identity is None:
+                raise _not_found()
+            with self._tree.folder(folder) as fd:
+                durable.remove_from(fd, name.encode())
+            self._records.remove(key, identity)
+            self._tree.prune(key)
+
+    def list(self, prefix: str = "", delimiter: str = "", marker: str | None = None, details: bool = True) -> Page:
+        with _own_errors(), contextlib.closing(self._tree.walk(prefix, marker or "", bool(delimiter))) as walk:
+            return self._page(walk, details)
+
+    def probe(self) -> None:
+        with _own_errors(_write_error):
+            durable.make_directory(self._temporary)
+            if not os.access(self._temporary, os.W_OK | os.X_OK):
+                raise BackendError("the storage folder cannot be written to")
+            self._locks.prove()
+
+    def close(self) -> None:
+        """Nothing: no file is kept open."""
+
+    def sweep(self) -> int:
+        """Remove temporary files and locks whose holder died, and records of content that is not there."""
+        removed = 0
+        with _own_errors():
+            for directory in (self._temporary, self._lock_directory):
+                removed += sum(durable.remove_if_unlocked(path) for path in files_in(directory))
+            self._locks.sweep()
+            for path, key, identity in self._records.files():
+                if self._identity_text(key) != identity:
+                    removed += self._remove_orphan(path, key, identity)
+        return removed
+
+    def _remove_orphan(self, path: Path, key: str, identity: str) -> bool:
+        with self._locked(key):  # a commit writes the record shortly before the content
+            return self._identity_text(key) != identity and durable.remove(path)
+
+    def _identity_text(self, key: str) -> str:
+        return str(self._identity(key)) if key else ""
+
+    # What a file is
+
+    def _describe(self, key: str, fd: int, remember: bool = True) -> ObjectInfo | None:
+        """The properties of an open file; None when it has been replaced since, so look again."""
+        identity = _identity_of(os.fstat(fd))
+        info = self._records.remembered(key, identity)
+        if info is not None:
+            return info
+        info = self._records.read(key, identity, fd) or self._describe_plain(key, identity)
+        if info is not None and remember:
+            self._records.remember(key, identity, info)
+        return info
+
+    def _describe_plain(self, key: str, identity: Identity) -> ObjectInfo | None:
+        """The properties of a file without a record; None when it was replaced: the record may have gone with it."""
+        if self._identity(key) != identity:
+            return None
+        content_type = legacy_types.content_type(self._tree.root, key)
+        return ObjectInfo(key, identity.size, str(identity), identity.mtime_ns // 10**9, content_type)
+
+    def _identity(self, key: str) -> Identity | None:
+        """The identity of the file at ``key``; None when there is none."""
+        try:
+            status = self._tree.call(os.stat, key)
+        except OSError as exc:
+            if exc.errno in ABSENT:
+                return None
+            raise
+        return Identity.of(status) if stat.S_ISREG(status.st_mode) else None
+
+    def _page(self, walk: Iterator[tuple[str, int]], details: bool) -> Page:
+        objects: list[ObjectInfo] = []
+        folders: list[str] = []
+        last = None
+        for key, folder_fd in islice(walk, PAGE_SIZE):
+            last = key
+            if key.endswith("/"):
+                folders.append(key)
+            elif not details:
+                objects.append(ObjectInfo(key, 0, "", 0))
+            else:
+                objects.extend(self._listed(key, folder_fd))
+        more = next(walk, None) is not None
+        return Page(tuple(objects), tuple(folders), last if more else None)
+
+    def _listed(self, key: str, folder_fd: int) -> Iterable[ObjectInfo]:
+        """The properties of a listed object, if it is still there."""
+        with contextlib.suppress(FileNotFoundError, ObjectNotFound):
+            name = key.rpartition("/")[2].encode()
+            identity = _identity_of(os.stat(name, dir_fd=folder_fd))
+            info = self._records.remembered(key, identity) or self._look_at(key, identity, name, folder_fd)
+            return (info or self.stat(key),)
+        return ()
+
+    def _look_at(self, key: str, identity: Identity, name: bytes, folder_fd: int) -> ObjectInfo | None:
+        """The properties of a listed file. They are not remembered: that would drive out what downloads need."""
+        try:
+            fd = os.open(name, _READ, dir_fd=folder_fd)
+        except PermissionError:  # one such file does not keep the others from being listed
+            return self._describe_plain(key, identity)
+        try:
+            return self._describe(key, fd, remember=False)
+        finally:
+            os.close(fd)
+
+    # Committing, for the writer
+
+    @cached_property
+    def _locks(self) -> KeyLocks:
+        return KeyLocks(self._lock_directory)
+
+    @contextlib.contextmanager
+    def _locked(self, key: str) -> Iterator[None]:
+        """Nobody else on this machine commits or deletes ``key`` during the block."""
+        with self._locks.hold(_digest(key), LOCK_TIMEOUT):
+            yield
+
+    def _check_place(self, key: str) -> None:
+        obstacle = self._tree.obstacle(key)
+        if obstacle is not None:
+            raise KeyConflict(obstacle)
+
+    def _commit(self, file: durable.NewFile, info: ObjectInfo, expected: str | Expectation) -> ObjectInfo:
+        """Make a temporary file the content of an object; its time in ``info`` is still to be filled in."""
+        with _own_errors(_write_error), self._locked(info.key):
+            previous = self._identity(info.key)
+            self._check_expectation(info.key, previous, expected)
+            identity = Identity.of(file.stamp())
+            info = replace(info, last_modified=identity.mtime_ns // 10**9)
+            with self._records.attached(file, info, identity) as record:
+                self._place(file, record, info.key)
+            if previous is not None:
+                self._records.remove(info.key, previous)
+        return info
+
+    def _place(self, file: durable.NewFile, record: NewRecord | None, key: str) -> None:
+        """Give an object's record, if it has one of its own, and its content their names, for good.
+
+        In this order, in which the disk keeps them too: no file system that has a journal lets a later change of
+        names outlive a loss of power without an earlier one. So one wait is enough for both.
+        """
+        if record is not None:
+            record.take_name()
+        try:
+            self._place_content(file, record, key)
+        except BaseException:
+            if not file.named:
+                if record is not None:
+                    record.remove()
+                self._tree.prune(key)
+            raise
+
+    def _place_content(self, file: durable.NewFile, record: NewRecord | None, key: str) -> None:
+        """Rename the content to its key, making the folders it needs; then wait for the disk."""
+        folder, _, name = key.rpartition("/")
+        for _ in range(TRIES):
+            with contextlib.ExitStack() as stack:
+                try:
+                    fd = stack.enter_context(self._tree.folder(folder, make=True))
+                    file.take_name(name.encode(), fd)
+                except FileNotFoundError:  # a deletion of the last file in a folder removed it
+                    continue
+                except (IsADirectoryError, NotADirectoryError):
+                    self._check_place(key)  # removes empty folders that are in the way
+                    continue
+                if record is not None:
+                    durable.sync_directory_fd(record.folder_fd)
+                durable.sync_directory_fd(fd)
+                return
+        raise _busy()
+
+    def _check_expectation(self, key: str, present: Identity | None, expected: str | Expectation) -> None:
+        if expected is Expectation.ANYTHING:
+            return
+        etag = Expectation.NOTHING if present is None else self.stat(key).etag
+        if etag != expected:
+            raise PreconditionFailed("the stored version is not the expected one")
+
+
+class _Reader(ObjectReader):
+    """Bytes of a file that is open. An upload replaces the file, and leaves this one as it is."""
+
+    def __init__(self, info: ObjectInfo, file: io.FileIO, start: int, stop: int):
+        self.info = info
+        self._file = file
+        self._position = start
+        self._stop = stop
+        self._identity = Identity.of(os.fstat(file.fileno()))
+
+    def readinto(self, buffer: memoryview) -> int:
+        wanted = buffer[: max(self._stop - self._position, 0)]
+        with _own_errors():
+            size = os.preadv(self._file.fileno(), [wanted], self._position)
+            unchanged = Identity.of(os.fstat(self._file.fileno())) == self._identity
+        if wanted and not (size and unchanged):
+            raise ObjectChanged("the file was changed by hand while it was read")
+        self._position += size
+        return size
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _Writer(ObjectWriter):
+    """A temporary file that becomes the object's."""
+
+    def __init__(
+        self, driver: LocalDriver, key: str, content_type: str, tags: Mapping[str, str], file: durable.NewFile
+    ):
+        self._driver = driver
+        self._key = key
+        self._content_type = content_type
+        self._tags = tags
+        self._file = file
+
+    def flush(self) -> None:
+        """Nothing is held in memory."""
+
+    def write(self, data: bytes | memoryview) -> None:
+        with _own_errors(_write_error):
+            self._file.write(data)
+            self._file.begin_writeback()
+
+    def commit(
+        self,
+        digests: Digests,
+        expected: str | Expectation = Expectation.ANYTHING,
+        replay: Callable[[], Iterable[bytes]] | None = None,
+    ) -> ObjectInfo:
+        if digests.size != self._file.size:
+            raise BackendError("not all of the content was written", detail=f"{self._file.size} of {digests.size} B")
+        etag = _etag(digests.sha256, self._content_type)
+        info = ObjectInfo(
+            self._key, digests.size, etag, 0, self._content_type, digests.sha256, digests.md5, self._tags
+        )
+        return self._driver._commit(self._file, info, expected)
+
+    def abort(self) -> None:
+        with contextlib.suppress(OSError):
+            self._file.discard()
+
+
+def _etag(sha256: str, content_type: str) -> str:
+    """The ETag of an upload.
+
+    Made from the content, so it is strong (RFC 9110 section 8.8.1) and the same upload made again leaves clients'
+    copies valid; and from the type, since a copy of another type is not the same representation. 128 bits of SHA-256
+    do not meet by chance.
+    """
+    return hashlib.sha256(f"{sha256} {content_type}".encode()).hexdigest()[:32]
+
+
+def _digest(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+def _read_error(exc: OSError) -> StorageError:
+    return _not_found() if exc.errno in ABSENT else _failure(exc)
+
+
+def _write_error(exc: OSError) -> StorageError:
+    if exc.errno == errno.ENAMETOOLONG:
+        return BadKey("the key has a segment that is longer than the server's file system takes")
+    return _failure(exc)
+
+
+def _failure(exc: OSError) -> BackendError:
+    if isinstance(exc, PermissionError):
+        return BackendError("the server may not use a file or folder in its storage", detail=str(exc))
+    return BackendError("the server's storage failed", detail=str(exc))
+
+
+@contextlib.contextmanager
+def _own_errors(error: Callable[[OSError], StorageError] = _read_error) -> Iterator[None]:
+    """The system's errors become ours."""
+    try:
+        yield
+    except OSError as exc:
+        raise error(exc) from exc
+
+
+def _check_visible(key: str) -> None:
+    if legacy_types.is_hidden(key):
+        raise _not_found()
+
+
+def _identity_of(status: os.stat_result) -> Identity:
+    """The identity of a file that was looked at.
+
+    :raises ObjectNotFound: it is no regular one, so no object.
+    """
+    if not stat.S_ISREG(status.st_mode):
+        raise _not_found()
+    return Identity.of(status)
+
+
+def _not_found() -> ObjectNotFound:
+    return ObjectNotFound("no such file")
+
+
+def _busy() -> BackendError:
+    return BackendError("the object is being changed all the time")

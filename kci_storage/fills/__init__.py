@@ -1,0 +1,1 @@
+"""How a cold object comes into the cache while everybody who asked for it reads along."""

@@ -1,0 +1,1 @@
+"""What Prometheus and the log say."""

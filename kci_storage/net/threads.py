@@ -1,0 +1,132 @@
+"""The threads that answer requests."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from kci_storage.errors import Overloaded
+from kci_storage.net import slots
+
+log = logging.getLogger(__name__)
+
+SLOW_PER_THREAD = 4  # threads that wait for slow clients, for each of those that work: beyond, the slowest have to go
+
+
+class Pool:
+    """Threads that work, so many at a time, and beside them those that wait for slow clients, or for other requests.
+
+    A thread that waits for its client does nothing else, and needs no processor: it lends its place to another one,
+    and takes it back when the client has moved. So clients that are slow by intent or by their link hold up nobody
+    else. There may be as many as connections: with a limit of their own, a worker that has reached it would hold the
+    requests that it has accepted, while another one has threads to spare.
+
+    A thread that waits for another request or a fill (:func:`.slots.released`) gives its slot away too. The number of
+    such waits is limited where they can be refused, since nobody drops their clients.
+
+    :param size: how many work at a time.
+    :param changed: called by any thread when a place has become free, or is no longer.
+    """
+
+    def __init__(self, size: int, changed: Callable[[], None]):
+        self.size = size
+        self.lent = 0  # threads that wait, for a client, for another request or for a fill
+        self._changed = changed
+        self._queue: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._threads = 0
+        self._spare = 0  # idle threads; below zero: calls that wait for one
+        self._waiting: set[Any] = set()  # the clients for whom threads wait
+        self._aside = 0  # threads that wait, and could have been refused that
+
+    def submit(self, function: Callable[[], None]) -> None:
+        """Have a function called by a thread, as soon as one is free."""
+        self._queue.put(function)
+        with self._lock:
+            self._spare -= 1
+            self._fill()
+
+    @contextlib.contextmanager
+    def lend(self, client: Any) -> Iterator[None]:
+        """The calling thread does nothing but wait for a client during the block."""
+        with self._lock:
+            self._waiting.add(client)
+        try:
+            with self._place_lent():
+                yield
+        finally:
+            with self._lock:
+                self._waiting.discard(client)
+
+    @contextlib.contextmanager
+    def released(self, bounded: bool) -> Iterator[None]:
+        """The calling thread does nothing but wait for others during the block.
+
+        :param bounded: whether it can be refused that.
+        :raises Overloaded: too many do of those that can.
+        """
+        with self._lock:
+            if bounded and self._aside >= slots.MAX_RELEASED:
+                raise Overloaded("too many requests wait for others to end; try later", retry_after=5)
+            self._aside += bounded
+        try:
+            with self._place_lent():
+                yield
+        finally:
+            with self._lock:
+                self._aside -= bounded
+
+    @contextlib.contextmanager
+    def _place_lent(self) -> Iterator[None]:
+        with self._lock:
+            self.lent += 1
+            self._fill()
+        self._changed()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.lent -= 1
+
+    @property
+    def has_plenty(self) -> bool:
+        """Whether no more than half of the threads are at work, or wait for work that is sure to come."""
+        return 2 * (self._threads - self._spare - self.lent) <= self.size
+
+    @property
+    def is_crowded(self) -> bool:
+        """Whether more threads wait for slow clients than are worth their memory, or there can be no more threads."""
+        return len(self._waiting) > SLOW_PER_THREAD * self.size or self._spare < 0
+
+    def waited_for(self) -> list[Any]:
+        """The clients for whom threads wait."""
+        with self._lock:
+            return list(self._waiting)
+
+    def shutdown(self, wait: bool = True) -> None:
+        """What gunicorn calls at the end: its own requests have been answered, or given up."""
+
+    def _fill(self) -> None:
+        """Start a thread if one is wanted and there is a place for it."""
+        if self._spare < 0 and self._threads - self.lent < self.size:
+            try:
+                threading.Thread(target=self._run, name="request", daemon=True).start()
+            except RuntimeError:  # the system has none to give; those that are there go on
+                log.warning("event=no_thread threads=%d", self._threads)
+                return
+            self._threads += 1
+            self._spare += 1
+
+    def _run(self) -> None:
+        slots.occupy(self)
+        while True:
+            self._queue.get()()
+            with self._lock:
+                if self._threads - self.lent > self.size:  # it came for one that waited, and that is back
+                    self._threads -= 1
+                    return
+                self._spare += 1

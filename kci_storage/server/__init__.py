@@ -1,0 +1,1 @@
+"""gunicorn and its processes: settings, hooks, the worker, reload."""

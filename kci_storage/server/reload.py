@@ -1,0 +1,146 @@
+"""What the master process keeps for its workers, who inherit it when they are forked; and SIGHUP.
+
+A worker is made from the configuration that the master found valid last. The file may be in the middle of a change,
+and a worker that cannot start would end the server.
+
+On SIGHUP the master reads the file again. If it is not valid, the log says why, and everything stays as it was. Else:
+
+- The workers take over what :data:`~kci_storage.config.settings.RELOADABLE` names; requests that they have begun are
+  not affected.
+- For what else has changed, new workers take the place of the old ones, which end what they have begun (for as long
+  as gunicorn's ``graceful_timeout``).
+- What the master itself was started with (:data:`AT_START`) waits for the next start, and the log says so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import mmap
+import threading
+from collections.abc import Callable, Iterator
+
+from kci_storage.access.limits import Ledger
+from kci_storage.config.settings import RELOADABLE, SECTIONS, Config, ConfigError
+from kci_storage.monitoring import logs
+from kci_storage.monitoring.numbering import Numbers
+from kci_storage.server import preflight
+
+log = logging.getLogger(__name__)
+
+AT_START = frozenset({"server.bind", "server.workers", "server.threads", "server.send_timeout"})
+LOOK_SECONDS = 0.5  # between a worker's looks whether there is a new configuration
+
+
+def changes(old: Config, new: Config) -> Iterator[str]:
+    """The keys whose values differ, dotted; a list of sections counts as one key."""
+    for field in dataclasses.fields(Config):
+        before, after = getattr(old, field.name), getattr(new, field.name)
+        if field.name in SECTIONS:
+            names = (item.name for item in dataclasses.fields(SECTIONS[field.name]))
+            yield from (f"{field.name}.{name}" for name in names if getattr(before, name) != getattr(after, name))
+        elif before != after:
+            yield field.name
+
+
+class Master:
+    """The master process's own.
+
+    :param config: with which the server starts.
+    :param prepare: called with each configuration, in the master and in the workers, for what connections need.
+    """
+
+    def __init__(self, config: Config, prepare: Callable[[Config], None]):
+        self.prepare = prepare
+        prepare(config)
+        self.config = config  # the last one that was valid
+        self.numbers = Numbers()
+        self.ledger = Ledger(rows=2 * config.server.worker_count + 8)  # old workers may end while new ones serve
+        self.edition = 0  # how often the configuration had changed when this one was read
+        self._latest_edition = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("Q")  # which all processes see
+
+    def reload(self, new_workers: Callable[[], None]) -> None:
+        """Read the configuration again (SIGHUP).
+
+        :param new_workers: replaces the workers by new ones, as gunicorn does.
+        """
+        try:
+            config = preflight.usable(self.config.path)
+            changed = set(changes(self.config, config))
+            needs_workers = {name for name in changed - AT_START if not _is_reloadable(name)}
+            if needs_workers:
+                preflight.rehearse(config)
+            self.prepare(config)
+        except (ConfigError, OSError) as exc:  # as for a certificate that is being replaced just now
+            log.error(logs.logfmt(event="reload_refused", reason=exc))
+            return
+        self.config = config
+        self.edition += 1
+        self._latest_edition[0] = self.edition
+        log.info(logs.logfmt(event="reloaded", changed=_joined(changed), new_workers=_joined(needs_workers)))
+        if changed & AT_START:
+            log.warning(logs.logfmt(event="restart_needed", changed=_joined(changed & AT_START)))
+        if needs_workers:
+            new_workers()
+
+    @property
+    def latest_edition(self) -> int:
+        """How often it has changed by now, in all processes."""
+        return self._latest_edition[0]
+
+
+def _is_reloadable(name: str) -> bool:
+    return name in RELOADABLE or name.partition(".")[0] in RELOADABLE
+
+
+def _joined(names: set[str]) -> str:
+    return ",".join(sorted(names)) or "nothing"
+
+
+current: Master | None = None  # in the master, and in the workers that it forked
+
+
+def begin(config: Config, prepare: Callable[[Config], None]) -> Master:
+    """In the master, before the first fork."""
+    global current
+    current = Master(config, prepare)
+    return current
+
+
+class Follower:
+    """A thread of a worker that takes over each new configuration.
+
+    :param master: as it was when the worker was forked.
+    :param apply: called with the configuration.
+    """
+
+    def __init__(self, master: Master, apply: Callable[[Config], None]):
+        self._master = master
+        self._apply = apply
+        self._seen = master.edition
+        self._stopped = threading.Event()
+
+    def start(self) -> None:
+        """Begin."""
+        threading.Thread(target=self._run, name="configuration", daemon=True).start()
+
+    def stop(self) -> None:
+        """End."""
+        self._stopped.set()
+
+    def _run(self) -> None:
+        while not self._stopped.wait(LOOK_SECONDS):
+            edition = self._master.latest_edition
+            if edition != self._seen:
+                self._seen = edition
+                self._take_over()
+
+    def _take_over(self) -> None:
+        try:
+            config = preflight.usable(self._master.config.path)
+            self._master.prepare(config)
+            self._apply(config)
+        except (ConfigError, OSError) as exc:  # it was changed again since the master read it
+            log.error(logs.logfmt(event="reload_refused", reason=exc))
+        else:
+            log.info(logs.logfmt(event="rules_renewed"))

@@ -1,0 +1,1 @@
+"""Objects: reading, storing and deleting them, whichever driver has them."""

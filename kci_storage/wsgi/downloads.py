@@ -1,0 +1,78 @@
+"""Downloads, answered before the framework sees the request.
+
+Most requests are downloads, and Flask's dispatch would be most of what a hit costs, and a good part of what a small
+cold object does. What is no download of a valid key goes to the application, and so does a download that fails: it
+makes the errors of all kinds (:mod:`kci_storage.blueprints.errors`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from kci_storage import keys
+from kci_storage.errors import BadKey, ObjectChanged, Refused
+from kci_storage.http.conditions import RequestHeaders
+from kci_storage.net import slots
+from kci_storage.store.objects import Objects
+from kci_storage.wsgi.exchange import EXCHANGE, SMALL_FILE
+from kci_storage.wsgi.responder import STATUS_LINES, Responder, Response
+
+ROUTE = "download"  # the view's name, for the metrics
+FAILURE = "kci_storage.failure"  # the environ's key for what a download has raised
+TRIES = 3  # of a cold object that is replaced while it is looked at
+
+
+class Downloads:
+    """WSGI middleware that answers downloads.
+
+    :param app: gets all other requests, and those that fail, with the exception under :data:`FAILURE`.
+    """
+
+    def __init__(self, app: Callable[..., Iterable[bytes]], objects: Objects, responder: Responder):
+        self._app = app
+        self._objects = objects
+        self._responder = responder
+
+    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        if environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
+            return self._pass_on(environ, start_response)
+        try:
+            key = keys.for_put(environ["PATH_INFO"])
+        except BadKey:
+            return self._pass_on(environ, start_response)
+        try:
+            response = self._respond(key, environ)
+        except Refused:  # there are too many that last
+            raise
+        except Exception as exc:
+            environ[FAILURE] = exc
+            return self._app(environ, start_response)
+        start_response(STATUS_LINES[response.status], response.headers)
+        return response.body
+
+    def _pass_on(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        environ[EXCHANGE].lasts()
+        slots.may_block()
+        return self._app(environ, start_response)
+
+    def _respond(self, key: str, environ: dict[str, Any]) -> Response:
+        conditions = RequestHeaders.from_environ(environ)
+        for _ in range(TRIES - 1):
+            try:
+                return self._respond_once(key, environ, conditions)
+            except ObjectChanged:
+                continue
+        return self._respond_once(key, environ, conditions)
+
+    def _respond_once(self, key: str, environ: dict[str, Any], conditions: RequestHeaders) -> Response:
+        exchange = environ[EXCHANGE]
+        content = self._objects.open(key, environ["REQUEST_METHOD"], conditions, exchange.lasts)
+        exchange.route, exchange.cache = ROUTE, content.status.value
+        try:
+            if content.info.size > SMALL_FILE:
+                exchange.lasts()
+            return self._responder.respond(content, environ, conditions)
+        except BaseException:
+            content.close()
+            raise

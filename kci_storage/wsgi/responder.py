@@ -1,0 +1,264 @@
+"""From a content and a request's conditions to the WSGI response: the one place where that is decided.
+
+It knows no framework: downloads are answered without (:mod:`kci_storage.wsgi.downloads`).
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import itertools
+import os
+import re
+import secrets
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import parse_qs
+
+from kci_storage.drivers.base import ObjectInfo
+from kci_storage.fills.fill import Region
+from kci_storage.http import media, problems
+from kci_storage.http.conditions import (
+    ByteRange,
+    Decision,
+    MultipartRanges,
+    RequestHeaders,
+    decide,
+    etag_header,
+    http_date,
+    repr_digest_header,
+)
+from kci_storage.store.objects import Content, FileContent
+from kci_storage.wsgi.exchange import SentFile, SentSegments
+
+Headers = list[tuple[str, str]]
+
+EXPOSED_HEADERS = (
+    "Accept-Ranges, Content-Disposition, Content-Encoding, Content-Length, Content-Range, ETag, Last-Modified, "
+    "Repr-Digest, Retry-After, X-Cache, X-Request-ID"
+)
+# Public answers may be read by scripts of any site; a token is never sent by a browser on its own.
+CORS_HEADERS = (
+    ("Access-Control-Allow-Origin", "*"),
+    ("Access-Control-Expose-Headers", EXPOSED_HEADERS),
+)
+NOSNIFF = ("X-Content-Type-Options", "nosniff")
+STATUS_LINES = {
+    200: "200 OK",
+    206: "206 Partial Content",
+    304: "304 Not Modified",
+    412: "412 Precondition Failed",
+    416: "416 Range Not Satisfiable",
+}
+SEND_DIRECTLY = "HTTP_X_SEND_DIRECTLY"  # nginx could not open the file: it was replaced meanwhile, or may not be read
+_PLAIN_RANGE = re.compile(r"bytes=(?:[0-9]{1,15}-[0-9]{0,15}|-[0-9]{1,15})")
+REMEMBERED_VERSIONS = 10_000  # of which the headers are kept ready; about 1 KiB each
+
+
+class Response(NamedTuple):
+    """A WSGI response."""
+
+    status: int
+    headers: Headers
+    body: Iterable[bytes]
+
+
+class Purpose(enum.Enum):
+    """What a file is asked for, which its query may say."""
+
+    DOWNLOAD = "download"  # as it is; a browser shows what is safe to show
+    ATTACHMENT = "attachment"  # to be saved: ?download=1
+    READING = "reading"  # a compressed text, to be shown: ?view=1
+
+
+class Responder:
+    """Makes the responses to downloads.
+
+    :param cache_control: what they all say to caches.
+    :param cache_directory: where the copies lie.
+    :param accel_redirect: nginx's internal location over that folder, if nginx in front sends the copies; else empty.
+    """
+
+    def __init__(self, cache_control: str, cache_directory: Path, accel_redirect: str = ""):
+        self._common = (("Cache-Control", cache_control), NOSNIFF, *CORS_HEADERS)
+        self._cache_directory = cache_directory
+        self._accel_redirect = accel_redirect
+
+    def respond(self, content: Content, environ: dict[str, Any], conditions: RequestHeaders) -> Response:
+        """The response to a ``GET`` or ``HEAD`` of an object (RFC 9110, sections 13 and 14).
+
+        It owns the content from now on: the body's end closes it.
+
+        :raises ObjectChanged: the version is gone; nothing has been sent.
+        """
+        info, method = content.info, environ["REQUEST_METHOD"]
+        decision = decide(method, conditions, info.etag, info.last_modified, info.size)
+        headers = [*_validators(info), ("X-Cache", content.status.value), *self._common]
+        if decision.status in (304, 412):
+            content.close()
+            if decision.status == 412:  # a 304 never has a body, and no length of one
+                headers.append(("Content-Length", "0"))
+            return Response(decision.status, headers, ())
+        if decision.status == 416:
+            content.close()
+            return _unsatisfiable(info, headers, environ)
+        headers += _descriptors(info, purpose(environ["QUERY_STRING"]))
+        if self._accel_redirect and isinstance(content, FileContent) and content.path is not None:
+            if _nginx_agrees(environ, conditions, decision):
+                return self._handed_over(content, content.path, headers, decision)
+        if len(decision.ranges) > 1:
+            return _several_ranges(content, decision.ranges, headers, environ["wsgi.file_wrapper"])
+        return _one_range(content, decision, headers, method, environ["wsgi.file_wrapper"])
+
+    def _handed_over(self, content: FileContent, path: str, headers: Headers, decision: Decision) -> Response:
+        """nginx sends the file, or the part of it that the request's ``Range`` asks for; the worker is free."""
+        location = self._accel_redirect + os.path.relpath(path, self._cache_directory)
+        content.close()
+        if decision.status == 200:  # with a 206, nginx does not say it by itself
+            headers = [header for header in headers if header[0] != "Accept-Ranges"]
+        return Response(200, [*headers, ("X-Accel-Redirect", location), ("Content-Length", "0")], ())
+
+
+def _nginx_agrees(environ: dict[str, Any], conditions: RequestHeaders, decision: Decision) -> bool:
+    """Whether nginx, given the file, makes the same of the request.
+
+    It does not know the version's ETag, so it can judge no condition; and what it makes of odd and of several ranges
+    is its own.
+    """
+    if environ["REQUEST_METHOD"] != "GET" or SEND_DIRECTLY in environ:
+        return False
+    if conditions != RequestHeaders(range=conditions.range):
+        return False
+    if conditions.range is None:
+        return decision.status == 200
+    return decision.status == 206 and _PLAIN_RANGE.fullmatch(conditions.range) is not None
+
+
+@functools.lru_cache(REMEMBERED_VERSIONS)
+def _validators(info: ObjectInfo) -> tuple[tuple[str, str], ...]:
+    """What every answer says of the version."""
+    return (
+        ("ETag", etag_header(info.etag)),
+        ("Last-Modified", http_date(info.last_modified)),
+        ("Accept-Ranges", "bytes"),
+    )
+
+
+@functools.lru_cache(REMEMBERED_VERSIONS)
+def _descriptors(info: ObjectInfo, asked_for: Purpose) -> tuple[tuple[str, str], ...]:
+    """What the answers with content say of it."""
+    unpacked_type = media.for_reading(info.content_type, info.key) if asked_for is Purpose.READING else None
+    if unpacked_type is not None:
+        return (
+            ("Content-Type", unpacked_type),
+            ("Content-Encoding", "gzip"),
+            ("Content-Disposition", media.disposition(info.key[: -len(".gz")], unpacked_type)),
+            *_digest(info),
+        )
+    content_type = media.for_download(info.content_type, info.key)
+    return (
+        ("Content-Type", content_type),
+        ("Content-Disposition", media.disposition(info.key, content_type, asked_for is Purpose.ATTACHMENT)),
+        *_digest(info),
+    )
+
+
+def _digest(info: ObjectInfo) -> tuple[tuple[str, str], ...]:
+    """The digest of the whole file, whatever part of it is sent, and as it is stored (RFC 9530, section 3)."""
+    return (("Repr-Digest", repr_digest_header(info.sha256)),) if info.sha256 is not None else ()
+
+
+def purpose(query: str) -> Purpose:
+    """What a query string asks for.
+
+    >>> purpose("a=b&download=1"), purpose("view=1"), purpose("")
+    (<Purpose.ATTACHMENT: 'attachment'>, <Purpose.READING: 'reading'>, <Purpose.DOWNLOAD: 'download'>)
+    """
+    if query:
+        fields = parse_qs(query)
+        if fields.get("download", [""])[-1] == "1":
+            return Purpose.ATTACHMENT
+        if fields.get("view", [""])[-1] == "1":
+            return Purpose.READING
+    return Purpose.DOWNLOAD
+
+
+def _unsatisfiable(info: ObjectInfo, headers: Headers, environ: dict[str, Any]) -> Response:
+    """The answer to a range that lies beyond the end (RFC 9110, 15.5.17)."""
+    content_type, text = problems.body(
+        416, "Range Not Satisfiable", f"the file has {info.size} bytes", environ.get("HTTP_ACCEPT")
+    )
+    headers += (
+        ("Content-Range", f"bytes */{info.size}"),
+        ("Content-Type", content_type),
+        ("Content-Length", str(len(text))),
+    )
+    return Response(416, headers, () if environ["REQUEST_METHOD"] == "HEAD" else (text,))
+
+
+def _one_range(
+    content: Content, decision: Decision, headers: Headers, method: str, wrap_file: Callable[..., Iterable[bytes]]
+) -> Response:
+    """The whole object, or one part of it."""
+    size = content.info.size
+    wanted = decision.ranges[0] if decision.ranges else ByteRange(0, size)
+    if decision.status == 206:
+        headers.append(("Content-Range", wanted.content_range(size)))
+    headers.append(("Content-Length", str(wanted.length)))
+    if method == "HEAD":
+        content.close()
+        return Response(decision.status, headers, ())
+    if isinstance(content, FileContent):
+        return Response(decision.status, headers, wrap_file(SentFile(content.fd, wanted.start, content.close)))
+    return Response(decision.status, headers, _arriving(content, wanted, wrap_file))
+
+
+def _several_ranges(
+    content: Content, ranges: tuple[ByteRange, ...], headers: Headers, wrap_file: Callable[..., Iterable[bytes]]
+) -> Response:
+    """Several parts, as ``multipart/byteranges``; those of a file by ``sendfile``."""
+    part_type = dict(headers)["Content-Type"]
+    body = MultipartRanges(ranges, content.info.size, part_type, secrets.token_hex(16))
+
+    def pieces(read: Callable[[int, int], Iterator[bytes | Region]]) -> Iterator[bytes | Region]:
+        for segment in body.segments:
+            if isinstance(segment, bytes):
+                yield segment
+            else:
+                yield from read(segment.start, segment.stop)
+
+    headers = [header for header in headers if header[0] != "Content-Type"]
+    headers += (("Content-Type", body.content_type), ("Content-Length", str(body.content_length)))
+    if isinstance(content, FileContent):
+        file = SentSegments(pieces(content.segments), content.fd, content.close)
+        return Response(206, headers, wrap_file(file))
+    return Response(206, headers, _Pieces(content, _begun(pieces(content.read))[1]))
+
+
+def _arriving(content: Content, wanted: ByteRange, wrap_file: Callable[..., Iterable[bytes]]) -> Iterable[bytes]:
+    """A body that is not all here: by ``sendfile`` where it comes through a file."""
+    first, segments = _begun(content.segments(wanted.start, wanted.stop))
+    if isinstance(first, Region):
+        return wrap_file(SentSegments(segments, first.fd, content.close))
+    return _Pieces(content, segments)
+
+
+def _begun(segments: Iterator[Any]) -> tuple[Any, Iterator[Any]]:
+    """The first segment, and all of them. It is waited for, so that an error can still become a proper answer."""
+    first = next(segments, b"")
+    return first, itertools.chain((first,), segments)
+
+
+class _Pieces:
+    """A body of bytes. A generator would not close the content of a body that nobody begins to read."""
+
+    def __init__(self, content: Content, pieces: Iterator[Any]):
+        self._content = content
+        self._pieces = pieces
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self._pieces
+
+    def close(self) -> None:
+        self._content.close()

@@ -1,0 +1,441 @@
+"""deploy/prometheus, deploy/grafana and docs/monitoring.md: rules that fire when they should, and no query in vain.
+
+A real Prometheus with the deployed configuration scrapes a real server; what it then answers shows whether a rule or
+a panel asks for something that is there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import shutil
+import struct
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+import yaml
+from prometheus_client.parser import text_string_to_metric_families
+
+import kci_storage
+from kci_storage.errors import TABLE
+from tests.support.azurite import Azurite
+from tests.support.cold import Bench, cold_bench
+from tests.support.faultproxy import CONTENT, Say
+from tests.support.harness import START_SECONDS, STOP_SECONDS, reserve_port, wait_until
+from tests.support.wire import SECONDS, Wire, get, new_folder, put, request
+
+ROOT = Path(kci_storage.__file__).parent.parent
+PROMETHEUS = ROOT / "deploy/prometheus"
+RULE_FILES = ("kci-storage.recording.yml", "kci-storage.alerts.yml")
+TEST_FILES = sorted(path.name for path in PROMETHEUS.glob("*.test.yml"))
+DASHBOARD = json.loads((ROOT / "deploy/grafana/kci-storage.json").read_text())
+DOCUMENT = (ROOT / "docs/monitoring.md").read_text()
+
+INTERVAL = "2s"  # between two scrapes; a loaded machine answers one in that time, or the next
+ANSWERED_SECONDS = 90  # for which the last of all queries may have no answer
+RESULTS = {row.label for row in TABLE.values()} | {"ok", "hit", "miss", "stale"}
+
+_GROUPING = re.compile(r"\b(?:by|without|on|ignoring|group_left|group_right)\s*\([^)]*\)")
+_SELECTOR = re.compile(r"(?<![\w:$])[a-zA-Z_:][\w:]*(?:\{[^}]*\})?(?![\w:({]|\s*\()")
+_OPERATORS = {"and", "or", "unless", "offset", "bool", "ignoring", "group_left", "group_right"}
+
+
+def rules() -> list[dict[str, Any]]:
+    """Every deployed rule."""
+    documents = [yaml.safe_load((PROMETHEUS / name).read_text()) for name in RULE_FILES]
+    return [rule for document in documents for group in document["groups"] for rule in group["rules"]]
+
+
+ALERTS = {rule["alert"]: rule for rule in rules() if "alert" in rule}
+RECORDED = {rule["record"]: rule for rule in rules() if "record" in rule}
+
+
+def panels() -> list[dict[str, Any]]:
+    """Every panel that shows something."""
+    return [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
+
+
+def queries() -> list[tuple[str, str]]:
+    """Every query of the dashboard as Grafana sends it, and the legend of its series."""
+    targets = [target for panel in panels() for target in panel["targets"]]
+    return [(substituted(target["expr"]), target["legendFormat"]) for target in targets]
+
+
+def substituted(query: str, rate_interval: str = "5m") -> str:
+    """A query with the dashboard's variables replaced as for all servers.
+
+    >>> substituted('rate(a{job="$job",instance=~"$instance"}[$__rate_interval])')
+    'rate(a{job="kci-storage",instance=~".*"}[5m])'
+    """
+    for name, value in (("$job", "kci-storage"), ("$instance", ".*"), ("$__rate_interval", rate_interval)):
+        query = query.replace(name, value)
+    return query
+
+
+def selectors(expression: str) -> set[str]:
+    """The vector selectors in an expression, without their ranges and offsets.
+
+    >>> sorted(selectors('sum by (job, le) (rate(a_total{b=~"x|y"}[10m])) > 0.5 and c:d:e offset 1d or vector(0)'))
+    ['a_total{b=~"x|y"}', 'c:d:e']
+    """
+    return set(_SELECTOR.findall(_GROUPING.sub("", expression))) - _OPERATORS
+
+
+def program(name: str) -> str:
+    """The path of a program of Prometheus; the test is skipped where it is not installed."""
+    found = shutil.which(name)
+    if found is None:
+        pytest.skip(f"{name} is not installed (Debian: prometheus)")
+    return found
+
+
+def promtool(*arguments: str) -> None:
+    """Run promtool in the folder of the rules; fail with what it says, if it does."""
+    run = subprocess.run(
+        [program("promtool"), *arguments], cwd=PROMETHEUS, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    assert run.returncode == 0, run.stdout
+
+
+# The rules
+
+
+def test_promtool_accepts_the_configuration_and_the_rules():
+    promtool("check", "config", "prometheus.yml")
+    promtool("check", "rules", "--lint-fatal", *RULE_FILES)
+
+
+@pytest.mark.parametrize("name", TEST_FILES)
+def test_alerts_fire_when_they_should_and_only_then(name: str):
+    promtool("test", "rules", name)
+
+
+def test_every_alert_is_seen_to_fire_and_not_to_fire():
+    documents = [yaml.safe_load((PROMETHEUS / name).read_text()) for name in TEST_FILES]
+    cases = [case for document in documents for case in document["tests"]]
+    looks = [look for case in cases for look in case.get("alert_rule_test", [])]
+    assert {look["alertname"] for look in looks if look.get("exp_alerts")} == set(ALERTS)
+    assert {look["alertname"] for look in looks if not look.get("exp_alerts")} == set(ALERTS)
+
+
+@pytest.mark.parametrize("name", ALERTS)
+def test_an_alert_says_all_that_is_needed_at_night(name: str):
+    alert = ALERTS[name]
+    assert alert["for"]
+    assert alert["labels"]["severity"] in ("critical", "warning")
+    assert set(alert["annotations"]) == {"summary", "description", "runbook"}
+    assert alert["annotations"]["runbook"] == f"docs/monitoring.md#{name.lower()}"
+    [section] = re.findall(rf"^### {name}\n\n(.*?)(?=^###? |\Z)", DOCUMENT, flags=re.M | re.S)
+    assert section.startswith(f"*{alert['labels']['severity'].capitalize()}.* ")
+
+
+def test_no_alert_is_documented_that_there_is_none_of():
+    assert set(re.findall(r"\bKciStorage\w+", DOCUMENT)) == set(ALERTS)
+    assert set(re.findall(r"\]\(#([a-z]+)\)", DOCUMENT)) <= {name.lower() for name in ALERTS}
+
+
+def test_results_that_are_asked_for_exist():
+    """A pattern with a misspelt label finds the others, so that nobody notices."""
+    text = "\n".join([*(rule["expr"] for rule in rules()), *(query for query, _ in queries())])
+    matchers = set(re.findall(r'result(?:=|!=|=~|!~)"([^"]+)"', text))
+    assert len(matchers) >= 5
+    for pattern in (alternative for matcher in matchers for alternative in matcher.split("|")):
+        assert any(re.fullmatch(pattern, label) for label in RESULTS), pattern
+
+
+# The dashboard
+
+
+def test_the_dashboard_is_of_no_one_installation():
+    assert (DASHBOARD["uid"], DASHBOARD["id"]) == ("kci-storage", None)
+    assert [variable["name"] for variable in DASHBOARD["templating"]["list"]] == ["datasource", "job", "instance"]
+    chosen = {"type": "prometheus", "uid": "${datasource}"}
+    assert all(source == chosen for source in _values(DASHBOARD, "datasource"))
+    assert "__inputs" not in DASHBOARD
+    for query in (target["expr"] for panel in panels() for target in panel["targets"]):
+        assert all('{job="$job",instance=~"$instance"' in selector for selector in selectors(query)), query
+
+
+def _values(document: Any, name: str) -> Iterator[Any]:
+    """All that has that name, at any depth."""
+    if isinstance(document, dict):
+        yield from (document[key] for key in document if key == name)
+        document = list(document.values())
+    if isinstance(document, list):
+        for item in document:
+            yield from _values(item, name)
+
+
+def test_panels_can_be_told_apart_and_understood():
+    numbers = [panel["id"] for panel in DASHBOARD["panels"]]
+    assert len(set(numbers)) == len(numbers)
+    for panel in panels():
+        assert panel["title"] and panel["description"].endswith("."), panel["id"]
+        assert panel["fieldConfig"]["defaults"]["unit"], panel["title"]
+        marks = [target["refId"] for target in panel["targets"]]
+        assert marks and len(set(marks)) == len(marks), panel["title"]
+
+
+def test_panels_do_not_overlap():
+    taken: dict[tuple[int, int], str] = {}
+    for panel in DASHBOARD["panels"]:
+        place = panel["gridPos"]
+        assert place["x"] + place["w"] <= 24, panel["title"]
+        for cell in ((place["x"] + x, place["y"] + y) for x in range(place["w"]) for y in range(place["h"])):
+            assert cell not in taken, f"{panel['title']} lies over {taken[cell]}"
+            taken[cell] = panel["title"]
+    assert {row["title"] for row in DASHBOARD["panels"] if row["type"] == "row"} == {
+        "Traffic", "Latency", "Cache", "Backend", "Uploads", "Disk", "Machine"
+    }  # fmt: skip
+
+
+def test_the_pictures_of_the_dashboard_are_there_and_of_its_layout():
+    """They cannot be taken here: that needs half an hour, and Grafana's components."""
+    for document, name in ((ROOT / "README.md", "dashboard"), (ROOT / "docs/monitoring.md", "dashboard-whole")):
+        assert f"pictures/{name}.png)" in document.read_text()
+    lowest = max(panel["gridPos"]["y"] + panel["gridPos"]["h"] for panel in DASHBOARD["panels"])
+    assert _size("dashboard-whole") == (1600, 38 * lowest - 8 + 2 * 16)  # cells, gaps, margins
+    assert _size("dashboard")[0] == 1600
+
+
+def _size(name: str) -> tuple[int, int]:
+    """Width and height of a picture, in pixels: the beginning of its IHDR (PNG, section 11.2.1)."""
+    content = (ROOT / f"docs/pictures/{name}.png").read_bytes()
+    assert content.startswith(b"\x89PNG") and len(content) < 400 * 1024
+    width, height = struct.unpack(">II", content[16:24])
+    return width, height
+
+
+def test_the_tool_for_the_pictures_draws_every_kind_of_panel_that_there_is():
+    page = (ROOT / "tools/dashboard_picture/page.jsx").read_text()
+    [kinds] = re.findall(r"const KINDS = \{ (.*) \};", page)
+    assert set(re.findall(r"(\w+):", kinds)) == {panel["type"] for panel in panels()}
+
+
+# A real Prometheus over a real server
+
+
+class Scraper:
+    """A running Prometheus."""
+
+    def __init__(self, url: str):
+        self.url = url
+
+    def ask(self, path: str, **parameters: str) -> Any:
+        """The data of an answer of its API; what it cannot parse raises."""
+        response = requests.get(f"{self.url}/api/v1/{path}", params=parameters, timeout=SECONDS)
+        answer = response.json()
+        assert answer["status"] == "success", f"{parameters}: {answer['error']}"
+        return answer["data"]
+
+    def labels(self, query: str) -> list[dict[str, str]]:
+        """The labels of each series that a query gives now."""
+        return [series["metric"] for series in self.ask("query", query=query)["result"]]
+
+    def wait_for_scrapes(self, count: int) -> None:
+        """Wait until so many more have succeeded."""
+        before = self._scrapes()
+        wait_until(lambda: self._scrapes() >= before + count, START_SECONDS, "scrapes")
+
+    def _scrapes(self) -> int:
+        counts = self.ask("query", query="sum_over_time(up[1h])")["result"]
+        return int(counts[0]["value"][1]) if counts else 0
+
+    def without_answer(self, asked: set[str]) -> set[str]:
+        """Those queries that give no series, however long one waits.
+
+        A scrape that came too late on a loaded machine leaves all of them without for a moment.
+        """
+        left = set(asked)
+
+        def all_answered() -> bool:
+            left.difference_update([query for query in left if self.labels(query)])
+            return not left
+
+        with contextlib.suppress(AssertionError):
+            wait_until(all_answered, ANSWERED_SECONDS, "series")
+        return left
+
+
+@pytest.fixture(scope="module")
+def bench(azurite: Azurite, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    """A server that all kinds of things have happened to."""
+    options = {"server": {"workers": 2, "lock_timeout": 3}}
+    with cold_bench(azurite, tmp_path_factory.mktemp("server"), options) as bench:
+        cause_everything(bench)
+        yield bench
+
+
+@pytest.fixture(scope="module")
+def prometheus(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scraper]:
+    """The deployed Prometheus, with what it has scraped of the server before and after something happened there."""
+    with running_prometheus(tmp_path_factory.mktemp("prometheus"), bench.server.port) as scraper:
+        for _ in range(2):
+            scraper.wait_for_scrapes(2)
+            cause_everything(bench)
+        yield scraper
+
+
+def cause_everything(bench: Bench) -> None:
+    """Uploads, hits, misses, a file that is not there, a failing backend, a lock that is not to be had."""
+    server, folder = bench.server, new_folder()
+    put(server, f"{folder}/file", b"content")
+    requests.head(f"{server.url}/{folder}/file", timeout=SECONDS)
+    assert get(server, f"{folder}/file").headers["X-Cache"] == "hit"
+    assert get(server, bench.store(b"content")).headers["X-Cache"] == "miss"
+    assert get(server, f"{folder}/none").status_code == 404
+    assert get(server, f"{folder}/").status_code == 200
+    broken = bench.store(b"content")
+    bench.proxy.inject(Say(500, "InternalError"), CONTENT, broken)
+    assert get(server, broken).status_code >= 500  # 502, or 503 where it is given up sooner
+    with Wire(server) as first:
+        first.send(request("PUT", f"/{folder}/contested", {**server.headers(), "Content-Length": 10}), b"first")
+        wait_until(lambda: server.is_writing(f"{folder}/contested"), SECONDS, "the upload's lock")
+        assert put(server, f"{folder}/contested", b"second").status_code == 409
+        first.send(b"-done")
+        first.answer()
+
+
+@contextlib.contextmanager
+def running_prometheus(folder: Path, port: int, interval: str = INTERVAL) -> Iterator[Scraper]:
+    """Prometheus as deployed, but for the server's address and the intervals."""
+    for name in RULE_FILES:
+        shutil.copy(PROMETHEUS / name, folder)
+    (folder / "prometheus.yml").write_text(configuration(port, interval))
+    with contextlib.closing(reserve_port()) as reserved:
+        address = f"127.0.0.1:{reserved.getsockname()[1]}"
+        command = [program("prometheus"), f"--config.file={folder}/prometheus.yml", f"--web.listen-address={address}"]
+        with (folder / "log").open("wb") as log:
+            process = subprocess.Popen([*command, f"--storage.tsdb.path={folder}/data"], stdout=log, stderr=log)
+        try:
+            wait_until(lambda: _is_ready(process, folder, address), START_SECONDS, "Prometheus' start")
+            yield Scraper(f"http://{address}")
+        finally:
+            process.terminate()
+            process.wait(STOP_SECONDS)
+
+
+def configuration(port: int, interval: str) -> str:
+    """The deployed one, with what has to be other here."""
+    text = (PROMETHEUS / "prometheus.yml").read_text()
+    for old, new in (
+        ("scrape_interval: 15s", f"scrape_interval: {interval}"),
+        ("evaluation_interval: 15s", f"evaluation_interval: {interval}"),
+        ("scrape_timeout: 10s", f"scrape_timeout: {interval}"),
+        ('targets: ["127.0.0.1:3000"]', f'targets: ["127.0.0.1:{port}"]'),
+    ):
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    return text
+
+
+def _is_ready(process: subprocess.Popen[bytes], folder: Path, address: str) -> bool:
+    assert process.poll() is None, (folder / "log").read_text()
+    with contextlib.suppress(requests.RequestException):
+        return requests.get(f"http://{address}/-/ready", timeout=5).ok
+    return False
+
+
+def test_every_rule_is_evaluated_without_an_error(prometheus: Scraper):
+    def evaluated() -> list[dict[str, Any]]:
+        found = [rule for group in prometheus.ask("rules")["groups"] for rule in group["rules"]]
+        return found if all(rule["health"] != "unknown" for rule in found) else []
+
+    found = wait_until(evaluated, START_SECONDS, "the rules' first evaluation")
+    assert {rule["name"]: rule["health"] for rule in found} == dict.fromkeys([*ALERTS, *RECORDED], "ok")
+
+
+def test_every_recording_rule_records_something(prometheus: Scraper):
+    assert prometheus.without_answer({rule["expr"] for rule in RECORDED.values()}) == set()
+    assert prometheus.without_answer(set(RECORDED)) == set()
+
+
+def test_every_alert_watches_something_that_is_there(prometheus: Scraper):
+    for rule in ALERTS.values():
+        prometheus.labels(rule["expr"])
+    watched = {selector for rule in rules() for selector in selectors(rule["expr"])}
+    assert len(watched) > 30
+    assert prometheus.without_answer(watched) == set()
+
+
+def test_what_there_is_to_see_of_a_healthy_server_raises_no_alarm(prometheus: Scraper):
+    """All that fails is far from being often enough, or for long enough."""
+    alerts = prometheus.ask("alerts")["alerts"]
+    assert [alert for alert in alerts if alert["state"] == "firing"] == []
+
+
+def test_no_panel_is_empty(prometheus: Scraper):
+    asked = {query for query, _ in queries()}
+    assert len(asked) > 30
+    assert prometheus.without_answer(asked) == set()
+    assert prometheus.without_answer({selector for query in asked for selector in selectors(query)}) == set()
+
+
+def test_every_legend_names_labels_that_its_series_have(prometheus: Scraper):
+    for query, legend in queries():
+        wanted = set(re.findall(r"\{\{(\w+)\}\}", legend))
+        series = wait_until(lambda query=query: prometheus.labels(query), SECONDS, f"series of {query}")
+        assert all(set(labels) == wanted or wanted == set() for labels in series if "__name__" not in labels), query
+        assert len(series) == 1 or wanted, query
+
+
+def test_the_choices_of_the_dashboard(prometheus: Scraper, bench: Bench):
+    found = {}
+    for variable in DASHBOARD["templating"]["list"][1:]:
+        selector, label = re.fullmatch(r"label_values\((.+), (\w+)\)", variable["definition"]).groups()  # type: ignore[union-attr]
+        assert variable["query"]["query"] == variable["definition"]
+        found[variable["name"]] = prometheus.ask(f"label/{label}/values", **{"match[]": substituted(selector)})
+    assert found == {"job": ["kci-storage"], "instance": [f"127.0.0.1:{bench.server.port}"]}
+
+
+# The documentation
+
+Metrics = dict[str, tuple[str, frozenset[str]]]  # by name: the type, and the labels
+
+
+def shown_metrics(page: str) -> Metrics:
+    """What a page of metrics has."""
+    found: Metrics = {}
+    for family in text_string_to_metric_families(page):
+        name = f"{family.name}_total" if family.type == "counter" else family.name
+        labels = {label for sample in family.samples for label in sample.labels} - {"le"}
+        found[name] = family.type, frozenset(labels)
+    return found
+
+
+def documented_metrics() -> Metrics:
+    """What the documentation's table has."""
+    rows = re.findall(r"^\| `(\w+)` \| (counter|gauge|histogram|summary) \| (.*?) ?\| .+ \|$", DOCUMENT, flags=re.M)
+    return {name: (kind, frozenset(re.findall(r"`(\w+)`", labels))) for name, kind, labels in rows}
+
+
+def test_every_metric_is_documented_and_no_other(bench: Bench):
+    page = requests.get(f"{bench.server.url}/metrics", timeout=SECONDS).text
+    documented = documented_metrics()
+    unseen = documented.pop("flask_http_request_exceptions_total")  # until there is one
+    assert unseen == ("counter", {"method", "status"})
+    assert documented == shown_metrics(page)
+
+
+def test_the_text_names_metrics_that_there_are():
+    documented = set(documented_metrics())
+    named = set(re.findall(r"`((?:kci_storage|flask|storage)_[a-z_]+)`", DOCUMENT)) - {"storage_path"}
+    assert sorted(named - documented) == []
+    for end in re.findall(r"`…([a-z_]+)", DOCUMENT):
+        assert any(name == f"kci_storage_{end}" for name in documented), end
+
+
+def test_the_text_names_what_there_is():
+    for path in re.findall(r"\]\(([\w./-]+)[)#]", DOCUMENT):
+        assert (ROOT / "docs" / path).exists(), path
+    source = "".join(path.read_text() for path in (ROOT / "kci_storage").rglob("*.py"))
+    for event in set(re.findall(r"event=([a-z_]+)", DOCUMENT)):
+        assert re.search(rf'event="?{event}\b', source), event
+    asked = {selector for query in re.findall(r"`(sum by .+?)`", DOCUMENT) for selector in selectors(query)}
+    assert {selector.partition("{")[0] for selector in asked} < set(documented_metrics())
+    assert "](docs/monitoring.md)" in (ROOT / "README.md").read_text()

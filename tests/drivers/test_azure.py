@@ -1,0 +1,824 @@
+"""The Azure driver, over Azurite; and what it does when the backend fails, over a proxy that fails on request."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import logging
+import multiprocessing
+import os
+import socket
+import threading
+import time
+import traceback
+from base64 import b64encode
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+from azure.core.exceptions import ResourceNotFoundError
+from azure.storage.blob import BlobBlock, ContainerClient, ContentSettings, generate_container_sas
+
+from kci_storage.config.settings import Config
+from kci_storage.drivers.azure import driver as azure
+from kci_storage.drivers.azure import errors, reads
+from kci_storage.drivers.azure.driver import AzureDriver
+from kci_storage.drivers.base import Driver, Expectation
+from kci_storage.errors import (
+    BackendError,
+    BackendThrottled,
+    BackendTimeout,
+    ObjectChanged,
+    ObjectNotFound,
+    PreconditionFailed,
+    StorageError,
+    WriteConflict,
+)
+from tests.drivers.contract import (
+    KIB,
+    SOME,
+    DriverContract,
+    content_of,
+    digests_of,
+    get,
+    in_pieces,
+    listed,
+    put,
+)
+from tests.support.azurite import Azurite, running_azurite
+from tests.support.harness import wait_until
+
+BLOCK = 64 * KIB
+SECONDS = 60  # for which a test waits for what comes sooner
+
+
+@pytest.fixture
+def small_sizes(monkeypatch):
+    """A few hundred KiB are many ranges, some dozens of objects many pages; and no test waits for a retry."""
+    monkeypatch.setattr(azure, "RETRY_WAIT", 0.01)
+    monkeypatch.setattr(errors, "RETRY_WAIT", 0.01)
+    monkeypatch.setattr(reads, "READ_SIZE", 64 * KIB)
+    monkeypatch.setattr(reads, "LONG_READ_SIZE", 64 * KIB)
+    monkeypatch.setattr(azure, "LIST_SIZE", 7)
+    monkeypatch.setattr(azure, "NAMES_SIZE", 7)
+
+
+@contextlib.contextmanager
+def closing(driver: AzureDriver) -> Iterator[AzureDriver]:
+    """A driver that is closed at the end."""
+    try:
+        yield driver
+    finally:
+        driver.close()
+
+
+class TestAzureDriver(DriverContract):
+    @pytest.fixture
+    def driver(self, azurite, small_sizes):
+        with closing(AzureDriver(azurite.settings(), block_size=BLOCK)) as driver:
+            yield driver
+
+    @pytest.fixture
+    def production_driver(self, driver, monkeypatch):
+        monkeypatch.undo()
+        with closing(AzureDriver(driver._settings)) as production_driver:
+            yield production_driver
+
+    def begin_read(self, driver, key):
+        # Azurite 3.35 gives, for a moment, the previous version's content under the next one's headers (it takes
+        # these after the content). Asked for a certain version, the driver sees it.
+        return driver.read(key, etag=driver.stat(key).etag)
+
+    def leftovers(self, driver):
+        return list(driver._process.container.list_blob_names())
+
+
+# A proxy between the driver and Azurite
+
+
+@dataclass
+class Request:
+    """A request that came through."""
+
+    method: str
+    path: str  # with the query
+    headers: http.client.HTTPMessage = field(repr=False)
+    number: int  # of all that came through, from 0
+
+    def __str__(self) -> str:
+        return f"{self.method} {next((part for part in self.path.split('?')[-1].split('&') if 'comp=' in part), '')}"
+
+
+@dataclass
+class Answer:
+    """What the backend said, to be changed by a fault."""
+
+    status: int
+    headers: list[tuple[str, str]]
+    body: bytes
+    cut: int | None = None  # bytes of the body after which the connection breaks; -1: before the head
+
+
+class Proxy:
+    """Passes requests on, and remembers them. ``before`` and ``after`` are what a test wants to go wrong."""
+
+    def __init__(self, azurite: Azurite):
+        self.requests: list[Request] = []
+        self.before: Callable[[Request], Answer | None] = lambda request: None  # an answer instead of the backend's
+        self.after: Callable[[Request, Answer], None] = lambda request, answer: None  # changes the backend's answer
+        self.pause: Callable[[], None] = lambda: None  # called for each 64 KiB of a request's body
+        self.upstream = urlsplit(azurite.endpoint)
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler(), bind_and_activate=False)
+        self.server.daemon_threads = True
+        self.server.handle_error = lambda *args: None  # a connection that the driver broke off
+        self.server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 * KIB)
+        self.server.request_queue_size = 128  # else connections time out that come while a busy machine accepts none
+        self.server.server_bind()
+        self.server.server_activate()
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        self.endpoint = self.url + self.upstream.path
+
+    def seen(self) -> list[str]:
+        """The requests so far, each as its method and its ``comp`` parameter."""
+        return [str(request).strip() for request in self.requests]
+
+    def _handler(proxy) -> type[BaseHTTPRequestHandler]:  # noqa: N805
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                request = Request(self.command, self.path, self.headers, len(proxy.requests))
+                proxy.requests.append(request)
+                body = self._body()
+                answer = proxy.before(request)
+                if answer is None:
+                    answer = self._ask(body)
+                    proxy.after(request, answer)
+                self._send(answer)
+
+            do_PUT = do_HEAD = do_DELETE = do_GET
+
+            def _body(self) -> bytes:
+                body = bytearray()
+                while len(body) < int(self.headers.get("Content-Length", 0)):
+                    body += self.rfile.read(min(64 * KIB, int(self.headers["Content-Length"]) - len(body)))
+                    proxy.pause()
+                return bytes(body)
+
+            def _ask(self, body: bytes) -> Answer:
+                connection = http.client.HTTPConnection(proxy.upstream.netloc)
+                with contextlib.closing(connection):
+                    target = urlsplit(self.path)
+                    connection.putrequest(
+                        self.command, target._replace(scheme="", netloc="").geturl(), skip_host=True,
+                        skip_accept_encoding=True,
+                    )  # fmt: skip
+                    for name, value in self.headers.items():  # Host, too, which is not signed
+                        connection.putheader(name, proxy.upstream.netloc if name == "Host" else value)
+                    connection.endheaders(body)
+                    response = connection.getresponse()
+                    return Answer(response.status, response.getheaders(), response.read())
+
+            def _send(self, answer: Answer) -> None:
+                if answer.cut == -1:
+                    self.close_connection = True
+                    return
+                self.send_response_only(answer.status)
+                for name, value in answer.headers:
+                    if name.lower() != "transfer-encoding":
+                        self.send_header(name, value)
+                if self.command != "HEAD" and not any(name.lower() == "content-length" for name, _ in answer.headers):
+                    self.send_header("Content-Length", str(len(answer.body)))
+                self.end_headers()
+                self.wfile.write(answer.body[: answer.cut])
+                self.close_connection = answer.cut is not None
+
+            def log_message(self, *args: Any) -> None:
+                pass
+
+        return Handler
+
+
+@pytest.fixture
+def proxy(azurite: Azurite) -> Iterator[Proxy]:
+    """A proxy in front of the emulator."""
+    proxy = Proxy(azurite)
+    thread = threading.Thread(target=proxy.server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield proxy
+    proxy.server.shutdown()
+    thread.join()
+    proxy.server.server_close()
+
+
+@pytest.fixture
+def driver(azurite: Azurite, proxy: Proxy, small_sizes: None) -> Iterator[AzureDriver]:
+    """A driver that goes through the proxy."""
+    with closing(AzureDriver(azurite.settings(endpoint=proxy.endpoint), block_size=BLOCK)) as driver:
+        yield driver
+
+
+@pytest.fixture
+def other(azurite: Azurite, driver: AzureDriver) -> Iterator[ContainerClient]:
+    """Another program that uses the same container, by the SDK."""
+    with azurite.client(driver._settings.container) as client:
+        yield client
+
+
+def lose_answers(proxy: Proxy, wanted: str) -> None:
+    """Have the first answer to such a request lost on its way."""
+
+    def after(request: Request, answer: Answer) -> None:
+        if proxy.seen().count(wanted) == 1 and str(request).strip() == wanted:
+            answer.cut = -1
+
+    proxy.after = after
+
+
+# How many requests it takes
+
+
+def test_a_small_upload_is_one_request(driver, proxy):
+    put(driver, "a", content_of(BLOCK), "text/plain", Expectation.NOTHING)
+    assert proxy.seen() == ["PUT"]
+    sent = proxy.requests[0].headers
+    assert (sent["x-ms-blob-content-type"], sent["If-None-Match"]) == ("text/plain", "*")
+
+
+def test_a_large_upload_is_its_blocks_and_one_commit(driver, proxy):
+    put(driver, "a", content_of(4 * BLOCK + 1))
+    assert sorted(proxy.seen()) == 5 * ["PUT comp=block"] + ["PUT comp=blocklist"]
+    assert proxy.seen()[-1] == "PUT comp=blocklist"
+
+
+def test_a_small_download_is_one_request(driver, proxy):
+    put(driver, "a", content_of(1000))
+    proxy.requests.clear()
+    get(driver, "a")
+    get(driver, "a", 5, 10)
+    assert proxy.seen() == ["GET", "GET"]
+
+
+def test_a_large_download_is_its_ranges_each_pinned_to_the_version(driver, proxy):
+    etag = put(driver, "a", content_of(4 * BLOCK)).etag
+    proxy.requests.clear()
+    get(driver, "a")
+    assert proxy.seen() == ["GET"] * 4
+    assert [request.headers["If-Match"] for request in proxy.requests] == [None] + [f'"{etag}"'] * 3
+    assert {request.headers["x-ms-range"] for request in proxy.requests} == {
+        f"bytes={start}-{start + BLOCK - 1}" for start in range(0, 4 * BLOCK, BLOCK)
+    }
+
+
+def test_a_reader_that_is_closed_early_asks_for_no_more(driver, proxy):
+    put(driver, "a", content_of(40 * BLOCK))
+    proxy.requests.clear()
+    with driver.read("a") as reader:
+        next(iter(reader))
+    assert proxy.seen() == ["GET"]
+
+
+def test_a_look_and_a_probe_are_one_request_each(driver, proxy):
+    driver.probe()
+    with pytest.raises(ObjectNotFound):
+        driver.stat("nothing")
+    with pytest.raises(ObjectNotFound):
+        driver.read("nothing")
+    assert proxy.seen() == ["HEAD", "HEAD", "GET"]
+
+
+def test_blocks_in_flight_are_few(driver, proxy):
+    release, full = threading.Event(), threading.Event()
+    counting = threading.Lock()
+    in_flight, most = [], []
+
+    def hold(request: Request) -> None:
+        if str(request) == "PUT comp=block":
+            with counting:
+                in_flight.append(request)
+                most.append(len(in_flight))
+            if len(in_flight) == azure.BLOCKS_IN_FLIGHT:
+                full.set()
+            release.wait(SECONDS)
+            with counting:
+                in_flight.remove(request)
+
+    proxy.before = hold
+    content = content_of(20 * BLOCK)
+    upload = threading.Thread(target=put, args=(driver, "a", content))
+    upload.start()
+    assert full.wait(SECONDS)
+    upload.join(0.2)
+    assert upload.is_alive(), "it was not held back"
+    release.set()
+    upload.join()
+    assert max(most) == azure.BLOCKS_IN_FLIGHT
+    assert get(driver, "a") == content
+
+
+# Another program in the same container
+
+
+@pytest.mark.parametrize("other_size", [10, 3 * BLOCK])
+def test_blocks_that_another_commit_dropped_are_staged_again(driver, other, other_size):
+    content = content_of(SOME)
+    other_content = content_of(other_size, 9)
+    with driver.writer("a", "text/plain") as writer:
+        for piece in in_pieces(content):
+            writer.write(piece)
+        wait_for_blocks(other, "a", (SOME - 1) // BLOCK)
+        stage_and_commit(other, "a", other_content)
+        info = writer.commit(digests_of(content), replay=lambda: in_pieces(content))
+    assert get(driver, "a") == content
+    assert driver.stat("a") == info
+
+
+def wait_for_blocks(container: ContainerClient, key: str, count: int) -> None:
+    """Wait until the backend has that many blocks of an upload."""
+    blob = container.get_blob_client(key)
+
+    def arrived() -> bool:
+        with contextlib.suppress(ResourceNotFoundError):
+            return len(blob.get_block_list("uncommitted")[1]) == count
+        return False
+
+    wait_until(arrived, SECONDS, f"{count} blocks")
+
+
+def stage_and_commit(container: ContainerClient, key: str, content: bytes) -> None:
+    """An upload of another program, in blocks."""
+    blob = container.get_blob_client(key)
+    ids = [f"{number:048}" for number in range(0, len(content), BLOCK)]
+    for number, block_id in enumerate(ids):
+        blob.stage_block(block_id, content[number * BLOCK : (number + 1) * BLOCK])
+    blob.commit_block_list([BlobBlock(block_id) for block_id in ids])
+
+
+def test_dropped_blocks_without_a_copy_to_send_again_are_a_conflict(driver, other):
+    content = content_of(SOME)
+    with driver.writer("a", "text/plain") as writer:
+        writer.write(content)
+        wait_for_blocks(other, "a", (SOME - 1) // BLOCK)
+        stage_and_commit(other, "a", b"other")
+        with pytest.raises(WriteConflict):
+            writer.commit(digests_of(content))
+    assert get(driver, "a") == b"other"
+
+
+def test_a_writer_that_is_overtaken_again_and_again_gives_up(driver, other, proxy):
+    content = content_of(SOME)
+
+    def overtake(request: Request) -> None:
+        if str(request) == "PUT comp=blocklist":
+            stage_and_commit(other, "a", b"other")
+
+    proxy.before = overtake
+    with pytest.raises(WriteConflict):
+        put(driver, "a", content)
+    assert proxy.seen().count("PUT comp=blocklist") == 3
+    assert get(driver, "a") == b"other"
+
+
+@pytest.mark.parametrize("block_id", [b"\xff" * 9, b"12345678", b"x" * 20, b"y" * 64])
+def test_blocks_that_another_program_left_are_in_nobodys_way(driver, other, block_id):
+    leave_block(other, "a", block_id)
+    content = content_of(10 * BLOCK)
+    put(driver, "a", content)
+    assert get(driver, "a") == content
+
+
+def leave_block(container: ContainerClient, key: str, block_id: bytes) -> None:
+    """An upload that another program gave up. (The SDK's own method takes ids of text only; uploads use others.)"""
+    stage_block = container.get_blob_client(key)._client.block_blob.stage_block
+    stage_block(b64encode(block_id).decode(), 8, b"given up")
+
+
+def test_blocks_with_short_ids_are_in_the_way(driver, other):
+    leave_block(other, "a", b"1")
+    with pytest.raises(WriteConflict):
+        put(driver, "a", content_of(SOME))
+
+
+def test_a_replayed_content_must_be_whole(driver, other):
+    content = content_of(SOME)
+    with driver.writer("a", "text/plain") as writer:
+        writer.write(content)
+        wait_for_blocks(other, "a", (SOME - 1) // BLOCK)
+        stage_and_commit(other, "a", b"other")
+        with pytest.raises(BackendError):
+            writer.commit(digests_of(content), replay=lambda: [content[:-1]])
+    assert get(driver, "a") == b"other"
+
+
+def test_a_locked_blob_is_a_conflict(driver, other):
+    put(driver, "a", b"content")
+    other.get_blob_client("a").acquire_lease(60)
+    with pytest.raises(WriteConflict):
+        put(driver, "a", b"new")
+    with pytest.raises(WriteConflict):
+        driver.delete("a")
+    assert get(driver, "a") == b"content"
+
+
+def test_snapshots_are_deleted_with_their_blob(driver, other):
+    put(driver, "a", b"content")
+    other.get_blob_client("a").create_snapshot()
+    driver.delete("a")
+    assert listed(driver) == []
+
+
+def test_what_another_program_stored_is_an_object_too(driver, other):
+    content = content_of(SOME)
+    md5 = digests_of(content).md5
+    other.upload_blob("a", content, content_settings=ContentSettings("x/y", content_md5=bytearray(md5)))
+    info = driver.stat("a")
+    assert (info.content_type, info.md5, info.sha256) == ("x/y", md5, None)
+    with driver.read("a") as reader:
+        assert reader.info == info
+        assert b"".join(reader) == content
+
+
+def test_a_digest_that_is_none_is_not_believed(driver, other):
+    other.upload_blob("a", b"content", metadata={"sha256": "none"})
+    assert driver.stat("a").sha256 is None
+
+
+def test_a_stored_encoding_does_not_change_the_content(driver, other):
+    content = b"\x1f\x8b not really gzip"
+    other.upload_blob("a", content, content_settings=ContentSettings(content_encoding="gzip"))
+    assert get(driver, "a") == content
+    assert get(driver, "a", 2, 5) == content[2:5]
+
+
+def test_invalid_keys_in_the_container_are_not_listed(driver, other):
+    for name in ["a//b", "a/", "v1/x", ".kci/x", "upload", "x" * 256, "folder/good", "folder//bad", "good"]:
+        other.upload_blob(name, b"")
+    assert listed(driver) == listed(driver, details=False) == ["folder/good", "good"]
+    pages = [driver.list(delimiter="/"), driver.list(prefix="folder/", delimiter="/")]
+    assert [page.folders for page in pages] == [("a/", "folder/"), ()]
+
+
+# When the backend fails
+
+
+def test_a_lost_answer_to_a_small_upload_is_no_failure(driver, proxy):
+    lose_answers(proxy, "PUT")
+    info = put(driver, "a", b"content", expected=Expectation.NOTHING)
+    assert proxy.seen() == ["PUT", "PUT", "HEAD"]
+    assert driver.stat("a") == info
+
+
+def test_a_lost_answer_to_a_commit_is_no_failure(driver, proxy):
+    there = put(driver, "a", b"there")
+    lose_answers(proxy, "PUT comp=blocklist")
+    content = content_of(SOME)
+    info = put(driver, "a", content, expected=there.etag)
+    assert proxy.seen().count("PUT comp=blocklist") == 2
+    assert driver.stat("a") == info
+    assert get(driver, "a") == content
+
+
+def test_the_same_content_by_somebody_else_is_not_ours(driver):
+    put(driver, "a", b"content")
+    with pytest.raises(PreconditionFailed):
+        put(driver, "a", b"content", expected=Expectation.NOTHING)
+
+
+def test_a_lost_answer_to_a_block_is_no_failure(driver, proxy):
+    lose_answers(proxy, "PUT comp=block")
+    content = content_of(SOME)
+    put(driver, "a", content)
+    assert get(driver, "a") == content
+
+
+def test_a_lost_answer_to_a_read_is_no_failure(driver, proxy):
+    put(driver, "a", content_of(2 * BLOCK))
+    lose_answers(proxy, "GET")
+    assert get(driver, "a") == content_of(2 * BLOCK)
+    assert proxy.seen().count("GET") == 3
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_a_download_survives_broken_connections(driver, proxy, number):
+    content = content_of(4 * BLOCK)
+    put(driver, "a", content)
+    proxy.requests.clear()
+
+    def cut(request: Request, answer: Answer) -> None:
+        if request.number == number:
+            answer.cut = 1000
+
+    proxy.after = cut
+    assert get(driver, "a") == content
+    assert len(proxy.requests) == 5
+
+
+@pytest.mark.timeout(60)
+def test_a_download_over_a_connection_that_always_breaks_fails(driver, proxy):
+    put(driver, "a", content_of(4 * BLOCK))
+    with driver.read("a") as reader:
+        pieces = iter(reader)
+        assert content_of(BLOCK).startswith(next(pieces))
+        proxy.requests.clear()
+        proxy.after = lambda request, answer: setattr(answer, "cut", 1000)
+        with pytest.raises(BackendError):
+            list(pieces)
+    assert all(request.headers["If-Match"] for request in proxy.requests)
+
+
+def test_a_broken_download_never_goes_on_with_another_version(driver, proxy, other):
+    put(driver, "a", content_of(4 * BLOCK))
+
+    def replace_and_cut(request: Request, answer: Answer) -> None:
+        if request.headers["x-ms-range"] == f"bytes={BLOCK}-{2 * BLOCK - 1}" and not replaced:
+            replaced.append(other.upload_blob("a", content_of(4 * BLOCK, 2), overwrite=True))
+            answer.cut = 1000
+
+    replaced: list[object] = []
+    proxy.after = replace_and_cut
+    with driver.read("a") as reader:
+        pieces = iter(reader)
+        assert content_of(BLOCK).startswith(next(pieces))
+        with pytest.raises(ObjectChanged):
+            list(pieces)
+    assert replaced
+
+
+def test_a_short_answer_is_an_error(driver, proxy):
+    put(driver, "a", content_of(4 * BLOCK))
+
+    def shorten(request: Request, answer: Answer) -> None:
+        answer.body = answer.body[:-1]
+        answer.headers = [header for header in answer.headers if header[0].lower() != "content-length"]
+
+    proxy.after = shorten
+    with pytest.raises(BackendError):
+        get(driver, "a")
+
+
+def test_an_answer_of_another_version_is_an_error(driver, proxy):
+    info = put(driver, "a", content_of(BLOCK))
+
+    def relabel(request: Request, answer: Answer) -> None:
+        answer.headers = [(name, '"0x0"' if name.lower() == "etag" else value) for name, value in answer.headers]
+
+    proxy.after = relabel
+    with pytest.raises(ObjectChanged):
+        get(driver, "a", etag=info.etag)
+
+
+def fail_with(status: int, code: str = "", **headers: str) -> Callable[[Request], Answer]:
+    """The backend answers everything with an error."""
+    sent = [(name.replace("_", "-"), value) for name, value in headers.items()]
+    if code:
+        sent.append(("x-ms-error-code", code))
+    return lambda request: Answer(status, sent, b"")
+
+
+def attempts(driver: Driver) -> Iterator[Callable[[], object]]:
+    """Everything that asks the backend."""
+    yield lambda: driver.stat("a")
+    yield lambda: driver.read("a")
+    yield lambda: driver.delete("a")
+    yield lambda: driver.list()
+    yield lambda: driver.list(details=False)
+    yield lambda: driver.list(delimiter="/")
+    yield lambda: driver.probe()
+    yield lambda: put(driver, "a", b"small")
+    yield lambda: put(driver, "a", content_of(SOME))
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "expected"),
+    [
+        (404, "", BackendError),
+        (404, "ContainerNotFound", BackendError),
+        (404, "ResourceNotFound", BackendError),
+        (401, "NoAuthenticationInformation", BackendError),
+        (403, "AuthenticationFailed", BackendError),
+        (403, "AuthorizationFailure", BackendError),
+        (409, "ContainerBeingDeleted", BackendError),
+        (400, "InvalidHeaderValue", BackendError),
+        (412, "LeaseIdMissing", WriteConflict),
+        (429, "", BackendThrottled),
+        (503, "ServerBusy", BackendThrottled),
+        (500, "OperationTimedOut", BackendThrottled),
+        (500, "InternalError", BackendError),
+        (501, "", BackendError),
+        (302, "", BackendError),
+        (200, "", BackendError),
+    ],
+)
+@pytest.mark.timeout(120)
+def test_only_the_backends_own_word_means_that_an_object_is_missing(driver, proxy, status, code, expected):
+    proxy.before = fail_with(status, code, Location="http://127.0.0.1:1/")
+    for attempt in attempts(driver):
+        with pytest.raises(StorageError) as caught:
+            attempt()
+        assert type(caught.value) is expected, caught.value.detail
+
+
+def test_redirections_are_not_followed(driver, proxy):
+    """A signed request goes to the configured backend and nowhere else."""
+    proxy.before = fail_with(307, Location=f"{proxy.url}/elsewhere")
+    with pytest.raises(BackendError):
+        driver.stat("a")
+    assert len(proxy.requests) == 1
+
+
+def test_a_throttling_backend_says_when_to_come_back(driver, proxy):
+    proxy.before = fail_with(503, "ServerBusy", Retry_After="7")
+    with pytest.raises(BackendThrottled) as caught:
+        driver.stat("a")
+    assert caught.value.retry_after == 7
+
+
+def test_a_failing_backend_is_asked_again(driver, proxy):
+    put(driver, "a", b"content")
+    proxy.requests.clear()
+    proxy.before = lambda request: Answer(500, [], b"") if request.number < azure.RETRIES else None
+    assert driver.stat("a").size == 7
+    assert len(proxy.requests) == azure.RETRIES + 1
+
+
+def test_a_silent_backend_is_a_time_out_and_not_asked_again(azurite, proxy):
+    never = threading.Event()
+    proxy.before = lambda request: never.wait(SECONDS) and None
+    with closing(AzureDriver(azurite.settings(endpoint=proxy.endpoint, read_timeout=1.0))) as driver:
+        for attempt in (lambda: driver.stat("a"), lambda: driver.read("a"), lambda: put(driver, "a", b"content")):
+            proxy.requests.clear()
+            with pytest.raises(BackendTimeout):
+                attempt()
+            wait_until(lambda: proxy.requests, SECONDS, "the request, which a busy machine may read later than that")
+            assert len(proxy.requests) == 1
+    never.set()
+
+
+@pytest.mark.timeout(120)
+def test_a_backend_that_takes_no_connection_is_a_time_out(azurite):
+    with socket.socket() as listener, contextlib.ExitStack() as stack:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for _ in range(2):  # fill its queue, so that the kernel answers no more
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(listener.getsockname())
+        endpoint = f"http://127.0.0.1:{listener.getsockname()[1]}/testaccount"
+        settings = azurite.settings(endpoint=endpoint, container="any", connect_timeout=0.3)
+        with closing(AzureDriver(settings)) as driver, pytest.raises(BackendTimeout):
+            driver.stat("a")
+
+
+def test_a_slow_line_is_no_time_out(azurite, proxy):
+    proxy.pause = lambda: threading.Event().wait(0.03)
+    settings = azurite.settings(endpoint=proxy.endpoint, connect_timeout=1.0)
+    content = content_of(8 * KIB * KIB)
+    with closing(AzureDriver(settings)) as driver:
+        put(driver, "a", content)
+        assert driver.stat("a").size == len(content)
+
+
+@pytest.mark.timeout(120)
+def test_a_dead_backend_is_an_error(tmp_path, small_sizes):
+    with running_azurite(tmp_path) as service, closing(AzureDriver(service.settings(), block_size=BLOCK)) as driver:
+        put(driver, "a", content_of(20 * BLOCK))
+        reader = driver.read("a")
+        pieces = iter(reader)
+        next(pieces)
+        writer = driver.writer("b", "text/plain")
+        writer.write(content_of(3 * BLOCK))
+        service.kill()
+        with pytest.raises(BackendError):
+            list(pieces)
+        with pytest.raises(BackendError):
+            for piece in in_pieces(content_of(20 * BLOCK)):
+                writer.write(piece)
+        reader.close()
+        writer.abort()
+        for attempt in attempts(driver):
+            with pytest.raises(BackendError) as caught:
+                attempt()
+            assert "127.0.0.1" not in caught.value.message
+
+
+# Credentials
+
+
+def sas_token(azurite: Azurite, container: str, permissions: str = "racwdl") -> str:
+    """A token for one container."""
+    expiry = datetime.now(UTC) + timedelta(hours=1)
+    return generate_container_sas(azurite.account, container, azurite.key, permission=permissions, expiry=expiry)
+
+
+def test_reads_are_authorised_for_reading_alone_and_anew_in_time(azurite, monkeypatch):
+    signature = azure._Signature(azurite.settings())
+    token = signature()
+    assert parse_qs(token)["sp"] == ["r"]
+    expires = datetime.fromisoformat(parse_qs(token)["se"][0])
+    assert timedelta(0) < expires - datetime.now(UTC) <= timedelta(seconds=azure.SIGNATURE_SECONDS)
+    assert signature() is token
+    now = time.monotonic()
+    monkeypatch.setattr(azure.time, "monotonic", lambda: now + azure.SIGNATURE_SECONDS / 2 + 1)
+    assert signature() is not token
+
+
+@pytest.mark.parametrize("mark", ["", "?"])
+def test_a_sas_token_for_the_container_is_enough(azurite, mark):
+    container = azurite.new_container()
+    settings = azurite.settings(container=container, key="", sastoken=mark + sas_token(azurite, container))
+    with closing(AzureDriver(settings, block_size=BLOCK)) as driver:
+        driver.probe()
+        for content in (b"small", content_of(SOME)):
+            put(driver, "a?b#c", content)
+            assert get(driver, "a?b#c") == content
+            assert listed(driver) == ["a?b#c"]
+            driver.delete("a?b#c")
+
+
+def test_a_token_that_may_only_read_passes_the_probe(azurite):
+    container = azurite.new_container()
+    settings = azurite.settings(container=container, key="", sastoken=sas_token(azurite, container, "r"))
+    with closing(AzureDriver(settings)) as driver:
+        driver.probe()
+        with pytest.raises(BackendError, match="credentials"):
+            put(driver, "a", b"content")
+
+
+def test_no_credential_is_in_any_error_or_log(azurite, proxy, small_sizes, caplog):
+    caplog.set_level(logging.DEBUG)
+    container = azurite.new_container()
+    token = sas_token(azurite, container, "r")
+    signature = token.rpartition("sig=")[2].partition("&")[0]
+    texts = []
+    for endpoint in (azurite.endpoint, proxy.endpoint, "http://127.0.0.1:1/testaccount"):
+        proxy.after = lambda request, answer: setattr(answer, "cut", -1)
+        for credential in ({"key": "", "sastoken": token}, {"key": "d3Jvbmcga2V5", "sastoken": ""}):
+            settings = azurite.settings(container=container, endpoint=endpoint, **credential)
+            with closing(AzureDriver(settings, block_size=BLOCK)) as driver:
+                for attempt in attempts(driver):
+                    try:
+                        attempt()
+                    except StorageError as exc:
+                        texts += [exc.message, exc.detail or "", *traceback.format_exception(exc)]
+                        assert not set("?/\n") & set(exc.message)
+    texts.append(caplog.text)
+    assert len(texts) > 50
+    for secret in (signature, "sig=", "d3Jvbmcga2V5"):
+        assert not [text for text in texts if secret in text]
+
+
+def test_netrc_and_proxies_of_the_environment(azurite, proxy, tmp_path, monkeypatch):
+    """A proxy is used; a password for the backend's host in ``.netrc``, which requests would send, is not."""
+    settings = azurite.settings(endpoint=f"http://azurite.example/{azurite.account}")
+    (tmp_path / "netrc").write_text("machine azurite.example login user password secret\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("HTTP_PROXY", proxy.url)
+    monkeypatch.setenv("http_proxy", proxy.url)
+    with closing(AzureDriver(settings)) as driver:
+        put(driver, "a", b"content")
+        assert get(driver, "a") == b"content"
+    assert proxy.seen() == ["PUT", "GET"]
+
+
+# Processes and settings
+
+
+def test_a_forked_process_has_connections_of_its_own(azurite):
+    with closing(AzureDriver(azurite.settings())) as driver:
+        contents = {f"object-{number}": content_of(1000, number) for number in range(4)}
+        for key, content in contents.items():
+            put(driver, key, content)
+        fork = multiprocessing.get_context("fork")
+        children = [fork.Process(target=read_often, args=(driver, *item)) for item in contents.items()]
+        for child in children:
+            child.start()
+        read_often(driver, *next(iter(contents.items())))
+        for child in children:
+            child.join()
+        assert [child.exitcode for child in children] == [0] * 4
+        assert list(driver._processes) == [os.getpid()]
+
+
+def read_often(driver: AzureDriver, key: str, content: bytes) -> None:
+    for _ in range(30):
+        assert get(driver, key) == content
+    assert list(driver._processes)[-1] == os.getpid()
+
+
+def test_it_is_made_from_the_configuration(azurite):
+    config = Config(path=Path("config.toml"), azure=azurite.settings())
+    with closing(AzureDriver.from_config(config)) as driver:
+        put(driver, "a", b"content")
+        driver.close()
+        assert get(driver, "a") == b"content", "it may be used again after it was closed"
+
+
+def test_the_default_endpoint_is_azures_own(azurite):
+    settings = azurite.settings(endpoint="", account="someaccount", container="things")
+    with closing(AzureDriver(settings)) as driver:
+        assert driver.blob("a b").url == "https://someaccount.blob.core.windows.net/things/a%20b"

@@ -1,0 +1,399 @@
+"""One holder at a time over threads and processes, although the names come and go; and what the dead leave."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import gc
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+
+from kci_storage.config.settings import CacheConfig, Config, ConfigError
+from kci_storage.drivers.local.driver import LocalDriver
+from kci_storage.errors import BackendError, InsufficientStorage, WriteConflict
+from kci_storage.files import durable
+from kci_storage.files.locks import KEPT, MARKERS, NOBODYS, KeyLocks, Lease
+from kci_storage.server import preflight
+from tests.support.disks import small_disk, use_up_inodes
+from tests.support.peers import Peer, dies, peers
+
+TIMEOUT = 60  # seconds; what is waited for here comes much sooner
+BRIEFLY = 0.05  # seconds to wait for what does not come
+
+
+@pytest.fixture
+def locks(tmp_path: Path) -> Iterator[KeyLocks]:
+    """Locks, none of which may be left in the end."""
+    made = KeyLocks(tmp_path / "locks")
+    yield made
+    assert made.names() == []
+
+
+@pytest.fixture
+def peer() -> Iterator[Peer]:
+    with peers(1) as [one]:
+        yield one
+
+
+# What peers do
+
+_leases: list[Lease] = []
+
+
+@lru_cache
+def locks_in(directory: Path) -> KeyLocks:
+    return KeyLocks(directory)
+
+
+def take(directory: Path, name: str) -> bool:
+    """Take a lock and keep it; whether it was left by a dead holder."""
+    lease = locks_in(directory).try_acquire(name)
+    assert lease is not None
+    _leases.append(lease)
+    return lease.orphaned
+
+
+def let_go() -> None:
+    _leases.pop().release()
+
+
+def is_free(directory: Path, name: str) -> bool:
+    with locks_in(directory).hold_if_free(name) as lease:
+        return lease is not None
+
+
+def wait_for(directory: Path, name: str) -> bool:
+    """Wait for a lock and let it go; whether it was left by a dead holder."""
+    with locks_in(directory).hold(name, TIMEOUT) as lease:
+        return lease.orphaned
+
+
+def count_alone(directory: Path, total: Path, times: int) -> None:
+    """Add to a number in a file so often, in a way that loses additions unless one is alone."""
+    done = 0
+    while done < times:
+        with locks_in(directory).hold_if_free("name") as lease:
+            if lease is None:
+                os.sched_yield()
+                continue
+            before = int(total.read_text() or 0)
+            os.sched_yield()
+            total.write_text(str(before + 1))
+            done += 1
+
+
+class TestExclusion:
+    def test_one_process_at_a_time(self, locks: KeyLocks, tmp_path: Path) -> None:
+        total = tmp_path / "total"
+        total.touch()
+        with peers(3) as others:
+            for other in others:
+                other.start(count_alone, locks.directory, total, 100)
+            for other in others:
+                other.answer()
+        assert total.read_text() == "300"
+
+    def test_one_thread_at_a_time(self, locks: KeyLocks, tmp_path: Path) -> None:
+        total = tmp_path / "total"
+        total.touch()
+        threads = [threading.Thread(target=count_alone, args=(locks.directory, total, 60)) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert total.read_text() == "180"
+
+    def test_two_names_do_not_exclude_each_other(self, locks: KeyLocks, peer: Peer) -> None:
+        with locks.hold("one", TIMEOUT):
+            assert peer.call(is_free, locks.directory, "two")
+            assert not peer.call(is_free, locks.directory, "one")
+
+    def test_it_is_free_after_the_block_and_leaves_no_file(self, locks: KeyLocks, peer: Peer) -> None:
+        with pytest.raises(ZeroDivisionError), locks.hold("name", TIMEOUT):
+            assert locks.names() == ["name"]
+            raise ZeroDivisionError
+        assert locks.names() == []
+        assert peer.call(is_free, locks.directory, "name")
+
+    def test_who_opened_the_file_before_it_was_removed_does_not_hold_the_lock(
+        self, locks: KeyLocks, peer: Peer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The race that the comparison of path and file is for: without it, two would hold the lock."""
+
+        def slow_lock(fd: int) -> bool:
+            monkeypatch.undo()
+            first.release()
+            assert not peer.call(take, locks.directory, "name")
+            return durable.try_lock(fd)
+
+        prepare_markers(locks, 2)
+        first = locks.try_acquire("name")
+        assert first is not None
+        monkeypatch.setattr(durable, "try_lock", slow_lock)
+        assert locks.try_acquire("name") is None
+        peer.call(let_go)
+
+    def test_it_lets_go_of_its_own_file_only(self, locks: KeyLocks, peer: Peer) -> None:
+        """An operator empties the cache directory of a running server."""
+        with locks.hold("name", TIMEOUT):
+            (locks.directory / "name").unlink()
+            locks.directory.rmdir()
+            peer.call(take, locks.directory, "name")
+        assert not is_free(locks.directory, "name")
+        peer.call(let_go)
+
+
+class TestWaiting:
+    def test_it_is_handed_over(self, locks: KeyLocks, peer: Peer) -> None:
+        with locks.hold("name", TIMEOUT):
+            peer.start(wait_for, locks.directory, "name")
+        assert peer.answer() is False
+
+    def test_waiting_ends(self, locks: KeyLocks, peer: Peer) -> None:
+        peer.call(take, locks.directory, "name")
+        with pytest.raises(WriteConflict, match="running for 0.05 seconds"), locks.hold("name", BRIEFLY):
+            pytest.fail("two hold the lock")
+        with locks.hold_if_free("name") as lease:
+            assert lease is None
+        peer.call(let_go)
+
+    def test_a_lock_that_is_free_is_had_without_any_time(self, locks: KeyLocks) -> None:
+        with locks.hold("name", timeout=0) as lease:
+            assert not lease.orphaned
+
+    def test_presence_is_seen_without_taking_it(self, locks: KeyLocks, peer: Peer) -> None:
+        assert not locks.is_present("name")
+        peer.call(take, locks.directory, "name")
+        assert locks.is_present("name")
+        peer.call(let_go)
+        assert not locks.is_present("name")
+
+
+class TestTheDead:
+    def test_their_locks_are_free_at_once_and_marked(self, locks: KeyLocks, peer: Peer) -> None:
+        assert peer.call(take, locks.directory, "name") is False
+        peer.kill()
+        assert locks.names() == ["name"]
+        with locks.hold("name", timeout=0) as lease:
+            assert lease.orphaned
+        with locks.hold("name", timeout=0) as lease:
+            assert not lease.orphaned
+
+    def test_who_waits_for_them_learns_it(self, locks: KeyLocks) -> None:
+        with peers(2) as [holder, waiter]:
+            holder.call(take, locks.directory, "name")
+            waiter.start(wait_for, locks.directory, "name")
+            holder.kill()
+            assert waiter.answer() is True
+
+    def test_who_comes_second_to_what_they_left_does_not_hold_the_lock(
+        self, locks: KeyLocks, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Two open the file of a dead holder; before the second one locks it, the first has seen to it."""
+
+        def slow_lock(fd: int) -> bool:
+            monkeypatch.undo()
+            assert first.call(wait_for, locks.directory, "name") is True
+            assert first.call(take, locks.directory, "name") is False
+            return durable.try_lock(fd)
+
+        with peers(2) as [dead, first]:
+            dead.call(take, locks.directory, "name")
+            dead.kill()
+            prepare_markers(locks, 1)
+            monkeypatch.setattr(durable, "try_lock", slow_lock)
+            assert locks.try_acquire("name") is None
+            first.call(let_go)
+
+    def test_a_holder_that_let_go_in_good_order_is_not_taken_for_dead(
+        self, locks: KeyLocks, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Its file was there when the next one looked for it."""
+
+        def slow_lock(fd: int) -> bool:
+            monkeypatch.undo()
+            first.release()
+            return durable.try_lock(fd)
+
+        prepare_markers(locks, 2)
+        first = locks.try_acquire("name")
+        assert first is not None
+        monkeypatch.setattr(durable, "try_lock", slow_lock)
+        with locks.hold_if_free("name") as lease:
+            assert lease is not None
+            assert not lease.orphaned
+
+    def test_a_holder_that_came_and_died_in_between_is_not_overlooked(
+        self, locks: KeyLocks, peer: Peer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """There was no name when the next one began, but there is when it makes its own."""
+        monkeypatch.setattr(durable, "link", after(lambda: live_and_die(peer, locks), durable.link))
+        with locks.hold_if_free("name") as lease:
+            assert lease is not None
+            assert lease.orphaned
+
+
+def prepare_markers(locks: KeyLocks, count: int) -> None:
+    """Have so many markers of our own, so that none need be made, and locked, when one is wanted."""
+    with contextlib.ExitStack() as held:
+        for number in range(count):
+            held.enter_context(locks.hold(str(number), TIMEOUT))
+
+
+def live_and_die(peer: Peer, locks: KeyLocks) -> None:
+    if peer._process.is_alive():
+        peer.call(take, locks.directory, "name")
+        peer.kill()
+
+
+def after(first, function):
+    """A function before which another is called."""
+
+    def call(*args):
+        first()
+        return function(*args)
+
+    return call
+
+
+class TestMarkers:
+    """The files that the names lead to."""
+
+    def test_one_serves_for_lock_after_lock(self, locks: KeyLocks) -> None:
+        inodes = set()
+        for name in ("one", "two", "one"):
+            with locks.hold(name, TIMEOUT):
+                inodes.add((locks.directory / name).stat().st_ino)
+        assert len(inodes) == 1
+
+    def test_no_more_are_kept_than_are_likely_to_be_used(self, locks: KeyLocks) -> None:
+        prepare_markers(locks, KEPT + 5)
+        assert len(markers(locks)) == KEPT
+
+    def test_those_of_the_dead_are_swept(self, locks: KeyLocks, peer: Peer) -> None:
+        with locks.hold("mine", TIMEOUT):
+            peer.call(is_free, locks.directory, "another")
+            assert locks.sweep() == 0
+            peer.kill()
+            assert locks.sweep() == 1
+            assert not locks_in(locks.directory).try_acquire("mine")
+
+    def test_a_lock_that_nobody_has_seen_to_keeps_its_own(self, locks: KeyLocks, peer: Peer) -> None:
+        peer.call(take, locks.directory, "name")
+        peer.kill()
+        assert locks.sweep() == 0
+        with locks.hold("name", timeout=0) as lease:
+            assert lease.orphaned
+        assert locks.sweep() == 1
+
+    def test_a_fork_has_its_own(self, locks: KeyLocks, peer: Peer) -> None:
+        """A lock of a dead fork would else seem to be held for as long as its parent lives."""
+        peer.call(fork_and_die, locks.directory)
+        with locks.hold("of the fork", timeout=0) as lease:
+            assert lease.orphaned
+        assert peer.call(is_free, locks.directory, "name")
+
+    def test_they_go_with_their_process(self, tmp_path: Path) -> None:
+        made = KeyLocks(tmp_path / "locks")
+        with made.hold("name", TIMEOUT):
+            assert len(markers(made)) == 1
+        del made
+        gc.collect()
+        assert os.listdir(tmp_path / MARKERS) == []
+
+    def test_they_are_made_again(self, locks: KeyLocks) -> None:
+        """An operator empties the cache directory of a running server."""
+        for _ in range(2):
+            with locks.hold("name", TIMEOUT) as lease:
+                assert not lease.orphaned
+            shutil.rmtree(locks.directory.with_name(MARKERS))
+            locks.directory.rmdir()
+
+
+def markers(locks: KeyLocks) -> list[str]:
+    return os.listdir(locks.directory.with_name(MARKERS))
+
+
+def fork_and_die(directory: Path) -> None:
+    def die() -> None:
+        take(directory, "of the fork")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert is_free(directory, "name")  # so that there is a marker
+    assert dies(die)
+
+
+def test_a_full_disk_is_said(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", 1024 * 1024, inodes=20) as disk:
+        locks = KeyLocks(disk / "locks")
+        ballast = use_up_inodes(disk)
+        with pytest.raises(InsufficientStorage), locks.hold("name", TIMEOUT):
+            pytest.fail("there was room")
+        for path in ballast:
+            path.unlink()
+        assert is_free(locks.directory, "name")
+
+
+def test_the_locks_that_are_held_now_are_written_to_the_disk(
+    locks: KeyLocks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced = []
+    real = os.fsync
+
+    def fsync(fd: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{fd}"))
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with locks.hold("name", TIMEOUT):
+        locks.sync()
+    assert synced == [str(locks.directory)]
+
+
+def test_a_folder_that_is_gone_holds_no_locks(tmp_path: Path) -> None:
+    locks = KeyLocks(tmp_path / "locks")
+    locks.directory.rmdir()
+    assert locks.names() == []
+    assert is_free(locks.directory, "name")
+
+
+# File systems that cannot be used
+
+
+@pytest.fixture
+def no_hard_links(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As FAT answers, which not every machine can mount."""
+
+    def link(*args: object, **kwargs: object) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", link)
+
+
+@pytest.mark.usefixtures("no_hard_links")
+def test_a_cache_on_a_file_system_without_hard_links_is_refused_at_the_start(tmp_path: Path):
+    config = Config(tmp_path / "config.toml", driver="local", cache=CacheConfig(directory=tmp_path / "cache"))
+    with pytest.raises(ConfigError, match=r"config.toml: cache.directory: expected .* with hard links"):
+        preflight.usable_cache(config)
+
+
+@pytest.mark.usefixtures("no_hard_links")
+def test_a_local_storage_without_hard_links_is_not_ready(tmp_path: Path):
+    with pytest.raises(BackendError):
+        LocalDriver(tmp_path).probe()
+
+
+def test_a_proof_leaves_nothing_and_is_not_in_the_way_of_another(tmp_path: Path):
+    locks = KeyLocks(tmp_path / "locks")
+    with locks.hold(NOBODYS, 0):
+        locks.prove()
+    assert locks.names() == []
+    locks.prove()
+    assert locks.names() == []

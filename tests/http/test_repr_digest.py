@@ -1,0 +1,80 @@
+"""Downloads say the SHA-256 of the whole file, where the backend knows it (RFC 9530)."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import hashlib
+import secrets
+
+import pytest
+import requests
+
+from tests.support.cold import Bench
+from tests.support.harness import Server
+from tests.support.wire import SECONDS, get, new_folder, put, stored_by_another_program
+
+CONTENT = secrets.token_bytes(3000)
+
+
+def repr_digest(content: bytes) -> str:
+    return f"sha-256=:{base64.b64encode(hashlib.sha256(content).digest()).decode()}:"
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+@pytest.mark.parametrize("wanted", [None, "bytes=10-19", "bytes=0-0,-1"], ids=["all", "part", "parts"])
+def test_every_answer_with_content_says_the_digest_of_the_whole(server: Server, method: str, wanted: str | None):
+    key = f"{new_folder()}/file.bin"
+    put(server, key, CONTENT)
+    headers = {"Range": wanted} if wanted else {}
+    answer = requests.request(method, f"{server.url}/{key}", headers=headers, timeout=SECONDS)
+    assert answer.status_code == (206 if wanted and method == "GET" else 200)
+    assert answer.headers["Repr-Digest"] == repr_digest(CONTENT)
+    exposed = answer.headers["Access-Control-Expose-Headers"].split(", ")
+    assert "Repr-Digest" in exposed
+
+
+def test_it_is_that_of_the_version_that_is_sent(server: Server):
+    key = f"{new_folder()}/file.bin"
+    for content in (b"old", b"new", b"old"):
+        put(server, key, content)
+        assert get(server, key).headers["Repr-Digest"] == repr_digest(content)
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [({"If-None-Match": "*"}, 304), ({"If-Match": '"other"'}, 412), ({"Range": "bytes=3000-"}, 416)],
+)
+def test_answers_without_the_content_do_not_say_it(server: Server, headers: dict[str, str], status: int):
+    """The body of the last one is another: a digest would be a wrong one."""
+    key = f"{new_folder()}/file.bin"
+    put(server, key, CONTENT)
+    answer = get(server, key, headers)
+    assert answer.status_code == status
+    assert "Repr-Digest" not in answer.headers
+
+
+def test_what_is_shown_unpacked_has_the_digest_of_what_is_sent(server: Server):
+    """The content coding belongs to the representation."""
+    key, packed = f"{new_folder()}/build.log.gz", gzip.compress(b"a log")
+    put(server, key, packed)
+    answer = get(server, f"{key}?view=1")
+    assert (answer.headers["Content-Encoding"], answer.content) == ("gzip", b"a log")
+    assert answer.headers["Repr-Digest"] == repr_digest(packed)
+
+
+@pytest.mark.parametrize("digest", ["sha256", "none"])
+def test_misses_and_hits_say_the_same(bench: Bench, digest: str):
+    """Of an object that another program has stored, with or without its SHA-256 in the metadata."""
+    key = bench.store(CONTENT, digest=digest)
+    expected = repr_digest(CONTENT) if digest == "sha256" else None
+    for cache in ("miss", "hit"):
+        answer = get(bench.server, key)
+        assert (answer.headers["X-Cache"], answer.content) == (cache, CONTENT)
+        assert answer.headers.get("Repr-Digest") == expected
+
+
+def test_a_file_that_was_put_there_by_hand_has_none(local_server: Server):
+    key = f"{new_folder()}/file.bin"
+    stored_by_another_program(local_server, key, CONTENT)
+    assert "Repr-Digest" not in get(local_server, key).headers

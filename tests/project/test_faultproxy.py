@@ -1,0 +1,243 @@
+"""The fault proxy itself: it does what it is told to, and nothing else. Else the tests that use it show nothing."""
+
+from __future__ import annotations
+
+import http.client
+import random
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import urlsplit
+
+import pytest
+
+from tests.support.faultproxy import (
+    CONTENT,
+    OTHER,
+    PROPERTIES,
+    PUT,
+    SECONDS,
+    Cut,
+    Delay,
+    Fault,
+    FaultProxy,
+    Flip,
+    Hold,
+    Lie,
+    LieOfAll,
+    Refuse,
+    Say,
+    Shrink,
+    Stall,
+)
+
+CONTENT_BYTES = random.Random(0).randbytes(200_000)  # the same in every process, as the tests' names show it
+
+
+class Backend(BaseHTTPRequestHandler):
+    """Gives the same content for every path, and takes every upload."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        start = int(self.headers.get("Range", "bytes=0-")[6:-1])
+        body = CONTENT_BYTES[start:]
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(body)))
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(CONTENT_BYTES) - 1}/{len(CONTENT_BYTES)}")
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    do_HEAD = do_GET
+
+    def do_PUT(self) -> None:
+        size = int(self.headers["Content-Length"])
+        same = self.rfile.read(size) == CONTENT_BYTES[:size]
+        self.send_response(201 if same else 400)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+class Server(ThreadingHTTPServer):
+    """What serves that."""
+
+    daemon_threads = True
+
+    def handle_error(self, *args: object) -> None:
+        pass  # the proxy has cut the connection
+
+
+@pytest.fixture
+def proxy() -> Iterator[FaultProxy]:
+    """A proxy in front of a backend that never fails."""
+    backend = Server(("127.0.0.1", 0), Backend)
+    threading.Thread(target=backend.serve_forever, args=(0.01,), daemon=True).start()
+    proxy = FaultProxy(f"http://127.0.0.1:{backend.server_address[1]}/account")
+    yield proxy
+    proxy.close()
+    backend.shutdown()
+    backend.server_close()
+
+
+def ask(proxy: FaultProxy, method: str = "GET", key: str = "a/b", **headers: str) -> http.client.HTTPResponse:
+    """The answer's head, on a connection of its own."""
+    connection = http.client.HTTPConnection(urlsplit(proxy.endpoint).netloc, timeout=SECONDS)
+    body = CONTENT_BYTES[:70_000] if method == "PUT" else None
+    connection.request(method, f"/account/container/{key}", body, headers)
+    return connection.getresponse()
+
+
+def received(answer: http.client.HTTPResponse) -> bytes:
+    """What comes of a body until it ends or breaks."""
+    try:
+        return answer.read()
+    except http.client.IncompleteRead as exc:
+        return exc.partial
+
+
+def test_without_faults_everything_passes_and_is_counted(proxy: FaultProxy) -> None:
+    assert ask(proxy).read() == CONTENT_BYTES
+    assert ask(proxy, key="k%C3%A4se", Range="bytes=100-", **{"If-Match": '"x"'}).read() == CONTENT_BYTES[100:]
+    assert ask(proxy, "HEAD").read() == b""
+    assert ask(proxy, "PUT").status == 201
+    assert ask(proxy, key="?restype=container&comp=list").status == 200
+    assert [each.kind for each in proxy.requests] == [CONTENT, CONTENT, PROPERTIES, PUT, OTHER]
+    assert [(each.key, each.start) for each in proxy.requests][:3] == [("a/b", 0), ("käse", 100), ("a/b", 0)]
+    assert [each.if_match for each in proxy.requests] == [None, '"x"', None, None, None]
+    assert proxy.count(CONTENT) == 2
+    assert proxy.body_bytes(CONTENT, "käse") == len(CONTENT_BYTES) - 100
+    assert proxy.body_bytes(PROPERTIES) == 0
+
+
+def test_a_connection_is_kept_for_the_next_request(proxy: FaultProxy) -> None:
+    connection = http.client.HTTPConnection(urlsplit(proxy.endpoint).netloc, timeout=SECONDS)
+    for _ in range(2):
+        connection.request("GET", "/account/container/a")
+        assert connection.getresponse().read() == CONTENT_BYTES
+
+
+@pytest.mark.parametrize(
+    ("fault", "got"),
+    [
+        (Cut(1000), CONTENT_BYTES[:1000]),
+        (Cut(0), b""),
+        (Lie(10), CONTENT_BYTES),
+        (Lie(-10), CONTENT_BYTES[:-10]),
+        (Shrink(10), CONTENT_BYTES[:-10]),
+        (Flip(100_000), CONTENT_BYTES[:100_000] + bytes([CONTENT_BYTES[100_000] ^ 0xFF]) + CONTENT_BYTES[100_001:]),
+    ],
+    ids=lambda value: repr(value) if isinstance(value, Fault) else str(len(value)),
+)
+def test_bodies_are_damaged(proxy: FaultProxy, fault: Fault, got: bytes) -> None:
+    proxy.inject(fault, times=1)
+    assert received(ask(proxy)) == got
+    assert ask(proxy).read() == CONTENT_BYTES
+
+
+@pytest.mark.parametrize(
+    ("fault", "length"), [(Cut(1000), 0), (Lie(10), 10), (Lie(-10), -10), (Shrink(10), -10)], ids=repr
+)
+def test_lengths_are_told(proxy: FaultProxy, fault: Fault, length: int) -> None:
+    proxy.inject(fault)
+    assert int(ask(proxy).headers["Content-Length"]) == len(CONTENT_BYTES) + length
+
+
+def test_the_length_of_the_object_is_told(proxy: FaultProxy) -> None:
+    proxy.inject(LieOfAll(10))
+    answer = ask(proxy, Range="bytes=100-")
+    assert answer.headers["Content-Range"] == f"bytes 100-{len(CONTENT_BYTES) - 1}/{len(CONTENT_BYTES) + 10}"
+    assert answer.read() == CONTENT_BYTES[100:]
+
+
+def test_a_flipped_byte_is_the_objects_not_the_bodys(proxy: FaultProxy) -> None:
+    proxy.inject(Flip(500))
+    assert ask(proxy, Range="bytes=400-").read()[100] == CONTENT_BYTES[500] ^ 0xFF
+    assert ask(proxy, Range="bytes=501-").read() == CONTENT_BYTES[501:]
+
+
+def test_a_cut_is_a_reset_when_told_so(proxy: FaultProxy) -> None:
+    proxy.inject(Cut(0, reset=True))
+    with pytest.raises(ConnectionResetError):
+        ask(proxy).read()
+
+
+def test_refused(proxy: FaultProxy) -> None:
+    proxy.inject(Refuse(), kind=None, times=2)
+    for method in ("GET", "PUT"):
+        with pytest.raises((ConnectionError, http.client.RemoteDisconnected)):
+            ask(proxy, method)
+    assert ask(proxy).read() == CONTENT_BYTES
+
+
+def test_an_answer_of_its_own(proxy: FaultProxy) -> None:
+    proxy.inject(Say(503, "ServerBusy"), kind=PUT)
+    answer = ask(proxy, "PUT")
+    assert (answer.status, answer.headers["x-ms-error-code"]) == (503, "ServerBusy")
+    assert b"<Code>ServerBusy</Code>" in answer.read()
+    assert ask(proxy).status == 200
+
+
+def test_whom_a_fault_befalls(proxy: FaultProxy) -> None:
+    rule = proxy.inject(Say(404, "BlobNotFound"), key="a", skip=1, times=2)
+    statuses = [ask(proxy, key=key).status for key in ("a", "b", "a", "a", "a")]
+    assert statuses == [200, 200, 404, 404, 200]
+    assert rule.hits == 2
+
+
+def test_what_stalls_goes_on_when_it_is_released(proxy: FaultProxy) -> None:
+    rule = proxy.inject(Stall(50_001))
+    answer = ask(proxy)
+    rule.wait_until_reached()
+    assert answer.read(50_001) == CONTENT_BYTES[:50_001]
+    assert proxy.body_bytes(CONTENT) <= 50_001
+    rule.release()
+    assert answer.read() == CONTENT_BYTES[50_001:]
+
+
+def test_what_stalls_is_a_place_in_the_object(proxy: FaultProxy) -> None:
+    rule = proxy.inject(Stall(500), times=1)
+    assert ask(proxy, Range="bytes=501-").read() == CONTENT_BYTES[501:]
+    answer = ask(proxy, Range="bytes=400-")
+    rule.wait_until_reached()
+    assert answer.read(100) == CONTENT_BYTES[400:500]
+    rule.release()
+    assert answer.read() == CONTENT_BYTES[500:]
+
+
+def test_what_is_held_has_not_reached_the_backend(proxy: FaultProxy) -> None:
+    rule = proxy.inject(Hold())
+    answers: list[bytes] = []
+    asking = threading.Thread(target=lambda: answers.append(ask(proxy).read()))
+    asking.start()
+    rule.wait_until_reached()
+    assert answers == [] and proxy.body_bytes(CONTENT) == 0
+    rule.release()
+    asking.join()
+    assert answers == [CONTENT_BYTES]
+
+
+def test_delay_and_bandwidth(proxy: FaultProxy) -> None:
+    proxy.inject(Delay(0.2), times=1)
+    proxy.bandwidth = 500_000
+    started = time.monotonic()
+    assert ask(proxy).read() == CONTENT_BYTES
+    assert time.monotonic() - started >= 0.2 + 0.9 * len(CONTENT_BYTES) / 500_000
+
+
+def test_away_and_back(proxy: FaultProxy) -> None:
+    rule = proxy.inject(Stall(1000), times=1)
+    answer = ask(proxy)
+    rule.wait_until_reached()
+    proxy.go_away()
+    rule.release()
+    assert len(received(answer)) < len(CONTENT_BYTES)
+    with pytest.raises((ConnectionError, http.client.RemoteDisconnected)):
+        ask(proxy)
+    proxy.come_back()
+    assert ask(proxy).read() == CONTENT_BYTES

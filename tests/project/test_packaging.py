@@ -1,0 +1,53 @@
+"""What ``pip install .`` gives."""
+
+from __future__ import annotations
+
+import configparser
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import kci_storage
+
+ROOT = Path(kci_storage.__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    """The wheel that pip builds from this checkout."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    copy = ["setup.cfg", "setup.py", "README.md", "COPYING", "MANIFEST.in"]
+    source.mkdir()
+    shutil.copytree(ROOT / "kci_storage", source / "kci_storage", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in copy:
+        shutil.copy(ROOT / name, source)
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*pip, "--wheel-dir", folder, source], check=True)
+    return zipfile.ZipFile(next(folder.glob("*.whl")))
+
+
+def test_the_wheel_holds_every_module_and_the_type_marker_and_nothing_else(wheel):
+    held = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    written = {str(path.relative_to(ROOT)) for path in (ROOT / "kci_storage").rglob("*") if path.is_file()}
+    assert held == {name for name in written if "__pycache__" not in name}
+
+
+def test_the_wheel_holds_the_licence(wheel):
+    licence = next(name for name in wheel.namelist() if name.endswith("COPYING"))
+    assert wheel.read(licence) == (ROOT / "COPYING").read_bytes()
+
+
+def test_the_wheel_names_the_command_and_the_drivers(wheel):
+    points = configparser.ConfigParser()
+    points.read_string(wheel.read(next(n for n in wheel.namelist() if n.endswith("entry_points.txt"))).decode())
+    assert dict(points["console_scripts"]) == {"kci-storage": "kci_storage.cli.main:main"}
+    assert set(points["kci_storage.drivers"]) == {"azure", "local"}
+
+
+def test_the_wheel_has_the_packages_version(wheel):
+    assert f"-{kci_storage.__version__}-" in Path(wheel.filename).name

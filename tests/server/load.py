@@ -1,0 +1,70 @@
+"""Clients that are there while something else happens to a server."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Iterator
+
+import requests
+
+from tests.support.harness import Server, wait_until
+from tests.support.wire import SECONDS, Wire, new_folder, put, request
+
+MIB = 1 << 20
+
+
+class Load:
+    """Clients that ask without a pause, some on connections of their own for each request, some on one for all."""
+
+    def __init__(self, url: str, content: bytes):
+        self._url = url
+        self._content = content
+        self._done = threading.Event()
+        self.answered = 0
+        self.failures: list[str] = []
+        self._threads = [threading.Thread(target=self._run, args=(keep,)) for keep in (True, True, False, False)]
+
+    def _run(self, keep: bool) -> None:
+        with requests.Session() as session:
+            get: Callable[..., requests.Response] = session.get if keep else requests.get
+            while not self._done.is_set():
+                try:
+                    assert get(self._url, timeout=SECONDS).content == self._content
+                    self.answered += 1
+                except (requests.RequestException, AssertionError) as exc:
+                    self.failures.append(repr(exc))
+
+    def wait_for_more(self, count: int = 50) -> None:
+        """Until so many more requests have been answered."""
+        wanted = self.answered + count
+        wait_until(lambda: self.answered >= wanted or self.failures, SECONDS, "answers")
+
+    def __enter__(self) -> Load:
+        for thread in self._threads:
+            thread.start()
+        self.wait_for_more()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._done.set()
+        for thread in self._threads:
+            thread.join()
+
+
+@contextlib.contextmanager
+def slow_download(server: Server) -> Iterator[Callable[[], None]]:
+    """A download that has begun; the function reads the rest, all of which must come."""
+    content = os.urandom(MIB) * 16
+    key = f"{new_folder()}/large"
+    assert put(server, key, content).status_code == 201
+    with Wire(server, receive_buffer=64 * 1024) as wire:
+        wire.send(request("GET", f"/{key}"))
+        wire.head()
+        begun = wire.read(MIB)
+
+        def finish() -> None:
+            assert begun + wire.read(len(content) - MIB) == content
+
+        yield finish

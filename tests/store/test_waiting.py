@@ -1,0 +1,186 @@
+"""Requests that wait for an upload of their key: they have no thread that others need, and there are not too many.
+
+With two threads and one worker, whoever kept a thread while waiting would keep it from the innocent ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import select
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from kci_storage.errors import WriteConflict
+from kci_storage.files.locks import KeyLocks
+from kci_storage.net import slots
+from tests.archives.test_archive import tar
+from tests.support.azurite import Azurite
+from tests.support.harness import START_SECONDS, Server, running, wait_until
+from tests.support.wire import (
+    FORM_TYPE,
+    SECONDS,
+    Answer,
+    Wire,
+    assert_error,
+    exchange,
+    form,
+    get,
+    new_folder,
+    part,
+    put,
+    request,
+)
+
+THREADS = 2
+MANY = 4 * THREADS
+BEYOND = 4
+
+
+@pytest.fixture(scope="module")
+def server(azurite: Azurite, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One that keeps copies, and has few threads."""
+    document = {
+        "driver": "azure",
+        "azure": dataclasses.asdict(azurite.settings()),
+        "server": {"workers": 1, "threads": THREADS, "lock_timeout": 10 * START_SECONDS},
+    }
+    with running(Server(tmp_path_factory.mktemp("waiting"), document)) as server:
+        yield server
+
+
+def keys() -> list[str]:
+    """Those of a file with a copy, of one that is uploaded all the time, and of another one."""
+    folder = new_folder()
+    return [f"{folder}/{name}" for name in ("hit", "key", "other")]
+
+
+@contextlib.contextmanager
+def stalled(server: Server, key: str) -> Iterator[Wire]:
+    """An upload that holds its key's lock, and does not go on."""
+    with Wire(server) as wire:
+        wire.send(request("PUT", f"/{key}", {**server.headers(), "Content-Length": 5}), b"be")
+        wait_until(lambda: server.is_writing(key), SECONDS, "the upload")
+        yield wire
+
+
+def threads(server: Server) -> int:
+    """How many the worker has."""
+    return psutil.Process(server.worker_pids()[0]).num_threads()
+
+
+def as_put(server: Server, key: str) -> bytes:
+    return request("PUT", f"/{key}", server.headers(), b"later")
+
+
+def as_delete(server: Server, key: str) -> bytes:
+    return request("DELETE", f"/{key}", server.headers())
+
+
+def as_download(server: Server, key: str) -> bytes:
+    return request("GET", f"/{key}")
+
+
+def as_form(server: Server, key: str) -> bytes:
+    body = form(part("path"), part("file0", b"later", key))
+    return request("POST", "/upload", {**server.headers(), **FORM_TYPE}, body)
+
+
+def as_archive(server: Server, key: str) -> bytes:
+    body = form(part("path"), part("archive", tar({key: b"later"}), "a.tar"))
+    return request("POST", "/v1/archive", {**server.headers(), **FORM_TYPE}, body)
+
+
+@pytest.mark.parametrize(
+    ("ask", "statuses"),
+    [
+        (as_put, {200}),
+        (as_delete, {204, 404}),
+        (as_download, {200}),
+        (as_form, {200}),
+        (as_archive, {200}),
+    ],
+    ids=["put", "delete", "download", "form", "archive"],
+)
+def test_who_waits_for_an_upload_is_in_nobodys_way(
+    server: Server, ask: Callable[[Server, str], bytes], statuses: set[int]
+) -> None:
+    hit, key, other = keys()
+    assert put(server, hit, b"hit").status_code == 201
+    with stalled(server, key) as upload, contextlib.ExitStack() as stack:
+        before = threads(server)
+        wires = [stack.enter_context(Wire(server)) for _ in range(MANY)]
+        for wire in wires:
+            wire.send(ask(server, key))
+        wait_until(lambda: threads(server) >= before + MANY - THREADS, SECONDS, "all to wait")
+        answer = get(server, hit)
+        assert (answer.content, answer.headers["X-Cache"]) == (b"hit", "hit")
+        assert put(server, other, b"").status_code == 201
+        upload.send(b"gun")
+        assert upload.answer().status == 201
+        assert {wire.answer().status for wire in wires} <= statuses
+
+
+def test_too_many_do_not_wait(server: Server) -> None:
+    """Those beyond the bound hear of it at once."""
+    hit, key, other = keys()
+    assert put(server, hit, b"hit").status_code == 201
+    with stalled(server, key) as upload, contextlib.ExitStack() as stack:
+        wires = {stack.enter_context(Wire(server)) for _ in range(slots.MAX_RELEASED + BEYOND)}
+        for wire in wires:
+            wire.send(as_download(server, key))
+        wait_until(lambda: len(answered(wires)) == BEYOND, SECONDS, "those who are too many")
+        assert get(server, hit).content == b"hit"
+        assert_refused(server, exchange(server, as_put(server, key)))
+        assert put(server, other, b"").status_code == 201
+        for wire in (refused := answered(wires)):
+            assert_refused(server, wire.answer())
+        upload.send(b"gun")
+        assert {wire.answer().body for wire in wires - refused} == {b"begun"}
+
+
+def answered(wires: set[Wire]) -> set[Wire]:
+    """Those on which something has come."""
+    poll = select.poll()
+    by_descriptor = {wire.fileno(): wire for wire in wires}
+    for descriptor in by_descriptor:
+        poll.register(descriptor, select.POLLIN)
+    return {by_descriptor[descriptor] for descriptor, _ in poll.poll(0)}
+
+
+def assert_refused(server: Server, answer: Answer) -> None:
+    assert_error(answer, 503, server, says=["too many requests wait"])
+    assert answer.headers["Retry-After"] == "5"
+
+
+def test_who_waits_for_one_lock_takes_it_in_order_of_arrival(tmp_path: Path) -> None:
+    """One process's threads; only the first of them looks at the lock."""
+    locks = KeyLocks(tmp_path / "locks")
+    order: list[int] = []
+
+    def wait(number: int) -> None:
+        with locks.hold("name", SECONDS):
+            order.append(number)
+
+    crowd = [threading.Thread(target=wait, args=(number,)) for number in range(MANY)]
+    with locks.hold("name", 0):
+        for number, thread in enumerate(crowd, start=1):
+            thread.start()
+            wait_until(lambda number=number: locks.waiting("name") == number, SECONDS, "it to wait")
+    for thread in crowd:
+        thread.join()
+    assert order == list(range(MANY))
+    assert locks.waiting("name") == 0
+
+
+def test_who_gives_up_lets_the_next_one_look(tmp_path: Path) -> None:
+    locks = KeyLocks(tmp_path / "locks")
+    with locks.hold("name", 0), pytest.raises(WriteConflict), locks.hold("name", 0.05):
+        pass
+    assert locks.waiting("name") == 0
+    with locks.hold("name", 0):
+        pass
