@@ -17,7 +17,9 @@ from benchmarks.measuring import OURS, RATE, BenchError, Measure, PrivateMemory,
 from benchmarks.scale import KIB, MIB, size_text
 from benchmarks.stage import Stage
 from benchmarks.yardsticks import LARGE_BUFFERS, Program
-from kci_storage.cache.directory import CONTENT, FILL, PART, Cache, last_use
+from kci_storage.cache.directory import Cache
+from kci_storage.cache.entry import last_use
+from kci_storage.cache.names import CONTENT, FILL, PART
 from tests.support.harness import Server, wait_until
 
 CLIENTS, CROWD, FOLLOWERS, CONNECTIONS = 16, 50, 64, 16

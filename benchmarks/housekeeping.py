@@ -35,8 +35,11 @@ from typing import Any
 
 import psutil
 
-from kci_storage.cache.directory import FOLDERS, Cache, Record
-from kci_storage.cache.housekeeping import Evictor, recover
+from kci_storage.cache.directory import Cache
+from kci_storage.cache.entry import Record
+from kci_storage.cache.housekeeping import recover
+from kci_storage.cache.limits import Evictor
+from kci_storage.cache.names import FOLDERS
 from kci_storage.config.settings import CacheConfig
 from kci_storage.drivers.base import ObjectInfo
 from tests.support.harness import Server

@@ -165,6 +165,11 @@ TABLE: dict[type[StorageError], Meaning] = {
 }
 
 
+def label(error: BaseException) -> str:
+    """What metrics call an error: its row's label in the table, or ``internal``."""
+    return meaning(error).label if isinstance(error, StorageError) else "internal"
+
+
 def meaning(error: StorageError) -> Meaning:
     """The row of the table for an error; a class that has none takes its parent's.
 

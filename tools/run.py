@@ -18,7 +18,9 @@ from pathlib import Path
 from urllib.parse import quote
 
 from kci_storage.access import tokens
-from kci_storage.config.settings import CONFIG_VARIABLE, DEFAULT_FILE, Config, ConfigError, load, split_bind
+from kci_storage.config.checks import split_bind
+from kci_storage.config.reading import CONFIG_VARIABLE, DEFAULT_FILE, load
+from kci_storage.config.settings import Config, ConfigError
 
 FIRST_CONFIG = """\
 # Written by `make run`. Every key, with its default and help, stands in config.toml.sample.

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from kci_storage.access.admission import Admission
 from kci_storage.access.challenge import Challenge
-from kci_storage.access.tokens import Permissions
+from kci_storage.access.permissions import Permissions
 from kci_storage.retention.tags import Retention
-from kci_storage.wsgi.admission import Admission
 
 if TYPE_CHECKING:
     from kci_storage.access.limits import Ledger

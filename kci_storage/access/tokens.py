@@ -7,15 +7,11 @@ import time
 import unicodedata
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jwt
 
-from kci_storage.errors import Forbidden, Unauthorized
-from kci_storage.keys import Prefix
-
-if TYPE_CHECKING:
-    from kci_storage.config.settings import User
+from kci_storage.errors import Unauthorized
 
 MAX_HEADER = 8192  # characters; a token of ours has some 200
 MIN_SECRET_BYTES = 32  # RFC 7518 section 3.2: as long as the hash
@@ -87,35 +83,6 @@ class Authenticator:
 
     def _decode(self, token: str, secret: str) -> dict[str, Any]:
         return jwt.decode(token, secret, algorithms=_ALGORITHMS, options=_OPTIONS, leeway=self._leeway)
-
-
-class Permissions:
-    """Which keys each user may write and delete.
-
-    :param users: the configuration's ``[[users]]``; entries of one name add up. None at all: everybody may write
-        everywhere.
-    """
-
-    def __init__(self, users: Sequence[User]):
-        self._rules: dict[str, list[Prefix]] = {}
-        for user in users:
-            self._rules.setdefault(user.name, []).extend(map(Prefix.parse, user.prefixes))
-
-    def check(self, email: str, key: str) -> None:
-        """Nothing, when the user may write the key.
-
-        :raises Forbidden: the user may not.
-        """
-        if self._rules and not any(rule.covers(key) for rule in self._rules.get(email, ())):
-            raise Forbidden("this token has no permission for this key", detail=f"{email!r} may not write {key!r}")
-
-    def check_folder(self, email: str, folder: str) -> None:
-        """Nothing, when the user may write some key in the folder; empty: the root.
-
-        :raises Forbidden: the user may write none.
-        """
-        if self._rules and not any(rule.reaches(folder) for rule in self._rules.get(email, ())):
-            raise Forbidden("this token has no permission there", detail=f"{email!r} may not write into {folder!r}")
 
 
 def issue(email: str, secret: str, expires_days: float | None) -> str:

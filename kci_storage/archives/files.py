@@ -7,15 +7,12 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from kci_storage.events import Events
 from kci_storage.files import durable
 from kci_storage.http.multipart import READ_SIZE
 from kci_storage.store.digests import ALONE
 from kci_storage.store.uploads import Stored, Upload, Uploads
-
-if TYPE_CHECKING:
-    from kci_storage.monitoring.metrics import Metrics
 
 UPLOAD_MEMORY = 96 * 1024 * 1024  # bytes that the uploads of one worker's archives may hold, all together
 MOST_HELD = 40 * 1024 * 1024  # bytes that one upload's driver holds at most: the blocks that it has in flight
@@ -55,9 +52,9 @@ class Uploader:
     :param parallelism: files of them that are uploaded at a time.
     """
 
-    def __init__(self, uploads: Uploads, metrics: Metrics, parallelism: int):
+    def __init__(self, uploads: Uploads, events: Events, parallelism: int):
         self.uploads = uploads
-        self.metrics = metrics
+        self.events = events
         self.parallelism = parallelism
         self.memory = Budget(UPLOAD_MEMORY)
         self.threads = ThreadPoolExecutor(parallelism, thread_name_prefix="archive")  # begun as they are needed

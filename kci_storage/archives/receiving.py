@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
 
 from werkzeug.sansio.multipart import Data, Event, Field, File
 
@@ -21,12 +20,11 @@ from kci_storage.archives.run import ArchiveReport, Run
 from kci_storage.archives.staging import Staging
 from kci_storage.archives.unpacking import Limits, Piece, TarReader, decompressed
 from kci_storage.errors import BadArchive, BadForm, BadKey, InsufficientStorage, Overloaded
+from kci_storage.events import Events
 from kci_storage.http.multipart import Body, form_events
 from kci_storage.net import memory, slots
-from kci_storage.store.uploads import LONGEST_PATH_FIELD, Uploads
-
-if TYPE_CHECKING:
-    from kci_storage.monitoring.metrics import Metrics
+from kci_storage.store.form_receiver import LONGEST_PATH_FIELD
+from kci_storage.store.uploads import Uploads
 
 UNPACKED_AT_ONCE = 32  # archives, of one worker; each may need as much memory as its compression allows
 
@@ -38,10 +36,10 @@ class Archives:
     :param parallelism: files of them that are uploaded at a time.
     """
 
-    def __init__(self, uploads: Uploads, metrics: Metrics, limits: Limits, parallelism: int):
+    def __init__(self, uploads: Uploads, events: Events, limits: Limits, parallelism: int):
         self.uploads = uploads
         self.limits = limits
-        self.uploader = Uploader(uploads, metrics, parallelism)
+        self.uploader = Uploader(uploads, events, parallelism)
         self._unpacking = threading.BoundedSemaphore(UNPACKED_AT_ONCE)
 
     def store(self, body: Body, boundary: bytes, plan: ArchivePlan) -> ArchiveReport:

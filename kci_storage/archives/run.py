@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 
+from kci_storage import logfmt
 from kci_storage.archives.files import ArchiveFiles, Extent, held_for
 from kci_storage.archives.staging import StagedFile
 from kci_storage.errors import BackendError, InsufficientStorage, StorageError, WriteConflict
-from kci_storage.monitoring import logs
 from kci_storage.store.uploads import Stored
 
 log = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ class Run:
 
     def _upload(self, key: str, extent: Extent, staged: StagedFile | None, held: int) -> None:
         try:
-            with self._uploader.metrics.uploading():
+            with self._uploader.events.uploading():
                 stored = self._commit(key, staged) if staged else self._store(key, extent)
             if stored is None:
                 self._again[key] = extent
@@ -83,7 +83,7 @@ class Run:
         except StorageError as exc:
             self._failed(key, exc.message, exc)
         except Exception as exc:
-            log.exception(logs.logfmt(event="internal_error", key=key, error=repr(exc)))
+            log.exception(logfmt.line(event="internal_error", key=key, error=repr(exc)))
             self._failed(key, "internal error", exc)
         finally:
             self._uploader.memory.give_back(held)

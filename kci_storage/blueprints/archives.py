@@ -7,6 +7,7 @@ import logging
 
 from flask import Blueprint, Response, g
 
+from kci_storage import logfmt
 from kci_storage.archives.files import ArchivePlan
 from kci_storage.archives.run import ArchiveReport
 from kci_storage.blueprints.context import authenticated, exchange, services
@@ -14,7 +15,6 @@ from kci_storage.blueprints.errors import storage_error
 from kci_storage.blueprints.uploads import admitted_body, form_boundary, log_stored, stored_tags, stored_type
 from kci_storage.errors import StorageError
 from kci_storage.http.multipart import FORM_OVERHEAD
-from kci_storage.monitoring import logs
 
 blueprint = Blueprint("archives", __name__)
 log = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ def answer(status: str, code: int, report: ArchiveReport) -> Response:
 def log_archive(report: ArchiveReport) -> None:
     """What came of an archive, for the log."""
     level = logging.WARNING if report.failures else logging.INFO
-    line = logs.logfmt(
+    line = logfmt.line(
         event="archive_stored", prefix=report.prefix, uploaded=report.uploaded, failed=len(report.failures),
         size=report.size, first_failure=report.failures[0] if report.failures else None, user=exchange().user,
         request_id=exchange().request_id,

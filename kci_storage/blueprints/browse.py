@@ -12,7 +12,7 @@ from markupsafe import Markup
 from kci_storage import keys
 from kci_storage.blueprints.context import exchange, services
 from kci_storage.errors import BadKey, ObjectNotFound
-from kci_storage.http.conditions import prefers_json
+from kci_storage.http.accept import prefers_json
 from kci_storage.http.sizes import readable_size
 from kci_storage.pages import csp
 from kci_storage.pages.directory import TOP, Directory, browse

@@ -10,7 +10,7 @@ from werkzeug.routing import BaseConverter
 from kci_storage.wsgi.exchange import EXCHANGE, Exchange
 
 if TYPE_CHECKING:
-    from kci_storage.app import Services
+    from kci_storage.services import Services
 
 
 class KeyConverter(BaseConverter):

@@ -7,10 +7,10 @@ import logging
 from flask import Flask, Response, request
 from werkzeug.exceptions import HTTPException
 
+from kci_storage import logfmt
 from kci_storage.blueprints.context import exchange
 from kci_storage.errors import StorageError, Unauthorized, meaning
 from kci_storage.http import problems
-from kci_storage.monitoring import logs
 from kci_storage.monitoring.metrics import METHODS
 from kci_storage.wsgi.responder import CORS_HEADERS
 
@@ -57,11 +57,11 @@ def storage_error(error: StorageError) -> Response:
     """The answer that the table of errors gives."""
     kind = meaning(error)
     exchange().failed(error)
-    log.debug(logs.logfmt(event="error", request_id=exchange().request_id), exc_info=error)
+    log.debug(logfmt.line(event="error", request_id=exchange().request_id), exc_info=error)
     response = failure(kind.status, kind.title, error.message)
     if isinstance(error, Unauthorized):
         log.warning(
-            logs.logfmt(
+            logfmt.line(
                 event="auth_failed", reason=error.detail, ip=request.remote_addr, request_id=exchange().request_id
             )
         )
@@ -83,7 +83,7 @@ def http_error(error: HTTPException) -> Response:
 
 def unexpected_error(error: Exception) -> Response:
     """The answer to a defect of ours. The log has the traceback."""
-    log.exception(logs.logfmt(event="internal_error", request_id=exchange().request_id, error=repr(error)))
+    log.exception(logfmt.line(event="internal_error", request_id=exchange().request_id, error=repr(error)))
     return failure(500, "Internal Server Error", "internal error; the request ID leads to it in the server's log")
 
 

@@ -9,23 +9,17 @@ from urllib.parse import quote
 from flask import Blueprint, Response, jsonify, request
 from werkzeug.http import parse_options_header
 
-from kci_storage import keys
+from kci_storage import keys, logfmt
 from kci_storage.blueprints.context import authenticated, exchange, services
 from kci_storage.blueprints.errors import without_body
 from kci_storage.drivers.base import ObjectInfo
 from kci_storage.errors import BadForm, BadRequest
 from kci_storage.http import media
-from kci_storage.http.conditions import (
-    RequestHeaders,
-    conditional_write,
-    etag_header,
-    parse_content_md5,
-    parse_repr_digest,
-    write_allowed,
-)
+from kci_storage.http.conditions import RequestHeaders, conditional_write, etag_header, write_allowed
+from kci_storage.http.digest_fields import parse_content_md5, parse_repr_digest
 from kci_storage.http.multipart import FORM_OVERHEAD, too_large
-from kci_storage.monitoring import logs
-from kci_storage.store.uploads import ExpectedDigests, FormPlan, Stored
+from kci_storage.store.form_receiver import FormPlan, store_form
+from kci_storage.store.uploads import ExpectedDigests, Stored
 from kci_storage.wsgi.exchange import RequestBody
 
 blueprint = Blueprint("uploads", __name__)
@@ -43,7 +37,7 @@ def upload() -> Response:
         plan = FormPlan(
             admit=lambda key: permissions.check(email, key), content_type=stored_type(), tags=stored_tags(email)
         )
-        return report(services().uploads.store_form(body, boundary, plan), 200)
+        return report(store_form(services().uploads, body, boundary, plan), 200)
 
 
 @blueprint.put("/<path:path>")
@@ -68,7 +62,7 @@ def delete(path: str) -> Response:
     key = keys.for_put(request.environ["PATH_INFO"])
     services().permissions.check(email, key)
     services().objects.delete(key, replacement_rule())
-    log.info(logs.logfmt(event="deleted", key=key, user=email, request_id=exchange().request_id))
+    log.info(logfmt.line(event="deleted", key=key, user=email, request_id=exchange().request_id))
     return without_body(204)
 
 
@@ -161,7 +155,7 @@ def log_stored(stored: Stored, user: str | None, request_id: str) -> None:
     """Have the log say who stored a file."""
     info = stored.info
     log.info(
-        logs.logfmt(
+        logfmt.line(
             event="stored", key=info.key, size=info.size, sha256=stored.sha256, user=user, request_id=request_id
         )
     )

@@ -24,103 +24,36 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
-import json
 import os
-import re
-import secrets
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
+from kci_storage.cache.entry import Entry, Record, Usage, last_use, new_record
+from kci_storage.cache.names import (
+    CONTENT,
+    DIGEST,
+    FILL,
+    FOLDERS,
+    LOCKS,
+    OURS,
+    PART,
+    RECORD,
+    SPOOL,
+    Location,
+    digest_of,
+    new_generation,
+)
 from kci_storage.drivers.base import ObjectInfo
 from kci_storage.errors import InsufficientStorage
-from kci_storage.files import durable
+from kci_storage.files import counters, durable
 from kci_storage.files.locks import KeyLocks, Lease
 
-RECORD, CONTENT, PART, FILL = ".json", ".data", ".part", ".fill"
-LOCKS, SPOOL = "locks", "spool"
 TOUCH_INTERVAL = 300  # seconds; a hit renews a content file's access time at most this often
 REMEMBERED_RECORDS = 20_000  # per process; about 1 KiB each
-FOLDERS = tuple(f"{number:02x}" for number in range(256))
-DIGEST = re.compile(r"[0-9a-f]{128}")
-OURS = re.compile(r"[0-9a-f]{128}\.")  # how the names of the cache's own files start
-
-
-class Slot(NamedTuple):
-    """Where a key's files lie."""
-
-    digest: str
-    stem: str  # the path that all of the key's files start with
-
-    @property
-    def record(self) -> Path:
-        """The path of the record."""
-        return Path(self.stem + RECORD)
-
-    @property
-    def fill(self) -> Path:
-        """The path of the claim of who fetches the object."""
-        return Path(self.stem + FILL)
-
-    def content(self, generation: str) -> Path:
-        """The path of one generation's content."""
-        return Path(f"{self.stem}.{generation}{CONTENT}")
-
-    def part(self, generation: str) -> Path:
-        """Its path while it is on its way in."""
-        return Path(f"{self.stem}.{generation}{PART}")
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """What is known of a cached object, and which file holds it."""
-
-    info: ObjectInfo
-    generation: str
-    validated: float  # seconds since the epoch: when the backend was last known to have this version
-    doubtful: bool = False  # a writer died, or failed in its commit: ask the backend before serving this
-
-    def to_json(self) -> bytes:
-        """The record as its file holds it."""
-        fields = {
-            "info": self.info.to_fields(),
-            "generation": self.generation,
-            "validated": self.validated,
-            "doubtful": self.doubtful,
-        }
-        return json.dumps(fields, ensure_ascii=False).encode()
-
-    @classmethod
-    def from_json(cls, data: bytes) -> Record:
-        """Read a record.
-
-        :raises ValueError: it is not one.
-        """
-        try:
-            fields = json.loads(data)
-            return cls(**{**fields, "info": ObjectInfo.from_fields(fields["info"])})
-        except (TypeError, KeyError) as exc:
-            raise ValueError(f"not a cache record: {exc}") from exc
-
-
-class Entry(NamedTuple):
-    """A hit: a record and its content, opened. The caller closes ``fd``."""
-
-    record: Record
-    fd: int
-    path: str
-
-
-class Usage(NamedTuple):
-    """How much the cache holds."""
-
-    files: int
-    size: int  # bytes
-    changes: int = 0  # how often it has changed
 
 
 class _Own(threading.local):
@@ -139,23 +72,23 @@ class Cache:
         self.directory = directory
         self.spool_directory = directory / SPOOL
         self.locks = KeyLocks(directory / LOCKS)
-        self.usage = durable.SharedCounters(directory / "usage", len(Usage._fields))
+        self.usage = counters.SharedCounters(directory / "usage", len(Usage._fields))
         self._own = _Own()
         self._remembered: dict[str, tuple[Record, str]] = {}  # with the content's path, by key
         durable.make_directory(self.spool_directory)
 
-    def slot(self, key: str) -> Slot:
+    def location(self, key: str) -> Location:
         """Where the key's files lie."""
-        return self._slot_of_digest(hashlib.sha512(key.encode()).hexdigest())
+        return self._location_of_digest(hashlib.sha512(key.encode()).hexdigest())
 
-    def _slot_of_digest(self, digest: str) -> Slot:
-        return Slot(digest, f"{self.directory}/{digest[:2]}/{digest}")
+    def _location_of_digest(self, digest: str) -> Location:
+        return Location(digest, f"{self.directory}/{digest[:2]}/{digest}")
 
     # Reading: no lock, and nobody is asked
 
     def has_copy(self, key: str) -> bool:
         """Whether there is a copy of the object, as far as one look at the directory can tell."""
-        return self.slot(key).record.exists()
+        return self.location(key).record.exists()
 
     def lookup(self, key: str) -> Entry | None:
         """The copy of the object, opened, or None.
@@ -167,24 +100,24 @@ class Cache:
             entry = self._open(*remembered)
             if entry is not None:
                 return entry
-        return self._lookup_afresh(self.slot(key), key)
+        return self._lookup_afresh(self.location(key), key)
 
-    def _lookup_afresh(self, slot: Slot, key: str) -> Entry | None:
+    def _lookup_afresh(self, location: Location, key: str) -> Entry | None:
         while True:
             self._remembered.pop(key, None)
-            record = self._read_record(slot)
+            record = self._read_record(location)
             if record is None:
                 return None
             if record.info.key != key:
-                self._remove_broken(slot, record)
+                self._remove_broken(location, record)
                 return None
-            entry = self._open(record, f"{slot.stem}.{record.generation}{CONTENT}")
+            entry = self._open(record, f"{location.stem}.{record.generation}{CONTENT}")
             if entry is not None:
                 self._remember(key, entry)
                 return entry
             # Overwritten between the two looks, then the next look finds another record; or broken.
-            if self._read_record(slot) == record:
-                self._remove_broken(slot, record)
+            if self._read_record(location) == record:
+                self._remove_broken(location, record)
                 return None
 
     def _remember(self, key: str, entry: Entry) -> None:
@@ -192,16 +125,16 @@ class Cache:
             self._remembered.clear()
         self._remembered[key] = entry.record, entry.path
 
-    def _read_record(self, slot: Slot) -> Record | None:
+    def _read_record(self, location: Location) -> Record | None:
         try:
-            with open(f"{slot.stem}{RECORD}", "rb", 0) as file:  # most often it is not there: no detour by a Path
+            with open(f"{location.stem}{RECORD}", "rb", 0) as file:  # most often it is not there: no detour by a Path
                 data = file.readall()
         except FileNotFoundError:
             return None
         try:
             return Record.from_json(data)
         except ValueError:
-            self._remove_broken(slot, None)
+            self._remove_broken(location, None)
             return None
 
     def _open(self, record: Record, path: str) -> Entry | None:
@@ -223,20 +156,20 @@ class Cache:
         if now - status.st_atime > TOUCH_INTERVAL:
             durable.set_access_time(fd, status, now)
 
-    def _remove_broken(self, slot: Slot, record: Record | None) -> None:
+    def _remove_broken(self, location: Location, record: Record | None) -> None:
         """Remove an entry that cannot be served, unless somebody is at work on it or has replaced it.
 
         :param record: what was read; None: what could not be read.
         """
-        with contextlib.suppress(InsufficientStorage), self._writing_if_free(slot) as free:
-            if free and self._parse(slot) == record:
-                self._unlink_entry(slot, record)
+        with contextlib.suppress(InsufficientStorage), self._writing_if_free(location) as free:
+            if free and self._parse(location) == record:
+                self._unlink_entry(location, record)
 
     @staticmethod
-    def _parse(slot: Slot) -> Record | None:
+    def _parse(location: Location) -> Record | None:
         """The record, or None when there is none that can be read."""
         with contextlib.suppress(FileNotFoundError, ValueError):
-            return Record.from_json(slot.record.read_bytes())
+            return Record.from_json(location.record.read_bytes())
         return None
 
     # Writing
@@ -248,34 +181,34 @@ class Cache:
         :param timeout: seconds to wait for it.
         :raises WriteConflict: it was held by others all that time.
         """
-        slot = self.slot(key)
-        with self.locks.hold(slot.digest, timeout) as lease:
-            self._heal(slot, lease)
+        location = self.location(key)
+        with self.locks.hold(location.digest, timeout) as lease:
+            self._heal(location, lease)
             yield
 
     def writing_if_free(self, key: str) -> contextlib.AbstractContextManager[bool]:
         """Hold the key's lock during the block if it is free now; the block gets whether it is."""
-        return self._writing_if_free(self.slot(key))
+        return self._writing_if_free(self.location(key))
 
     @contextlib.contextmanager
-    def _writing_if_free(self, slot: Slot) -> Iterator[bool]:
-        with self.locks.hold_if_free(slot.digest) as lease:
+    def _writing_if_free(self, location: Location) -> Iterator[bool]:
+        with self.locks.hold_if_free(location.digest) as lease:
             if lease is not None:
-                self._heal(slot, lease)
+                self._heal(location, lease)
             yield lease is not None
 
-    def _heal(self, slot: Slot, lease: Lease) -> None:
+    def _heal(self, location: Location, lease: Lease) -> None:
         """See to what a writer has left that died with the lock."""
         if lease.orphaned:
-            self._doubt(slot)
-            self._clear(slot)
+            self._doubt(location)
+            self._clear(location)
 
     def is_being_written(self, key: str) -> bool:
         """Whether an upload or deletion of the key is running. One that died is cleared away."""
-        slot = self.slot(key)
-        if not self.locks.is_present(slot.digest):
+        location = self.location(key)
+        if not self.locks.is_present(location.digest):
             return False
-        with self._writing_if_free(slot) as free:
+        with self._writing_if_free(location) as free:
             return not free
 
     def new_part(self, key: str, generation: str | None = None) -> durable.NewFile:
@@ -284,7 +217,7 @@ class Cache:
         :param generation: which it will be; None: nobody knows yet.
         :raises InsufficientStorage: the disk is full.
         """
-        return durable.NewFile(self.slot(key).part(generation or new_generation()))
+        return durable.NewFile(self.location(key).part(generation or new_generation()))
 
     def new_spool(self) -> durable.NewFile:
         """A file for a form part whose key is not known yet.
@@ -306,8 +239,8 @@ class Cache:
 
         :raises InsufficientStorage: the disk is full. The old copy is gone then, and the part is to be discarded.
         """
-        slot, new = self.slot(info.key), new_record(info)
-        with self._replacing(slot, new) as old, self._new_record(slot, new) as file:
+        location, new = self.location(info.key), new_record(info)
+        with self._replacing(location, new) as old, self._new_record(location, new) as file:
             self._put_in_place(part, file, old, new)
 
     def publish_filled(self, part: durable.NewFile, record: Record, file: durable.NewFile) -> None:
@@ -315,18 +248,18 @@ class Cache:
 
         :param file: the record, written, under a temporary name, which the caller closes.
         """
-        with self._replacing(self.slot(record.info.key), record) as old:
+        with self._replacing(self.location(record.info.key), record) as old:
             self._put_in_place(part, file, old, record)
 
     @contextlib.contextmanager
-    def _replacing(self, slot: Slot, new: Record) -> Iterator[Record | None]:
+    def _replacing(self, location: Location, new: Record) -> Iterator[Record | None]:
         """The record that is to be replaced during the block. If that fails, there is no copy any more."""
-        old = self._parse(slot)
+        old = self._parse(location)
         try:
             yield old
         except BaseException:
-            self._unlink_content(slot, new)
-            self._unlink_entry(slot, old)
+            self._unlink_content(location, new)
+            self._unlink_entry(location, old)
             raise
 
     def _put_in_place(self, part: durable.NewFile, file: durable.NewFile, old: Record | None, new: Record) -> None:
@@ -335,19 +268,19 @@ class Cache:
         The disk is waited for twice: for content and record, and then for both their names. If it has but one of
         these when the power fails, no copy is found; what a record names is whole.
         """
-        slot = self.slot(new.info.key)
+        location = self.location(new.info.key)
         durable.flush_together(part, file)  # what follows cannot fail for want of room
-        part.take_name(slot.content(new.generation))
+        part.take_name(location.content(new.generation))
         self._count(1, new.info.size)
-        self._unlink_old_content(slot, old, keep=new)
-        file.take_name(slot.record)
-        durable.sync_directory(slot.record.parent)
+        self._unlink_old_content(location, old, keep=new)
+        file.take_name(location.record)
+        durable.sync_directory(location.record.parent)
         part.close()
 
     @staticmethod
-    def _new_record(slot: Slot, record: Record) -> durable.NewFile:
+    def _new_record(location: Location, record: Record) -> durable.NewFile:
         """A record, but for its name; it is not flushed."""
-        file = durable.NewFile(Path(f"{slot.stem}.{record.generation}{RECORD}{PART}"))
+        file = durable.NewFile(Path(f"{location.stem}.{record.generation}{RECORD}{PART}"))
         try:
             file.write(record.to_json())
         except BaseException:
@@ -357,82 +290,85 @@ class Cache:
 
     def remove(self, key: str) -> bool:
         """Remove the copy, for good; whether there was one. The caller holds the key's lock."""
-        slot = self.slot(key)
-        there = self._unlink_entry(slot, self._parse(slot))
+        location = self.location(key)
+        there = self._unlink_entry(location, self._parse(location))
         if there:
             with contextlib.suppress(InsufficientStorage):  # it is removed, until a loss of power at least
-                durable.sync_directory(slot.record.parent)
+                durable.sync_directory(location.record.parent)
         return there
 
     def remove_version(self, record: Record) -> None:
         """Remove the copy if it is still this one, and nobody is at work on it."""
-        self._remove_broken(self.slot(record.info.key), record)
+        self._remove_broken(self.location(record.info.key), record)
 
     def doubt(self, key: str) -> None:
         """Nobody knows what the backend has. The caller holds the key's lock.
 
         The copy is checked before it is served again (with a full disk, removed), and no running fill is published.
         """
-        self._doubt(self.slot(key))
+        self._doubt(self.location(key))
 
-    def _doubt(self, slot: Slot) -> None:
-        self._revoke_fill(slot)
-        record = self._parse(slot)
+    def _doubt(self, location: Location) -> None:
+        self._revoke_fill(location)
+        record = self._parse(location)
         if record is None or record.doubtful:
             return
         try:
-            self._replace_record(slot, record, replace(record, generation=new_generation(), doubtful=True))
+            self._replace_record(location, record, replace(record, generation=new_generation(), doubtful=True))
         except InsufficientStorage:
-            self._unlink_entry(slot, record)
+            self._unlink_entry(location, record)
 
     def confirm(self, record: Record) -> None:
         """The backend still has this version: a doubt is settled, unless somebody is at work on the entry."""
         if not record.doubtful:
             return
-        slot = self.slot(record.info.key)
-        with contextlib.suppress(InsufficientStorage), self._writing_if_free(slot) as free:
-            if free and self._parse(slot) == record:
+        location = self.location(record.info.key)
+        with contextlib.suppress(InsufficientStorage), self._writing_if_free(location) as free:
+            if free and self._parse(location) == record:
                 confirmed = replace(record, generation=new_generation(), doubtful=False, validated=time.time())
-                self._replace_record(slot, record, confirmed)
+                self._replace_record(location, record, confirmed)
 
-    def _replace_record(self, slot: Slot, old: Record, new: Record) -> None:
+    def _replace_record(self, location: Location, old: Record, new: Record) -> None:
         """Put another record in place of one of the same content. Cut off in between, it leaves a broken entry.
 
         :raises InsufficientStorage: the disk is full.
         """
-        with self._new_record(slot, new) as record, contextlib.suppress(FileNotFoundError):  # a broken entry already
+        with (
+            self._new_record(location, new) as record,
+            contextlib.suppress(FileNotFoundError),
+        ):  # a broken entry already
             record.flush()  # what follows cannot fail for want of room
             # A new generation, so that no process goes on with the record it remembers.
-            durable.rename(slot.content(old.generation), slot.content(new.generation))
-            record.publish(slot.record)
+            durable.rename(location.content(old.generation), location.content(new.generation))
+            record.publish(location.record)
 
     def revoke_fill(self, key: str) -> None:
         """Keep a fill of the key that is running from being published: it may have read the old version."""
-        self._revoke_fill(self.slot(key))
+        self._revoke_fill(self.location(key))
 
     @staticmethod
-    def _revoke_fill(slot: Slot) -> None:
-        durable.remove(slot.fill)
+    def _revoke_fill(location: Location) -> None:
+        durable.remove(location.fill)
 
-    def _unlink_entry(self, slot: Slot, record: Record | None) -> bool:
+    def _unlink_entry(self, location: Location, record: Record | None) -> bool:
         """Remove the content and its record, in this order; whether there was a record.
 
         :param record: None: there is none, or none that can be read.
         """
-        self._unlink_old_content(slot, record)
-        return durable.remove(slot.record)
+        self._unlink_old_content(location, record)
+        return durable.remove(location.record)
 
-    def _unlink_old_content(self, slot: Slot, old: Record | None, keep: Record | None = None) -> None:
+    def _unlink_old_content(self, location: Location, old: Record | None, keep: Record | None = None) -> None:
         """See that no process goes on with a record that it remembers.
 
         :param old: the present record; None: there is none, or none that can be read.
         :param keep: a record whose content is to stay.
         """
-        if not self._unlink_content(slot, old) and slot.record.exists():  # a broken one: it names no content
-            self._remove_strays(slot, keep)
+        if not self._unlink_content(location, old) and location.record.exists():  # a broken one: it names no content
+            self._remove_strays(location, keep)
 
-    def _unlink_content(self, slot: Slot, record: Record | None) -> bool:
-        there = record is not None and durable.remove(slot.content(record.generation))
+    def _unlink_content(self, location: Location, record: Record | None) -> bool:
+        there = record is not None and durable.remove(location.content(record.generation))
         if record is not None and there:
             self._count(-1, -record.info.size)
         return there
@@ -442,27 +378,27 @@ class Cache:
         with contextlib.suppress(InsufficientStorage):  # the next walk corrects it
             self.usage.add(files, size, 1)
 
-    def _clear(self, slot: Slot) -> int:
+    def _clear(self, location: Location) -> int:
         """Remove the files of a key that no record names and nobody holds; how many. The caller holds its lock."""
-        record = self._parse(slot)
-        parts = [Path(file.path) for file in self._files(slot) if file.name.endswith(PART)]
-        removed = sum(map(durable.remove_if_unlocked, parts)) + self._remove_strays(slot, record)
-        if record is None or not slot.content(record.generation).exists():
-            removed += durable.remove(slot.record)
+        record = self._parse(location)
+        parts = [Path(file.path) for file in self._files(location) if file.name.endswith(PART)]
+        removed = sum(map(durable.remove_if_unlocked, parts)) + self._remove_strays(location, record)
+        if record is None or not location.content(record.generation).exists():
+            removed += durable.remove(location.record)
         return removed
 
-    def _remove_strays(self, slot: Slot, keep: Record | None) -> int:
-        kept = slot.content(keep.generation).name if keep else None
-        strays = [file for file in self._files(slot) if file.name.endswith(CONTENT) and file.name != kept]
+    def _remove_strays(self, location: Location, keep: Record | None) -> int:
+        kept = location.content(keep.generation).name if keep else None
+        strays = [file for file in self._files(location) if file.name.endswith(CONTENT) and file.name != kept]
         for file in strays:
             size = file.stat().st_size
             durable.remove(Path(file.path))
             self._count(-1, -size)
         return len(strays)
 
-    def _files(self, slot: Slot) -> list[os.DirEntry[str]]:
-        with contextlib.suppress(FileNotFoundError), os.scandir(slot.record.parent) as files:
-            return [file for file in files if file.name.startswith(slot.digest)]
+    def _files(self, location: Location) -> list[os.DirEntry[str]]:
+        with contextlib.suppress(FileNotFoundError), os.scandir(location.record.parent) as files:
+            return [file for file in files if file.name.startswith(location.digest)]
         return []
 
     def evict(self, content: Path, used: float) -> bool:
@@ -471,22 +407,22 @@ class Cache:
         :param content: its content file.
         :param used: seconds since the epoch; when that was used last as far as the caller knows.
         """
-        slot = self._slot_of_digest(digest_of(content.name))
-        with self._writing_if_free(slot) as free:
+        location = self._location_of_digest(digest_of(content.name))
+        with self._writing_if_free(location) as free:
             status = _status(content)
             if not free or status is None or last_use(status) != used:
                 return False
-            record = self._parse(slot)
-            if record is not None and slot.content(record.generation) == content:
-                return self._unlink_entry(slot, record)
-            return self._clear(slot) > 0
+            record = self._parse(location)
+            if record is not None and location.content(record.generation) == content:
+                return self._unlink_entry(location, record)
+            return self._clear(location) > 0
 
     # Recovery and invariants
 
     def recover_locks(self) -> None:
         """See to what writers have left that died, and clear their locks away."""
         for name in self.locks.names():
-            with self._writing_if_free(self._slot_of_digest(name)):
+            with self._writing_if_free(self._location_of_digest(name)):
                 pass
         self.locks.sweep()
 
@@ -546,17 +482,17 @@ class Cache:
             if not _is_entry(group):
                 # What cannot be removed, or locked on a full disk, must not keep the rest from being so.
                 with contextlib.suppress(OSError, InsufficientStorage):
-                    removed += self._sweep_slot(self._slot_of_digest(digest), group)
+                    removed += self._sweep_location(self._location_of_digest(digest), group)
         return removed
 
-    def _sweep_slot(self, slot: Slot, names: list[str]) -> int:
-        claims = [slot.record.with_name(name) for name in names if name.endswith(FILL)]
+    def _sweep_location(self, location: Location, names: list[str]) -> int:
+        claims = [location.record.with_name(name) for name in names if name.endswith(FILL)]
         removed = sum(map(durable.remove_if_unlocked, claims))
-        record = self._parse(slot)
+        record = self._parse(location)
         rest = {name for name in names if not name.endswith(FILL)}
-        if rest and (record is None or rest != {slot.record.name, slot.content(record.generation).name}):
-            with self._writing_if_free(slot) as free:  # a writer is between two renames more often than dead
-                removed += self._clear(slot) if free else 0
+        if rest and (record is None or rest != {location.record.name, location.content(record.generation).name}):
+            with self._writing_if_free(location) as free:  # a writer is between two renames more often than dead
+                removed += self._clear(location) if free else 0
         return removed
 
     def check(self) -> list[str]:
@@ -569,58 +505,38 @@ class Cache:
         wrong += [f"a spool file is left: {path.name}" for path in self._spools()]
         files = size = 0
         for digest, group in _by_digest(itertools.chain.from_iterable(map(self._scan, FOLDERS))).items():
-            wrong += self._check_slot(self._slot_of_digest(digest), group)
+            wrong += self._check_location(self._location_of_digest(digest), group)
         for _, status in self.contents():
             files, size = files + 1, size + status.st_size
         if (files, size) != self.usage.read()[:2]:
             wrong.append(f"usage says {self.usage.read()[:2]}, but there are {files} files, {size} bytes")
         return wrong
 
-    def _check_slot(self, slot: Slot, names: list[str]) -> list[str]:
-        record = self._parse(slot)
-        content = slot.content(record.generation).name if record else None
+    def _check_location(self, location: Location, names: list[str]) -> list[str]:
+        record = self._parse(location)
+        content = location.content(record.generation).name if record else None
         wrong = []
         for name in names:
             if name.endswith((PART, FILL)):
                 wrong.append(f"a temporary file is left: {name}")
-            elif name == slot.record.name:
-                wrong += self._check_record(slot, record)
+            elif name == location.record.name:
+                wrong += self._check_record(location, record)
             elif name != content:
                 wrong.append(f"no record names this file: {name}")
         return wrong
 
-    def _check_record(self, slot: Slot, record: Record | None) -> list[str]:
+    def _check_record(self, location: Location, record: Record | None) -> list[str]:
         if record is None:
-            return [f"a record cannot be read: {slot.digest}"]
-        if self.slot(record.info.key) != slot:
+            return [f"a record cannot be read: {location.digest}"]
+        if self.location(record.info.key) != location:
             return [f"a record is under another key's name: {record.info.key!r}"]
         try:
-            size = slot.content(record.generation).stat().st_size
+            size = location.content(record.generation).stat().st_size
         except FileNotFoundError:
             return [f"a record has no content: {record.info.key!r}"]
         if size != record.info.size:
             return [f"the content of {record.info.key!r} has {size} bytes, its record says {record.info.size}"]
         return []
-
-
-def new_record(info: ObjectInfo) -> Record:
-    """The record of a version that the backend has now."""
-    return Record(info, new_generation(), validated=time.time())
-
-
-def new_generation() -> str:
-    """A name for a content file that no other one has."""
-    return secrets.token_hex(8)
-
-
-def digest_of(name: str) -> str:
-    """The SHA-512 of the key that a file is of, by the file's name."""
-    return name.partition(".")[0]
-
-
-def last_use(status: os.stat_result) -> float:
-    """When a content file was written or, to within :data:`TOUCH_INTERVAL`, read; seconds since the epoch."""
-    return max(status.st_atime, status.st_mtime)
 
 
 def _status(file: Path | os.DirEntry[str]) -> os.stat_result | None:

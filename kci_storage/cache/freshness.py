@@ -11,14 +11,12 @@ import logging
 import threading
 import time
 from concurrent.futures import Future
-from typing import TYPE_CHECKING
 
-from kci_storage.cache.directory import Cache, Record
+from kci_storage.cache.directory import Cache
+from kci_storage.cache.entry import Record
 from kci_storage.drivers.base import Driver
 from kci_storage.errors import ObjectNotFound, StorageError
-
-if TYPE_CHECKING:
-    from kci_storage.monitoring.metrics import Metrics
+from kci_storage.events import Events
 
 log = logging.getLogger(__name__)
 
@@ -42,10 +40,10 @@ class Freshness:
     :param period: seconds for which a check holds; 0: for ever.
     """
 
-    def __init__(self, driver: Driver, cache: Cache, metrics: Metrics, period: float):
+    def __init__(self, driver: Driver, cache: Cache, events: Events, period: float):
         self._driver = driver
         self._cache = cache
-        self._metrics = metrics
+        self._events = events
         self._period = period
         self._good_until: dict[str, float] = {}  # by generation; seconds since the epoch
         self._running: dict[str, Future[Verdict]] = {}  # by generation
@@ -95,7 +93,7 @@ class Freshness:
         try:
             verdict = self._compare(record)
         finally:
-            self._metrics.revalidated(verdict.value)
+            self._events.revalidated(verdict.value)
             with self._mutex:
                 self._away = verdict is Verdict.UNKNOWN
                 self._quiet_until = time.monotonic() + QUIET if self._away else 0.0

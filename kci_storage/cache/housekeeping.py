@@ -11,30 +11,26 @@ cache is walked in the thread of the fill that asks, since starting a process wo
 from __future__ import annotations
 
 import contextlib
-import heapq
 import logging
 import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
-from kci_storage.cache.directory import Cache, Usage, last_use
+from kci_storage.cache.directory import Cache
+from kci_storage.cache.entry import Usage
+from kci_storage.cache.limits import STEP, Candidate, Evictor
 from kci_storage.config.settings import CacheConfig
 from kci_storage.errors import InsufficientStorage, WriteConflict
+from kci_storage.events import Events
 from kci_storage.files import durable
 from kci_storage.files.jobs import Job, JobStopped
 
-if TYPE_CHECKING:
-    from kci_storage.monitoring.metrics import Metrics
-
 log = logging.getLogger(__name__)
-
-YOUNGEST = 60  # seconds; what was written or used since is not evicted
-STEP = 20  # candidates that are evicted, or handed over, in one go
 PAUSE = 0.002  # seconds: a fill's own evicting gives way to requests after each step
 ELECTION_INTERVAL = 5  # seconds between two tries to become the one who does it
 SWEEP_INTERVAL = 24 * 3600  # seconds; a sweep also finds what workers left that died while the server ran
@@ -42,26 +38,7 @@ STOP_SECONDS = 5.0  # for which a process waits for its housekeeping to end
 ROOM_TIMEOUT = 3  # seconds that a fill waits for room, and so do its clients; then it does without the cache
 SMALL = 1000  # files that are looked at in less time than a process needs to start
 REMEMBERED = 10_000  # candidates of one walk that are kept for the next fills; about 0.4 KiB each
-INODES = 2  # of one copy: its record and its content
 ROOM_LOCK, LEADER_LOCK = "room.lock", "housekeeping.lock"
-
-
-class Candidate(NamedTuple):
-    """A copy that may be evicted; they sort by their last use."""
-
-    used: float  # seconds since the epoch
-    content: str  # the path of its content
-    size: int  # bytes
-
-
-class Shortfall(NamedTuple):
-    """How much has to go; nothing where a number is not positive."""
-
-    files: int
-    size: int  # bytes
-
-    def __bool__(self) -> bool:
-        return self.files > 0 or self.size > 0
 
 
 # What takes its time; in a worker it would be felt, so these are jobs
@@ -88,111 +65,6 @@ def least_recently_used(limits: CacheConfig, count: int) -> Iterator[list[Candid
         yield chosen[start : start + STEP]
 
 
-class Evictor:
-    """What has to go, and what may.
-
-    :param limits: the ``[cache]`` section.
-    """
-
-    def __init__(self, cache: Cache, limits: CacheConfig):
-        self._cache = cache
-        self._limits = limits
-
-    # What the limits ask for
-
-    def over(self) -> bool:
-        """Whether a limit is crossed."""
-        return bool(self._beyond(Usage(0, 0), self._disk_missing(self._limits.low_disk_percent)))
-
-    def to_recover(self) -> Shortfall:
-        """What has to go once one was crossed."""
-        return self._beyond(Usage(0, 0), self._disk_missing(self._limits.recover_disk_percent))
-
-    def missing_for(self, size: int) -> Shortfall:
-        """What has to go so that a file of ``size`` bytes can come."""
-        disk = os.statvfs(self._cache.directory)
-        return self._beyond(Usage(1, size), Shortfall(0, size - disk.f_bavail * disk.f_frsize))
-
-    def _beyond(self, more: Usage, on_disk: Shortfall) -> Shortfall:
-        """What has to go so that ``more`` can come.
-
-        :param on_disk: what has to go for the disk's sake.
-        """
-        files, size, _ = self._cache.usage.read()
-        too_many_files = files + more.files - self._limits.max_files
-        too_many_bytes = size + more.size - self._limits.max_bytes if self._limits.max_bytes else 0
-        return Shortfall(max(too_many_files, on_disk.files), max(too_many_bytes, on_disk.size))
-
-    def _disk_missing(self, percent: float) -> Shortfall:
-        """What has to go so that ``percent`` of the disk are free, of its bytes and of its inodes."""
-        disk = os.statvfs(self._cache.directory)
-        inodes = int(disk.f_files * percent / 100) - disk.f_favail
-        blocks = int(disk.f_blocks * percent / 100) - disk.f_bavail
-        return Shortfall(-(-inodes // INODES), blocks * disk.f_frsize)
-
-    # Evicting
-
-    def evict_until_within(
-        self,
-        shortfall: Callable[[], Shortfall],
-        candidates: list[Candidate],
-        choose: Callable[[], list[Candidate]],
-    ) -> Iterator[Usage]:
-        """Evict the least recently used until ``shortfall()`` is none, or nothing more may go.
-
-        :param candidates: those to begin with, the least recently used last; what is not evicted of them or of the
-            last walk is left there.
-        :param choose: walks for more of them when there are none.
-        :returns: what each step has evicted.
-        """
-        while missing := shortfall():
-            walk = not candidates
-            if walk:
-                candidates += choose()
-                missing = shortfall()  # the walk has corrected the usage
-            freed = yield from self._evict(missing, candidates)
-            if walk and not freed.files:
-                break
-
-    def _evict(self, missing: Shortfall, candidates: list[Candidate]) -> Generator[Usage, None, Usage]:
-        """Evict as much as is missing, from the end of the list; what went."""
-        total = Usage(0, 0)
-        while candidates and missing:
-            freed = self._evict_some(missing, candidates)
-            total = Usage(total.files + freed.files, total.size + freed.size)
-            missing = Shortfall(missing.files - freed.files, missing.size - freed.size)
-            yield freed
-        return total
-
-    def _evict_some(self, missing: Shortfall, candidates: list[Candidate]) -> Usage:
-        """Evict of the last few candidates as many as must go; what went."""
-        files = size = 0
-        for _ in range(min(STEP, len(candidates))):
-            if files >= missing.files and size >= missing.size:
-                break
-            candidate = candidates.pop()
-            if self._cache.evict(Path(candidate.content), candidate.used):
-                files, size = files + 1, size + candidate.size
-        return Usage(files, size)
-
-    def least_recently_used(self, count: int) -> list[Candidate]:
-        """So many of them, the least recently used last. The cache's usage is corrected on the way."""
-        before = Usage(*self._cache.usage.read())
-        seen = Usage(0, 0)
-        oldest_allowed = time.time() - YOUNGEST
-
-        def candidates() -> Iterator[Candidate]:
-            nonlocal seen
-            for file, status in self._cache.contents():
-                seen = Usage(seen.files + 1, seen.size + status.st_size)
-                if last_use(status) < oldest_allowed:
-                    yield Candidate(last_use(status), file.path, status.st_size)
-
-        chosen = heapq.nsmallest(count, candidates())
-        self._cache.correct_usage(before, seen)
-        return chosen[::-1]
-
-
 class Housekeeper:
     """Has what was not used for longest evicted when a limit is crossed.
 
@@ -201,10 +73,10 @@ class Housekeeper:
         removed. None: a crash leaves nothing there.
     """
 
-    def __init__(self, cache: Cache, limits: CacheConfig, metrics: Metrics, sweep_driver: Callable[[], int] | None):
+    def __init__(self, cache: Cache, limits: CacheConfig, events: Events, sweep_driver: Callable[[], int] | None):
         self._cache = cache
         self._limits = limits
-        self._metrics = metrics
+        self._events = events
         self._sweep_driver = sweep_driver
         self._evictor = Evictor(cache, limits)
         self._stopped = threading.Event()
@@ -303,7 +175,7 @@ class Housekeeper:
         started, files, size = time.monotonic(), 0, 0
         try:
             for freed in steps:
-                self._metrics.evicted(freed.files, freed.size)
+                self._events.evicted(freed.files, freed.size)
                 files, size = files + freed.files, size + freed.size
                 if self._stopped.wait(pause):
                     break

@@ -7,7 +7,8 @@ import http.client
 import socket
 import ssl
 
-from kci_storage.config.settings import ServerConfig, split_bind
+from kci_storage.config.checks import split_bind
+from kci_storage.config.settings import ServerConfig
 
 SECONDS = 8.0  # for each step of the conversation; a container's health check has ten in all
 _HERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # of "all addresses", one that can be connected to

@@ -19,7 +19,8 @@ from typing import NoReturn
 from kci_storage import __version__
 from kci_storage.access import tokens
 from kci_storage.cli import client, health, retention
-from kci_storage.config.settings import CONFIG_VARIABLE, ConfigError, load
+from kci_storage.config.reading import CONFIG_VARIABLE, load
+from kci_storage.config.settings import ConfigError
 from kci_storage.server import preflight
 
 GUNICORN = ("gunicorn", "-c", "python:kci_storage.server.settings", "kci_storage.app:create_app()")

@@ -69,8 +69,8 @@ def _check_owner(config: Config) -> None:
 
 
 def _expiry(config: Config) -> Expiry:
-    from kci_storage.app import build_services  # only now: it takes as long as all else
     from kci_storage.retention.expire import Expiry
+    from kci_storage.services import build_services  # only now: it takes as long as all else
 
     services = build_services(config)
     return Expiry(services.driver, services.objects, config.retention.tag_key)

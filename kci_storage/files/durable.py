@@ -10,19 +10,17 @@ A full disk or an exhausted quota is :class:`~kci_storage.errors.InsufficientSto
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import os
 import secrets
-import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import portalocker
 
 from kci_storage.errors import InsufficientStorage
+from kci_storage.files.syscalls import FALLOC_FL_KEEP_SIZE, SYNC_FILE_RANGE_WRITE, fallocate, sync_file_range
 
 FILE_MODE = 0o644  # nginx, as another user, reads what it is told to send
 DIRECTORY_MODE = 0o755
@@ -39,20 +37,6 @@ def _full_disk_is_insufficient_storage() -> Iterator[None]:
         if exc.errno in _NO_ROOM:
             raise InsufficientStorage("no room on the server's disk", detail=str(exc)) from exc
         raise
-
-
-def _system_call(name: str, *types: Any) -> Callable[..., int] | None:
-    """A function of the C library that Python has no name for; None where the system has none either."""
-    function = getattr(ctypes.CDLL(None), name, None)
-    if function is not None:
-        function.argtypes = types
-    return function
-
-
-_sync_file_range = _system_call("sync_file_range", ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
-_SYNC_FILE_RANGE_WRITE = 2  # sync_file_range(2): begin to write what is not being written yet
-_fallocate = _system_call("fallocate", ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-_FALLOC_FL_KEEP_SIZE = 1  # fallocate(2): the file stays as long as what was written
 
 
 class NewFile:
@@ -117,8 +101,8 @@ class NewFile:
         The file stays as long as what was written. Of a large file, writes are quicker then: the file system need not
         look for each block's place on its own.
         """
-        if _fallocate is not None:
-            _fallocate(self._fd, _FALLOC_FL_KEEP_SIZE, 0, size)
+        if fallocate is not None:
+            fallocate(self._fd, FALLOC_FL_KEEP_SIZE, 0, size)
 
     def begin_writeback(self, least: int = WRITEBACK_STEP) -> None:
         """Have the disk begin with what was written, so that a flush is short. Nothing is promised by it.
@@ -127,8 +111,8 @@ class NewFile:
 
         :param least: bytes; fewer than these new ones are not worth it.
         """
-        if self.size - self._begun >= least and _sync_file_range is not None:
-            _sync_file_range(self._fd, self._begun, self.size - self._begun, _SYNC_FILE_RANGE_WRITE)
+        if self.size - self._begun >= least and sync_file_range is not None:
+            sync_file_range(self._fd, self._begun, self.size - self._begun, SYNC_FILE_RANGE_WRITE)
             self._begun = self.size
 
     def stamp(self) -> os.stat_result:
@@ -209,56 +193,6 @@ class NewFile:
 
     def __exit__(self, *exc_info: object) -> None:
         self.discard()
-
-
-class SharedCounters:
-    """A few numbers in a file, added to by many processes. They start at 0, and are not flushed to the disk.
-
-    The file has its full length from the beginning, so that a disk that is full later does not matter.
-
-    :param path: the file, made where it is missing, and begun anew where it is of another length.
-    :param count: how many numbers.
-    """
-
-    def __init__(self, path: Path, count: int):
-        self._format = struct.Struct(f"<{count}q")
-        self._path = path
-        with contextlib.suppress(InsufficientStorage):
-            self.read()
-
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[int]:
-        fd = open_lock_file(self._path)
-        try:
-            portalocker.lock(fd, portalocker.LockFlags.EXCLUSIVE)
-            with _full_disk_is_insufficient_storage():
-                yield fd
-        finally:
-            os.close(fd)
-
-    def add(self, *amounts: int) -> None:
-        """Add to each number.
-
-        :raises InsufficientStorage: the disk is full.
-        """
-        with self._locked() as fd:
-            os.pwrite(fd, self._format.pack(*map(int.__add__, self._numbers(fd), amounts)), 0)
-
-    def read(self) -> tuple[int, ...]:
-        """The numbers.
-
-        :raises InsufficientStorage: the disk is full, and there is no such file yet.
-        """
-        with self._locked() as fd:
-            return self._numbers(fd)
-
-    def _numbers(self, fd: int) -> tuple[int, ...]:
-        data = os.pread(fd, self._format.size + 1, 0)
-        if len(data) == self._format.size:
-            return self._format.unpack(data)
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, bytes(self._format.size), 0)
-        return self._format.unpack(bytes(self._format.size))
 
 
 def _create(path: Path) -> int:

@@ -7,22 +7,15 @@ whose malformed input is the client's error.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import re
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from email.utils import formatdate
 from typing import Any
 
-from kci_storage.errors import BadRequest
+from kci_storage.http.dates import parse_http_date
+from kci_storage.http.ranges import ByteRange, MalformedRange, coalesce, parse_ranges
 
-MAX_RANGES = 64  # of one request
-_MAX_DIGITS = 18  # of an offset; what is longer is beyond any file
 _BOUNDED_RANGE = re.compile(r"bytes=([0-9]{1,15})-([0-9]{1,15})")
-_BEYOND_ANY_FILE = 10**_MAX_DIGITS
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,29 +42,6 @@ class RequestHeaders:
 
 _ENVIRON_NAMES = tuple((f"HTTP_{field.upper()}", field) for field in RequestHeaders.__slots__)
 UNCONDITIONAL = RequestHeaders()
-
-
-@dataclass(frozen=True, slots=True)
-class ByteRange:
-    """Bytes ``start`` up to, not including, ``stop``."""
-
-    start: int
-    stop: int
-
-    @property
-    def length(self) -> int:
-        """How many bytes."""
-        return self.stop - self.start
-
-    def content_range(self, size: int) -> str:
-        """The value of ``Content-Range``, whose last position is inclusive (RFC 9110 section 14.4).
-
-        :param size: of the whole object, in bytes.
-
-        >>> ByteRange(0, 10).content_range(100)
-        'bytes 0-9/100'
-        """
-        return f"bytes {self.start}-{self.stop - 1}/{size}"
 
 
 def bounded_range(headers: RequestHeaders) -> ByteRange | None:
@@ -212,13 +182,6 @@ def _names_weakly(value: str, etag: str | None) -> bool:
     return value.strip(" \t") == "*" or any(tag == etag for _, tag in _entity_tags(value))
 
 
-_RANGE_SPEC = re.compile(r"([0-9]*)-([0-9]*)\Z")
-
-
-class _Malformed(Exception):
-    """A Range header that is to be ignored as a whole."""
-
-
 def _select(value: str, size: int) -> Decision:
     """The ranges of a Range header.
 
@@ -227,164 +190,12 @@ def _select(value: str, size: int) -> Decision:
     resumes with ``bytes=0-`` means all that there is.
     """
     try:
-        asked = _parse_ranges(value, size)
-    except _Malformed:
+        asked = parse_ranges(value, size)
+    except MalformedRange:
         return _WHOLE
     if size == 0 or sum(part.length for part in asked) >= 2 * size:
         return _WHOLE
-    return Decision(206, _coalesce(asked)) if asked else _UNSATISFIABLE
-
-
-def _parse_ranges(value: str, size: int) -> list[ByteRange]:
-    """The satisfiable ranges, in the order asked for, clamped to the size."""
-    unit, _, specs = value.partition("=")
-    members = [member for text in specs.split(",") if (member := text.strip(" \t"))]
-    if unit.lower() != "bytes" or not 0 < len(members) <= MAX_RANGES:
-        raise _Malformed
-    ranges = [_parse_range(member, size) for member in members]
-    return [part for part in ranges if part.length > 0]
-
-
-def _parse_range(spec: str, size: int) -> ByteRange:
-    """One range, clamped; empty when it is unsatisfiable."""
-    match = _RANGE_SPEC.match(spec)
-    if match is None or spec == "-":
-        raise _Malformed
-    first, last = (_offset(digits) for digits in match.groups())
-    if first is None:
-        return ByteRange(max(0, size - (last or 0)), size)
-    if last is None:
-        return ByteRange(min(first, size), size)
-    if last < first:
-        raise _Malformed
-    return ByteRange(min(first, size), min(last + 1, size))
-
-
-def _offset(digits: str) -> int | None:
-    """A number of bytes; it never reaches the length that ``int`` refuses or takes long for."""
-    if not digits:
-        return None
-    significant = digits.lstrip("0")
-    return int(significant or "0") if len(significant) <= _MAX_DIGITS else _BEYOND_ANY_FILE
-
-
-def _coalesce(ranges: list[ByteRange]) -> tuple[ByteRange, ...]:
-    """Join those that overlap or touch; else the order asked for is kept (RFC 9110 section 15.3.7.2)."""
-    joined: list[tuple[int, ByteRange]] = []
-    for place, part in sorted(enumerate(ranges), key=lambda item: item[1].start):
-        if joined and part.start <= joined[-1][1].stop:
-            first, before = joined.pop()
-            place, part = min(place, first), ByteRange(before.start, max(before.stop, part.stop))
-        joined.append((place, part))
-    return tuple(part for _, part in sorted(joined, key=lambda item: item[0]))
-
-
-@dataclass(frozen=True, slots=True)
-class MultipartRanges:
-    """A ``multipart/byteranges`` body (RFC 9110 section 14.6), described without its content.
-
-    :param ranges: the parts; two or more, as one range alone is no multipart body.
-    :param size: of the whole object, in bytes.
-    :param part_type: the object's content type, which each part repeats.
-    :param boundary: of 1 to 70 letters and digits that are not in the content: random ones.
-    """
-
-    ranges: tuple[ByteRange, ...]
-    size: int
-    part_type: str
-    boundary: str
-
-    @property
-    def content_type(self) -> str:
-        """That of the response."""
-        return f"multipart/byteranges; boundary={self.boundary}"
-
-    @property
-    def content_length(self) -> int:
-        """That of the response, in bytes."""
-        return sum(len(part) if isinstance(part, bytes) else part.length for part in self.segments)
-
-    @property
-    def segments(self) -> tuple[bytes | ByteRange, ...]:
-        """What to send, in order: literal bytes, and ranges of the content.
-
-        >>> MultipartRanges((ByteRange(0, 1), ByteRange(8, 9)), 9, "text/plain", "b").segments[0]
-        b'--b\\r\\nContent-Type: text/plain\\r\\nContent-Range: bytes 0-0/9\\r\\n\\r\\n'
-        """
-        return tuple(self._segments())
-
-    def _segments(self) -> Iterator[bytes | ByteRange]:
-        before = ""
-        for part in self.ranges:
-            yield self._literal(f"{before}--{self.boundary}\r\n{self._part_head(part)}\r\n")
-            yield part
-            before = "\r\n"
-        yield self._literal(f"\r\n--{self.boundary}--\r\n")
-
-    def _part_head(self, part: ByteRange) -> str:
-        return f"Content-Type: {self.part_type}\r\nContent-Range: {part.content_range(self.size)}\r\n"
-
-    @staticmethod
-    def _literal(text: str) -> bytes:
-        return text.encode("latin-1", "replace")
-
-
-_MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
-_MONTH = f"(?P<month>{'|'.join(_MONTHS)})"
-_TIME = "(?P<hour>[0-9]{2}):(?P<minute>[0-9]{2}):(?P<second>[0-9]{2})"
-_DATES = tuple(
-    re.compile(pattern, re.IGNORECASE | re.ASCII)
-    for pattern in (
-        rf"[a-z]{{3}}, (?P<day>[0-9]{{2}}) {_MONTH} (?P<year>[0-9]{{4}}) {_TIME} GMT\Z",  # IMF-fixdate
-        rf"[a-z]{{6,9}}, (?P<day>[0-9]{{2}})-{_MONTH}-(?P<year>[0-9]{{2}}) {_TIME} GMT\Z",  # RFC 850
-        rf"[a-z]{{3}} {_MONTH} (?P<day>[0-9 ][0-9]) {_TIME} (?P<year>[0-9]{{4}})\Z",  # asctime
-    )
-)
-_LAST_DATE = 253402300799  # the end of the year 9999
-
-
-def http_date(timestamp: int) -> str:
-    """A time as an IMF-fixdate; one outside the years 1970 to 9999 as the nearest that has one.
-
-    :param timestamp: seconds since the epoch.
-
-    >>> http_date(784111777)
-    'Sun, 06 Nov 1994 08:49:37 GMT'
-    """
-    return formatdate(min(max(timestamp, 0), _LAST_DATE), usegmt=True)
-
-
-def parse_http_date(value: str | None, now: float | None = None) -> int | None:
-    """The seconds since the epoch of a date in any of HTTP's three formats; None when it is no such date.
-
-    :param now: the time by which a two-digit year is read; None: the clock's. More than 50 years in the future means
-        the past (RFC 9110 section 5.6.7).
-
-    >>> parse_http_date("Sunday, 06-Nov-94 08:49:37 GMT"), parse_http_date("yesterday")
-    (784111777, None)
-    """
-    if value is None:
-        return None
-    match = next((match for date in _DATES if (match := date.match(value.strip(" \t")))), None)
-    return None if match is None else _timestamp(match, now)
-
-
-def _timestamp(match: re.Match[str], now: float | None) -> int | None:
-    year, day, hour, minute, second = (int(match[name]) for name in ("year", "day", "hour", "minute", "second"))
-    month = _MONTHS.index(match["month"].lower()) + 1
-    if len(match["year"]) == 2:
-        year = _full_year(year, time.time() if now is None else now)
-    if second > 60:  # 60 is a leap second
-        return None
-    try:
-        return int(datetime(year, month, day, hour, minute, tzinfo=UTC).timestamp()) + second
-    except ValueError:
-        return None
-
-
-def _full_year(two_digits: int, now: float) -> int:
-    latest = time.gmtime(now).tm_year + 50
-    return latest - (latest - two_digits) % 100
+    return Decision(206, coalesce(asked)) if asked else _UNSATISFIABLE
 
 
 def etag_header(etag: str) -> str:
@@ -394,92 +205,3 @@ def etag_header(etag: str) -> str:
     '"v1"'
     """
     return f'"{etag}"'
-
-
-_WEIGHT = re.compile(r"(?:0(?:\.[0-9]*)?|1(?:\.0*)?)\Z")
-
-
-def quality(accept: str, media_type: str) -> float:
-    """How much an ``Accept`` header wants a media type, 0 to 1, by its most specific member (section 12.5.1).
-
-    >>> quality("text/*;q=0.5, */*;q=0.1", "text/plain"), quality("text/html", "text/plain")
-    (0.5, 0.0)
-    """
-    weights: dict[str, float] = {}
-    for member in accept.split(","):
-        media_range, *parameters = (part.strip(" \t").lower() for part in member.split(";"))
-        weights[media_range] = max(_weight(parameters), weights.get(media_range, 0.0))
-    for media_range in (media_type, f"{media_type.partition('/')[0]}/*", "*/*"):
-        if media_range in weights:
-            return weights[media_range]
-    return 0.0
-
-
-def _weight(parameters: list[str]) -> float:
-    value = next((text[2:] for text in parameters if text.startswith("q=")), "1")
-    return float(value) if _WEIGHT.match(value) else 0.0
-
-
-def prefers_json(accept: str | None, over: str = "text/plain") -> bool:
-    """Whether a client wants JSON more than what it would get else.
-
-    :param accept: the value of ``Accept``; None, or ``*/*``, prefers nothing.
-    :param over: the media type that it would get else.
-
-    >>> prefers_json("application/json"), prefers_json("*/*")
-    (True, False)
-    """
-    if not accept:
-        return False
-    json = max(quality(accept, "application/json"), quality(accept, "application/problem+json"))
-    return json > quality(accept, over)
-
-
-def parse_content_md5(value: str) -> bytes:
-    """The 16 bytes of a ``Content-MD5`` header (RFC 1864).
-
-    :raises BadRequest: it is not the base64 of 16 bytes.
-    """
-    return _digest("Content-MD5", value.strip(" \t"), 16)
-
-
-_SF_KEY = r"[a-z*][a-z0-9_.*-]*"
-_DIGEST_MEMBER = re.compile(rf"[ \t]*({_SF_KEY})=:([A-Za-z0-9+/=]*):(?:;[ ]*{_SF_KEY}(?:=[^;,\" \t]*)?)*[ \t]*\Z")
-
-
-def parse_repr_digest(value: str) -> bytes | None:
-    """The 32 bytes of ``sha-256`` in a ``Repr-Digest`` header (RFC 9530), the last one if there are several.
-
-    :returns: None when only other algorithms are there.
-    :raises BadRequest: it is no dictionary of byte sequences (RFC 8941), or the digest has another length.
-    """
-    digest = None
-    for text in value.split(",") if value.strip(" \t") else ():
-        member = _DIGEST_MEMBER.match(text)
-        if member is None:
-            raise BadRequest("Repr-Digest is not a list of digests such as sha-256=:<base64>:")
-        if member[1] == "sha-256":
-            digest = member[2]
-    return None if digest is None else _digest("Repr-Digest", digest, 32)
-
-
-def repr_digest_header(sha256: str) -> str:
-    """The value of ``Repr-Digest`` (RFC 9530).
-
-    :param sha256: hex.
-
-    >>> repr_digest_header("00" * 32)
-    'sha-256=:AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=:'
-    """
-    return f"sha-256=:{base64.b64encode(bytes.fromhex(sha256)).decode()}:"
-
-
-def _digest(header: str, text: str, length: int) -> bytes:
-    padding = "=" * (-len(text) % 4)  # RFC 8941 section 4.2.7 asks to do without it
-    try:
-        digest = base64.b64decode(text + padding, validate=True)
-    except (binascii.Error, ValueError):
-        digest = b""
-    if len(digest) != length:
-        raise BadRequest(f"{header} has no base64 of {length} bytes")
-    return digest

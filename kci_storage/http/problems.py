@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from kci_storage.http.conditions import prefers_json
+from kci_storage.http.accept import prefers_json
 
 
 def body(status: int, title: str, message: str, accept: str | None) -> tuple[str, bytes]:

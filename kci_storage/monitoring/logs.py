@@ -6,65 +6,19 @@ Everything goes to standard error, where systemd and containers expect it.
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import os
-import re
 import sys
 import time
 from typing import TYPE_CHECKING
 
+from kci_storage.logfmt import line, timestamp, value
+
 if TYPE_CHECKING:
     from kci_storage.wsgi.exchange import Exchange
 
-_PLAIN = re.compile(r"[!#-<>-\[\]-~]+")  # what needs no quotes: printable ASCII without space, quote, = and backslash
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-LONGEST_VALUE = 2_048  # characters; what a client sends cannot fill the disk with one line
+
 LONGEST_TRACEBACK = 65_536  # characters; its end is what matters most
-
-
-def value(raw: object, longest: int = LONGEST_VALUE) -> str:
-    r"""One logfmt value: quoted where it has to be, and always one line.
-
-    :param longest: characters; what is beyond them is cut off.
-
-    >>> value("curl/8.5"), value('a "b"'), value("x\ny"), value("")
-    ('curl/8.5', '"a \\"b\\""', '"x\\u000ay"', '""')
-    """
-    if type(raw) is int:
-        return str(raw)
-    text = str(raw)[:longest]
-    if _PLAIN.fullmatch(text):
-        return text
-    text = text.replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{_CONTROL.sub(_escape, text)}"'
-
-
-def _escape(match: re.Match[str]) -> str:
-    return f"\\u{ord(match.group()):04x}"
-
-
-def logfmt(**fields: object) -> str:
-    """A line of pairs; a field that is None is left out.
-
-    >>> logfmt(event="access", status=200, user=None)
-    'event=access status=200'
-    """
-    return " ".join(f"{name}={value(raw)}" for name, raw in fields.items() if raw is not None)
-
-
-def timestamp(seconds: float) -> str:
-    """RFC 3339, UTC, to the millisecond.
-
-    >>> timestamp(0.5)
-    '1970-01-01T00:00:00.500Z'
-    """
-    return f"{_second(int(seconds))}.{int(seconds % 1 * 1000):03d}Z"
-
-
-@functools.lru_cache(maxsize=8)
-def _second(seconds: int) -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
 
 
 def log_access(exchange: Exchange) -> None:
@@ -76,8 +30,8 @@ def log_access(exchange: Exchange) -> None:
     _write_line(
         f"ts={timestamp(exchange.started)} event=access ip={value(environ.get('REMOTE_ADDR', ''))} "
         f"status={exchange.status} bytes={exchange.sent} method={value(environ['REQUEST_METHOD'])} path={path} "
-        f"{logfmt(**who, cache=exchange.cache)} duration={exchange.duration:.6f} "
-        f"{logfmt(request_id=exchange.request_id, error=exchange.error)}"
+        f"{line(**who, cache=exchange.cache)} duration={exchange.duration:.6f} "
+        f"{line(request_id=exchange.request_id, error=exchange.error)}"
     )
 
 
@@ -93,7 +47,7 @@ def _write_line(line: str) -> None:
 def log_refusal(ip: str, status: int, sent: int, request_id: str, error: str) -> None:
     """The access line of what never became a request, so that its method and path are not known."""
     _write_line(
-        logfmt(
+        line(
             ts=timestamp(time.time()),
             event="access",
             ip=ip,

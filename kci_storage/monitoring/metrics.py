@@ -1,10 +1,7 @@
-"""What Prometheus gets to know. No other module imports it.
+"""The metrics of requests and services, and the page that Prometheus reads.
 
-Counters live in files of each worker, which any of them reads (``PROMETHEUS_MULTIPROC_DIR`` must be set before this
-module is imported). A worker goes on with the files, and so with the counts, of the dead one whose number it has: no
-count is lost or moved, and there are never more files than for as many workers as there were at a time. What can
-simply be looked up, such as free space, is looked up at each scrape. Labels are few and known: a route, never a path;
-an error's label of :data:`kci_storage.errors.TABLE`, never its message.
+What can simply be looked up, such as free space, is looked up at each scrape. Labels are few and known: a route,
+never a path; an error's label of :data:`kci_storage.errors.TABLE`, never its message.
 """
 
 from __future__ import annotations
@@ -15,43 +12,34 @@ import os
 import platform
 import struct
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, values
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
-from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
-from prometheus_client.values import MultiProcessValue
+from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_flask_exporter import PrometheusMetrics
 
-from kci_storage.drivers.base import Digests, Driver, Expectation, ObjectInfo, ObjectReader, ObjectWriter, Page
-from kci_storage.errors import TABLE, StorageError, WriteConflict, meaning
-from kci_storage.monitoring import numbering
+from kci_storage.errors import TABLE, WriteConflict, label
+from kci_storage.monitoring.machine import gauge, machine_metrics, mounts
+from kci_storage.monitoring.multiprocess import DIRECTORY_VARIABLE
 
 if TYPE_CHECKING:
     from kci_storage.cache.directory import Cache
-    from kci_storage.store.objects import CacheStatus
+    from kci_storage.events import CacheStatus
     from kci_storage.wsgi.exchange import Exchange
+
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS")
 STARTING_SECONDS = 1  # a worker takes microseconds to fill a file that it has made
 CHALLENGES = ("shown", "solved", "passed", "slowed")
 RULES = ("useragent", "subnet", "rate", "concurrency")
-OPERATIONS = ("stat", "read", "commit", "delete", "list", "probe")
 DURATIONS = (0.005, 0.02, 0.1, 0.5, 2, 10, 60, 300, 1800)  # seconds; a root file system on a slow link takes minutes
 
-
-def _process() -> int | str:
-    """Whose files are written; the library asks at each count, since a process may have been forked meanwhile."""
-    return numbering.own or os.getpid()
-
-
-if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
-    values.ValueClass = MultiProcessValue(_process)  # as the library's page on its multiprocess mode says
 
 _requests = Counter(
     "kci_storage_http_requests", "Requests answered, by method, route and status", ["method", "route", "status"]
@@ -84,13 +72,6 @@ _lock_seconds = Histogram(
     "kci_storage_lock_wait_seconds", "Waiting for another writer of the same key", buckets=(0.01, 0.1, 1, 5, 30)
 )
 _lock_timeouts = Counter("kci_storage_lock_timeouts", "Waits for another writer that were given up")
-_operations = Counter("kci_storage_backend_operations", "Requests to the driver, by result", ["operation", "result"])
-_operation_seconds = Histogram(
-    "kci_storage_backend_operation_duration_seconds",
-    "Until the driver answered; for a read, until its first byte could be",
-    ["operation"],
-    buckets=(0.005, 0.02, 0.1, 0.5, 2, 10, 60),
-)
 
 
 @functools.cache
@@ -102,11 +83,6 @@ def _request_counters(method: str, route: str, status: int) -> tuple[Counter, Hi
 @functools.cache
 def _served_counter(result: str) -> Counter:
     return _served.labels(result)
-
-
-def forget_worker(name: str) -> None:
-    """The worker of that name is gone: what it was doing, it does no more. Its counts stay."""
-    mark_process_dead(name)
 
 
 class Metrics:
@@ -127,16 +103,13 @@ class Metrics:
             _served.labels(result)
         for result in ("fresh", "changed", "deleted", "failed"):
             _revalidations.labels(result)
-        for operation in OPERATIONS:
-            _operations.labels(operation, "ok")
-            _operation_seconds.labels(operation)
-        for label in ("ok", *(row.label for row in TABLE.values())):
-            _uploads.labels(label)
-            _fills.labels(label)
-            _archives.labels(label)
+        for name in ("ok", *(row.label for row in TABLE.values())):
+            _uploads.labels(name)
+            _fills.labels(name)
+            _archives.labels(name)
         _archives.labels("partial_failure")
-        for label in ("ok", "failed"):
-            _archived_files.labels(label)
+        for name in ("ok", "failed"):
+            _archived_files.labels(name)
 
     def request_finished(self, exchange: Exchange) -> None:
         """A response has gone out, or the client is gone."""
@@ -190,7 +163,7 @@ class Metrics:
         try:
             yield
         except Exception as exc:
-            _uploads.labels(_label(exc)).inc()
+            _uploads.labels(label(exc)).inc()
             raise
 
     def uploaded(self) -> None:
@@ -204,7 +177,7 @@ class Metrics:
         try:
             yield
         except Exception as exc:
-            _archives.labels(_label(exc)).inc()
+            _archives.labels(label(exc)).inc()
             raise
         finally:
             _archiving.dec()
@@ -231,15 +204,11 @@ class Metrics:
         """Have the views' own metrics (``flask_http_request_…``: time until the headers, exceptions) collected."""
         PrometheusMetrics(app, path=None, group_by="endpoint", default_latency_as_histogram=False)
 
-    def measured(self, driver: Driver) -> Driver:
-        """The driver, with every call counted and timed."""
-        return MeasuredDriver(driver)
-
     def page(self, accept: str | None) -> tuple[bytes, str]:
         """The metrics of all workers and of the machine, and their content type."""
         registry = CollectorRegistry()
         registry.register(self)  # type: ignore[arg-type]
-        if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+        if DIRECTORY_VARIABLE in os.environ:
             MultiProcessCollector(registry)
         encode, content_type = choose_encoder(accept or "")
         deadline = time.monotonic() + STARTING_SECONDS
@@ -255,8 +224,8 @@ class Metrics:
         """What is looked up at a scrape; prometheus_client calls it."""
         host = platform.node()
         usage = self._cache.usage.read()
-        yield _gauge("storage_files_cached", "Files in the cache", {"hostname": host}, usage[0])
-        yield _gauge("kci_storage_cache_bytes", "Bytes in the cache", {"hostname": host}, usage[1])
+        yield gauge("storage_files_cached", "Files in the cache", {"hostname": host}, usage[0])
+        yield gauge("kci_storage_cache_bytes", "Bytes in the cache", {"hostname": host}, usage[1])
         yield from self._disk_space(host)
         yield from machine_metrics()
 
@@ -274,54 +243,15 @@ class Metrics:
         yield total
 
 
-def mounts(folders: Iterable[Path]) -> Iterator[tuple[str, str, Path]]:
-    """The device and the mount point that each folder lies on, and a folder there that exists: it itself, if it does.
-
-    The local driver makes its folder with the first upload.
-    """
-    mounted = {partition.mountpoint: partition.device for partition in psutil.disk_partitions(all=True)}
-    for folder in folders:
-        path = folder.resolve()
-        path = next(parent for parent in (path, *path.parents) if parent.exists())
-        mount = next((str(parent) for parent in (path, *path.parents) if str(parent) in mounted), "/")
-        yield mounted.get(mount, "unknown"), mount, path
-
-
-def machine_metrics() -> Iterator[Metric]:
-    """The machine's processor, memory and load."""
-    times = psutil.cpu_times()
-    cpu = CounterMetricFamily("kci_storage_machine_cpu_seconds", "Processor time of all cores", labels=["mode"])
-    for mode in ("user", "system", "idle", "iowait"):
-        cpu.add_metric([mode], getattr(times, mode, 0.0))
-    yield cpu
-    memory = psutil.virtual_memory()
-    yield _gauge("kci_storage_machine_memory_total_bytes", "The machine's memory", {}, memory.total)
-    yield _gauge("kci_storage_machine_memory_available_bytes", "Memory to be had", {}, memory.available)
-    load = GaugeMetricFamily("kci_storage_machine_load", "Load average", labels=["minutes"])
-    for minutes, average in zip(("1", "5", "15"), os.getloadavg(), strict=True):
-        load.add_metric([minutes], average)
-    yield load
-
-
-def _gauge(name: str, help_text: str, labels: dict[str, str], value: float) -> Metric:
-    family = GaugeMetricFamily(name, help_text, labels=list(labels))
-    family.add_metric(list(labels.values()), value)
-    return family
-
-
 @contextlib.contextmanager
 def _counted(counter: Counter) -> Iterator[None]:
     """Count the block's outcome: ``ok``, or the label of its error."""
     try:
         yield
     except Exception as exc:
-        counter.labels(_label(exc)).inc()
+        counter.labels(label(exc)).inc()
         raise
     counter.labels("ok").inc()
-
-
-def _label(error: Exception) -> str:
-    return meaning(error).label if isinstance(error, StorageError) else "internal"
 
 
 @contextlib.contextmanager
@@ -334,86 +264,3 @@ def _lock_wait() -> Iterator[None]:
         raise
     finally:
         _lock_seconds.observe(time.monotonic() - started)
-
-
-@contextlib.contextmanager
-def _operation(name: str) -> Iterator[None]:
-    """Count and time a call of the driver."""
-    started = time.monotonic()
-    result = "ok"
-    try:
-        yield
-    except Exception as exc:
-        result = _label(exc)
-        raise
-    finally:
-        _operations.labels(name, result).inc()
-        _operation_seconds.labels(name).observe(time.monotonic() - started)
-
-
-class MeasuredDriver(Driver):
-    """A driver around a driver, which counts and times."""
-
-    def __init__(self, driver: Driver):
-        self._driver = driver
-        self.wants_md5 = driver.wants_md5
-
-    @classmethod
-    def from_config(cls, config: Any) -> Driver:
-        """It is made around a driver, not from a configuration."""
-        raise TypeError("a MeasuredDriver is made around another driver")
-
-    def stat(self, key: str) -> ObjectInfo:
-        with _operation("stat"):
-            return self._driver.stat(key)
-
-    def read(self, key: str, start: int = 0, stop: int | None = None, etag: str | None = None) -> ObjectReader:
-        with _operation("read"):
-            return self._driver.read(key, start, stop, etag)
-
-    def writer(self, key: str, content_type: str, tags: Mapping[str, str] | None = None) -> ObjectWriter:
-        return MeasuredWriter(self._driver.writer(key, content_type, tags))
-
-    def delete(self, key: str) -> None:
-        with _operation("delete"):
-            self._driver.delete(key)
-
-    def list(self, prefix: str = "", delimiter: str = "", marker: str | None = None, details: bool = True) -> Page:
-        with _operation("list"):
-            return self._driver.list(prefix, delimiter, marker, details)
-
-    def probe(self) -> None:
-        with _operation("probe"):
-            self._driver.probe()
-
-    def close(self) -> None:
-        self._driver.close()
-
-
-class MeasuredWriter(ObjectWriter):
-    """A writer around a writer, which counts and times its commit."""
-
-    def __init__(self, writer: ObjectWriter):
-        self._writer = writer
-
-    def write(self, data: bytes | memoryview) -> None:
-        self._writer.write(data)
-
-    def commit(
-        self,
-        digests: Digests,
-        expected: str | Expectation = Expectation.ANYTHING,
-        replay: Callable[[], Iterable[bytes]] | None = None,
-    ) -> ObjectInfo:
-        with _operation("commit"):
-            return self._writer.commit(digests, expected, replay)
-
-    @property
-    def held(self) -> int:
-        return self._writer.held
-
-    def flush(self) -> None:
-        self._writer.flush()
-
-    def abort(self) -> None:
-        self._writer.abort()

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kci_storage.net import slots
-from kci_storage.wsgi.exchange import SentFile, SentSegments
+from kci_storage.net.bodies import SentFile, SentSegments
 
 if TYPE_CHECKING:
     from kci_storage.net.threads import Pool

@@ -12,7 +12,8 @@ from kci_storage import keys
 from kci_storage.drivers.base import Driver, ObjectInfo
 from kci_storage.errors import ObjectNotFound
 from kci_storage.http import media
-from kci_storage.http.conditions import etag_header, http_date
+from kci_storage.http.conditions import etag_header
+from kci_storage.http.dates import http_date
 from kci_storage.pages.kinds import Mark, mark
 
 TOP = "/v1/browse/"  # since / is the status line

@@ -5,64 +5,18 @@ An object gets its tags when it is uploaded, and keeps them: other rules are for
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from kci_storage.config.ages import OWNER, days_of, is_age, tag_value
 from kci_storage.keys import Prefix
 
 if TYPE_CHECKING:
     from kci_storage.config.settings import RetentionConfig
 
-OWNER = "owner"  # the tag that names who has uploaded an object
-LONGEST_VALUE = 256  # characters; Azure's limit
+
 SECONDS_PER_DAY = 86_400
-_DAYS = {"d": 1.0, "m": 365 / 12, "y": 365.0}
-_AGE = re.compile(r"([1-9][0-9]{0,3})([dmy])")
-_REFUSED = re.compile(r"[^A-Za-z0-9 +\-./:=_]")  # by Azure, in the names and values of blob index tags
-
-
-def days_of(age: str) -> int:
-    """An age, such as ``30d``, ``6m`` or ``2y``, in days; parts of a day count as one.
-
-    :raises ValueError: it is no age.
-
-    >>> days_of("30d"), days_of("6m"), days_of("12m"), days_of("2y")
-    (30, 183, 365, 730)
-    """
-    match = _AGE.fullmatch(age)
-    if match is None:
-        raise ValueError(f"not an age: {age}")
-    return math.ceil(int(match[1]) * _DAYS[match[2]])
-
-
-def is_age(text: str) -> bool:
-    """Whether that is an age.
-
-    >>> is_age("6m"), is_age("6 months")
-    (True, False)
-    """
-    return _AGE.fullmatch(text) is not None
-
-
-def tag_value(text: str) -> str:
-    """A text as it may be the value of a tag.
-
-    >>> tag_value("user@example.com")
-    'user_example.com'
-    """
-    return _REFUSED.sub("_", text)[:LONGEST_VALUE]
-
-
-def is_tag_key(text: str) -> bool:
-    """Whether that may be the name of a tag.
-
-    >>> is_tag_key("retention"), is_tag_key("a@b")
-    (True, False)
-    """
-    return 0 < len(text) <= 128 and _REFUSED.search(text) is None
 
 
 @dataclass(frozen=True, slots=True)

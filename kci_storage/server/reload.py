@@ -20,11 +20,11 @@ import mmap
 import threading
 from collections.abc import Callable, Iterator
 
+from kci_storage import logfmt, services
 from kci_storage.access.limits import Ledger
 from kci_storage.config.settings import RELOADABLE, SECTIONS, Config, ConfigError
-from kci_storage.monitoring import logs
 from kci_storage.monitoring.numbering import Numbers
-from kci_storage.server import preflight
+from kci_storage.server import preflight, rehearsal
 
 log = logging.getLogger(__name__)
 
@@ -69,19 +69,23 @@ class Master:
             changed = set(changes(self.config, config))
             needs_workers = {name for name in changed - AT_START if not _is_reloadable(name)}
             if needs_workers:
-                preflight.rehearse(config)
+                rehearsal.rehearse(config)
             self.prepare(config)
         except (ConfigError, OSError) as exc:  # as for a certificate that is being replaced just now
-            log.error(logs.logfmt(event="reload_refused", reason=exc))
+            log.error(logfmt.line(event="reload_refused", reason=exc))
             return
         self.config = config
         self.edition += 1
         self._latest_edition[0] = self.edition
-        log.info(logs.logfmt(event="reloaded", changed=_joined(changed), new_workers=_joined(needs_workers)))
+        log.info(logfmt.line(event="reloaded", changed=_joined(changed), new_workers=_joined(needs_workers)))
         if changed & AT_START:
-            log.warning(logs.logfmt(event="restart_needed", changed=_joined(changed & AT_START)))
+            log.warning(logfmt.line(event="restart_needed", changed=_joined(changed & AT_START)))
         if needs_workers:
             new_workers()
+
+    def follower(self, apply: Callable[[Config], None]) -> Follower:
+        """A thread for a worker, which calls ``apply`` with each new configuration."""
+        return Follower(self, apply)
 
     @property
     def latest_edition(self) -> int:
@@ -97,14 +101,11 @@ def _joined(names: set[str]) -> str:
     return ",".join(sorted(names)) or "nothing"
 
 
-current: Master | None = None  # in the master, and in the workers that it forked
-
-
 def begin(config: Config, prepare: Callable[[Config], None]) -> Master:
     """In the master, before the first fork."""
-    global current
-    current = Master(config, prepare)
-    return current
+    master = Master(config, prepare)
+    services.parent = master
+    return master
 
 
 class Follower:
@@ -141,6 +142,6 @@ class Follower:
             self._master.prepare(config)
             self._apply(config)
         except (ConfigError, OSError) as exc:  # it was changed again since the master read it
-            log.error(logs.logfmt(event="reload_refused", reason=exc))
+            log.error(logfmt.line(event="reload_refused", reason=exc))
         else:
-            log.info(logs.logfmt(event="rules_renewed"))
+            log.info(logfmt.line(event="rules_renewed"))

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 from gunicorn import util
 from gunicorn.http import wsgi
 
-from kci_storage.wsgi.exchange import SentFile, is_content_length
+from kci_storage.net.bodies import SentFile
+from kci_storage.wsgi.exchange import is_content_length
 
 Header = tuple[str, str]
 

@@ -16,8 +16,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from kci_storage import logfmt
 from kci_storage.access.tokens import MIN_SECRET_BYTES, is_weak
-from kci_storage.config.settings import Config, ConfigError, wants_debug
+from kci_storage.config.reading import wants_debug
+from kci_storage.config.settings import Config, ConfigError
 from kci_storage.monitoring import logs, numbering
 from kci_storage.net import tls
 from kci_storage.server import preflight
@@ -29,6 +31,7 @@ from kci_storage.server.worker import (
     release_signals,
     stop_workers,
 )
+from kci_storage.services import open_cache
 
 METRICS_PREFIX = "kci-storage-metrics"
 SHARED_MEMORY = Path("/dev/shm")
@@ -54,7 +57,7 @@ def _use_certificate(config: Config) -> None:
 
 try:
     _config = preflight.usable()
-    preflight.usable_cache(_config)  # before the workers, each of whom would say so
+    open_cache(_config)  # before the workers, each of whom would say so
 except ConfigError as exc:
     print(f"kci-storage: {exc}", file=sys.stderr)
     sys.exit(os.EX_CONFIG)
@@ -91,7 +94,7 @@ def on_starting(server: Any) -> None:
         print("kci-storage: for TLS, set certfile and keyfile in the configuration's [server]", file=sys.stderr)
         sys.exit(os.EX_CONFIG)
     if any(is_weak(secret) for secret in _config.secrets):
-        server.log.warning(logs.logfmt(event="weak_secret", message=f"shorter than {MIN_SECRET_BYTES} bytes"))
+        server.log.warning(logfmt.line(event="weak_secret", message=f"shorter than {MIN_SECRET_BYTES} bytes"))
     os.register_at_fork(after_in_parent=release_signals)
 
 
@@ -148,9 +151,9 @@ def worker_exit(server: Any, worker: Any) -> None:
 
 def child_exit(server: Any, worker: Any) -> None:
     """A worker is gone: its gauges with it, and what its clients had. Its counters go to the next of its number."""
-    from kci_storage.monitoring import metrics  # only now, since PROMETHEUS_MULTIPROC_DIR must be set before
+    from kci_storage.monitoring import multiprocess  # only now, since PROMETHEUS_MULTIPROC_DIR must be set before
 
-    metrics.forget_worker(numbering.name(server.pid, worker.number))
+    multiprocess.forget_worker(numbering.name(server.pid, worker.number))
     _master.ledger.release(worker.number)
     _master.numbers.give_back(worker.number)
 

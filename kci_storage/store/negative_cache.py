@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kci_storage.errors import InsufficientStorage
-from kci_storage.files.durable import SharedCounters
+from kci_storage.files.counters import SharedCounters
 
 LIFETIME = 2.0  # seconds; also how long an upload through another machine may go unnoticed
 STRIPES = 64  # counters; a change also ends the memory of the few other keys that share its own

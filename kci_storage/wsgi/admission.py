@@ -5,125 +5,21 @@ What is found out about an address with a user agent is remembered, so that a hi
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from kci_storage.access.challenge import POLICY, Challenge, Verdict
-from kci_storage.access.crawlers import LONGEST_REMEMBERED, UserAgents
-from kci_storage.access.limits import Cells, Downloads, Ledger, Rate
-from kci_storage.errors import Refused, SubnetRefused, UserAgentRefused, meaning
+from kci_storage.errors import Refused, meaning
 from kci_storage.http import problems
-from kci_storage.http.networks import Subnets, around, parse_address
 from kci_storage.wsgi.exchange import EXCHANGE
 from kci_storage.wsgi.responder import CORS_HEADERS, NOSNIFF, Headers
 
 if TYPE_CHECKING:
     from kci_storage.access.policies import Policies
-    from kci_storage.config.settings import Config
 
-ROBOTS = "/robots.txt"  # a crawler may read that it is not wanted
+
 ROUTE = "refused"  # for the metrics
 CHALLENGE_ROUTE = "challenge"  # the same, of the page that a browser gets instead of a file
-REMEMBERED_CLIENTS = 16_384  # addresses, about 500 bytes each
-REMEMBERED_VISITORS = 4096  # pairs of an address and a user agent, about as large
-
-
-class Client(NamedTuple):
-    """What the rules say of an address."""
-
-    blocked_by: str | None  # the subnet
-    cells: Cells | None  # where it is counted; None: nowhere
-
-
-@dataclass(frozen=True, slots=True)
-class Visitor:
-    """What the rules say of an address with a user agent."""
-
-    banned_for: str | None  # what in the user agent
-    blocked_by: str | None
-    is_refused: bool  # for one of these
-    is_browser: bool  # by its name; the challenge asks for more
-    cells: Cells | None
-    begin_download: Callable[[], Callable[[], None]] | None  # counts one; None: they are not counted
-
-
-UNKNOWN = Client(None, None)  # it has no address, or nobody asks for it
-
-
-class Admission:
-    """The rules of one configuration.
-
-    :param ledger: where clients are counted.
-    :param challenge: None: there is none.
-    """
-
-    def __init__(self, config: Config, ledger: Ledger, challenge: Challenge | None):
-        limits = config.limits
-        self.challenge = challenge
-        self._user_agents = UserAgents(config.useragent.ban, config.useragent.defaults)
-        self._subnets = Subnets(config.block_subnets)
-        self._ledger = ledger
-        self._prefix_lengths = limits.ipv4_prefix_length, limits.ipv6_prefix_length
-        per_second, downloads = limits.requests_per_second, limits.downloads_per_client
-        self._rate = Rate(ledger, per_second, limits.burst) if per_second else None
-        self._downloads = Downloads(ledger, downloads) if downloads else None
-        self._looks_at_clients = bool(config.block_subnets or per_second or downloads)
-        self._client = functools.lru_cache(REMEMBERED_CLIENTS)(self._look_at_client)
-        self._visitor = functools.lru_cache(REMEMBERED_VISITORS)(self._look_at)
-
-    def admit(self, environ: dict[str, Any]) -> Visitor:
-        """Let a request in.
-
-        :raises Refused: it is not let in.
-        """
-        user_agent = environ.get("HTTP_USER_AGENT", "")
-        look = self._visitor if len(user_agent) <= LONGEST_REMEMBERED else self._look_at
-        visitor = look(environ.get("REMOTE_ADDR", ""), user_agent)
-        if visitor.is_refused:
-            self._refuse(visitor, environ["PATH_INFO"])
-        if visitor.cells is not None:
-            exchange = environ[EXCHANGE]
-            if self._rate is not None:
-                self._rate.count(visitor.cells, exchange.begun)
-            if self._downloads is not None and environ["REQUEST_METHOD"] == "GET":
-                self._downloads.check(visitor.cells)
-                exchange.count = visitor.begin_download
-        return visitor
-
-    @staticmethod
-    def _refuse(visitor: Visitor, path_info: str) -> None:
-        """Raise what the visitor is refused for; a crawler may read one file all the same."""
-        if visitor.banned_for is not None and path_info != ROBOTS:
-            raise UserAgentRefused("this user agent is not served here", detail=visitor.banned_for)
-        if visitor.blocked_by is not None:
-            raise SubnetRefused("this network is not served here", detail=visitor.blocked_by)
-
-    def _look_at(self, address: str, user_agent: str) -> Visitor:
-        client = self._client(address) if self._looks_at_clients else UNKNOWN
-        banned_for = self._user_agents.find(user_agent)
-        return Visitor(
-            banned_for,
-            client.blocked_by,
-            is_refused=banned_for is not None or client.blocked_by is not None,
-            is_browser=self.challenge is not None and self.challenge.concerns(user_agent),
-            cells=client.cells,
-            begin_download=self._begins(client.cells),
-        )
-
-    def _begins(self, cells: Cells | None) -> Callable[[], Callable[[], None]] | None:
-        if self._downloads is None or cells is None:
-            return None
-        return functools.partial(self._downloads.begin, cells)
-
-    def _look_at_client(self, text: str) -> Client:
-        address = parse_address(text)
-        if address is None:
-            return UNKNOWN
-        subnet = self._subnets.find(address)
-        network = around(address, *self._prefix_lengths)
-        return Client(None if subnet is None else str(subnet), self._ledger.cells(str(network)))
 
 
 class Guard:
@@ -150,7 +46,7 @@ class Guard:
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         admission = self._policies.admission
         try:
-            visitor = admission.admit(environ)
+            visitor = admission.admit(environ, environ[EXCHANGE])
             if visitor.is_browser:
                 assert admission.challenge is not None
                 return self._ask(admission.challenge, environ, start_response)

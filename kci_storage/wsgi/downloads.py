@@ -14,8 +14,9 @@ from kci_storage import keys
 from kci_storage.errors import BadKey, ObjectChanged, Refused
 from kci_storage.http.conditions import RequestHeaders
 from kci_storage.net import slots
+from kci_storage.net.bodies import SMALL_FILE
 from kci_storage.store.objects import Objects
-from kci_storage.wsgi.exchange import EXCHANGE, SMALL_FILE
+from kci_storage.wsgi.exchange import EXCHANGE
 from kci_storage.wsgi.responder import STATUS_LINES, Responder, Response
 
 ROUTE = "download"  # the view's name, for the metrics

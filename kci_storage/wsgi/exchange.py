@@ -8,19 +8,16 @@ logged and counted. WSGI hooks of a framework run before the body is sent, and n
 from __future__ import annotations
 
 import contextlib
-import errno
 import io
-import os
 import random
 import re
-import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 from kci_storage.errors import ClientDisconnected, StorageError, meaning
+from kci_storage.net.bodies import SentFile, SentSegments, cut_short
 
-SMALL_FILE = 64 * 1024  # bytes; copied, it leaves in one piece with its head, sooner than by sendfile
 EXCHANGE = "kci_storage.exchange"  # the environ's key for it
 CONNECTION = "kci_storage.connection"  # the environ's key for what the worker lets us do to the connection
 FIRST_READ_SIZE = 1024  # bytes of a chunked body; gunicorn waits for all, and these say what may be refused
@@ -181,164 +178,6 @@ def _lost_client() -> Iterator[None]:
         raise ClientDisconnected("the body could not be read to its end", detail=repr(exc)) from exc
 
 
-class SentFile:
-    """A part of a file to be sent, which notes how much of it went out.
-
-    :param fd: the file; nobody else moves its position.
-    :param start: the offset of the first byte to send.
-    :param close: called once the file has been sent, or never will be; it closes ``fd``.
-    """
-
-    def __init__(self, fd: int, start: int, close: Callable[[], None]):
-        self._fd = fd
-        self._start = self._position = start
-        self._close = close
-        self._kept = False
-        self.exchange: Exchange | None = None
-
-    def send_to(self, sock: socket.socket, head: bytes, count: int) -> None:
-        """Send a response's head, and so many bytes of the file.
-
-        :raises ConnectionResetError: the client is gone.
-        """
-        if count > SMALL_FILE:
-            sock.sendall(head, socket.MSG_MORE)
-            sock.sendfile(self, self._start, count)  # type: ignore[arg-type]
-        else:
-            data = os.pread(self._fd, count, self._start)
-            sock.sendall(head + data)
-            self._position += len(data)
-
-    def keep(self) -> None:
-        """The next ``close`` is not the end: somebody else goes on sending, and closes it again."""
-        self._kept = True
-
-    def fileno(self) -> int:
-        """The descriptor, positioned at the first byte to send, as other servers expect it."""
-        os.lseek(self._fd, self._position, os.SEEK_SET)
-        return self._fd
-
-    def seek(self, position: int) -> None:
-        """What ``socket.sendfile`` calls at its end."""
-        self._position = position
-
-    def read(self, size: int = -1) -> bytes:
-        """For a server, or a TLS connection, that cannot use ``sendfile``."""
-        data = os.pread(self._fd, size if size >= 0 else 1 << 20, self._position)
-        self._position += len(data)
-        return data
-
-    def close(self) -> None:
-        """Idempotent."""
-        if self._kept:
-            self._kept = False
-        elif self._fd >= 0:
-            self._fd = -1
-            self._close()
-            if self.exchange is not None:
-                self.exchange.sent = self._position - self._start
-                self.exchange.finish()
-
-
-class SentSegments:
-    """A body that arrives while it is sent, in pieces: bytes, or regions of files, which go by ``sendfile``.
-
-    :param segments: the pieces; a region has ``fd``, ``start``, ``stop``, and ``read()`` for who needs bytes.
-    :param fd: any file, for a server that asks whether this is one.
-    :param close: called once all has been sent, or never will be.
-    """
-
-    def __init__(self, segments: Iterator[Any], fd: int, close: Callable[[], None]):
-        self._segments = segments
-        self._bytes = self._as_bytes()
-        self._fd = fd
-        self._close: Callable[[], None] | None = close
-        self._sent = 0
-        self.exchange: Exchange | None = None
-
-    def fileno(self) -> int:
-        """The descriptor of a file that can be seeked."""
-        return self._fd
-
-    def send_to(self, sock: socket.socket) -> int:
-        """Send all of it; how many bytes that were."""
-        with _cut_short(self.exchange):
-            for segment in self._segments:
-                if isinstance(segment, bytes):
-                    sock.sendall(segment)
-                    self._sent += len(segment)
-                else:
-                    self._send_region(sock, segment)
-        return self._sent
-
-    def _send_region(self, sock: socket.socket, region: Any) -> None:
-        file = _Position(region.fd, region.start)
-        try:
-            sock.sendfile(file, region.start, region.stop - region.start)  # type: ignore[arg-type]
-        finally:
-            self._sent += file.position - region.start
-        if file.position < region.stop:
-            raise StorageError("the file became shorter while it was sent")
-
-    def read(self, size: int = -1) -> bytes:
-        """The next piece, of any size, for a server or a TLS connection that cannot use ``sendfile``."""
-        with _cut_short(self.exchange):
-            data = next(self._bytes, b"")
-        self._sent += len(data)
-        return data
-
-    def _as_bytes(self) -> Iterator[bytes]:
-        for segment in self._segments:
-            if isinstance(segment, bytes):
-                yield segment
-            else:
-                yield from segment.read()
-
-    def close(self) -> None:
-        """Idempotent."""
-        if self._close is not None:
-            close, self._close = self._close, None
-            close()
-            if self.exchange is not None:
-                self.exchange.sent = self._sent
-                self.exchange.finish()
-
-
-class _Position:
-    """A file for ``socket.sendfile``, which seeks it to where it stopped, also when the client went away.
-
-    The descriptor is shared, so its own position means nothing.
-    """
-
-    def __init__(self, fd: int, position: int):
-        self._fd = fd
-        self._next = self.position = position
-
-    def fileno(self) -> int:
-        return self._fd
-
-    def seek(self, position: int) -> None:
-        self._next = self.position = position
-
-    def read(self, size: int) -> bytes:  # what ``socket.sendfile`` tries when the system call fails
-        data = os.pread(self._fd, size, self._next)
-        self._next += len(data)
-        return data
-
-
-@contextlib.contextmanager
-def _cut_short(exchange: Exchange | None) -> Iterator[None]:
-    """A body that fails after its head was sent ends the connection."""
-    try:
-        yield
-    except StorageError as exc:
-        if exchange is not None:
-            exchange.failed(exc)
-        # Too late for an error's status. The server takes this for a client that left: it closes the connection,
-        # without the last chunk or short of Content-Length, so the client sees that something is missing.
-        raise ConnectionResetError(errno.ECONNRESET, "the response was cut short") from exc
-
-
 class SentBody:
     """Any other response body, counted as it goes out."""
 
@@ -348,7 +187,7 @@ class SentBody:
 
     def __iter__(self) -> Iterator[bytes]:
         without_body = self._exchange.environ["REQUEST_METHOD"] == "HEAD"
-        with _cut_short(self._exchange):
+        with cut_short(self._exchange):
             for data in self._body:
                 yield data  # counted when the server asks for the next piece: then this one has gone out
                 if not without_body:

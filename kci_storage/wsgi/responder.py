@@ -19,18 +19,12 @@ from urllib.parse import parse_qs
 from kci_storage.drivers.base import ObjectInfo
 from kci_storage.fills.fill import Region
 from kci_storage.http import media, problems
-from kci_storage.http.conditions import (
-    ByteRange,
-    Decision,
-    MultipartRanges,
-    RequestHeaders,
-    decide,
-    etag_header,
-    http_date,
-    repr_digest_header,
-)
-from kci_storage.store.objects import Content, FileContent
-from kci_storage.wsgi.exchange import SentFile, SentSegments
+from kci_storage.http.conditions import Decision, RequestHeaders, decide, etag_header
+from kci_storage.http.dates import http_date
+from kci_storage.http.digest_fields import repr_digest_header
+from kci_storage.http.ranges import ByteRange, MultipartRanges
+from kci_storage.net.bodies import SentFile, SentSegments
+from kci_storage.store.contents import Content, FileContent
 
 Headers = list[tuple[str, str]]
 

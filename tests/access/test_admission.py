@@ -21,10 +21,11 @@ from werkzeug.test import Client
 from kci_storage.access import crawlers
 from kci_storage.access.crawlers import UserAgents
 from kci_storage.access.limits import Downloads, Ledger, Rate
-from kci_storage.app import build_services, transport
-from kci_storage.config.settings import load
+from kci_storage.app import middleware
+from kci_storage.config.reading import load
 from kci_storage.errors import TooManyRequests
 from kci_storage.http.networks import Subnets, parse_address
+from kci_storage.services import build_services
 from tests.support.cold import Bench, in_background
 from tests.support.faultproxy import CONTENT, PROPERTIES, Hold
 from tests.support.harness import Server, running, toml, wait_until
@@ -460,7 +461,7 @@ def test_who_loses_the_race_for_the_last_place_is_refused(tmp_path: Path, monkey
     server = Server(tmp_path, {"limits": {"downloads_per_client": 1}})
     stored_by_another_program(server, "large", os.urandom(MIB))
     server.config_path.write_text(toml(server.document))
-    client = Client(transport(NotFound(), build_services(load(server.config_path, {}))))
+    client = Client(middleware(NotFound(), build_services(load(server.config_path, {}))))
     one, other = ({"REMOTE_ADDR": f"192.0.2.{n}", "wsgi.file_wrapper": FileWrapper} for n in (1, 2))
     monkeypatch.setattr(Downloads, "check", lambda *_: None)
     for path in ("/large", "/v1/list"):

@@ -17,7 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kci_storage.access import tokens
-from kci_storage.access.tokens import Authenticator, Permissions
+from kci_storage.access.permissions import Permissions
+from kci_storage.access.tokens import Authenticator
 from kci_storage.errors import Forbidden, Unauthorized
 
 JWT_SECRET = "jwt" * 20

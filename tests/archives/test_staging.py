@@ -15,14 +15,14 @@ from pathlib import Path
 
 import pytest
 
-from kci_storage.app import Services, build_services
 from kci_storage.archives import files as archive_files
 from kci_storage.archives import staging
 from kci_storage.archives.files import MOST_STAGED, UPLOAD_MEMORY, ArchivePlan
 from kci_storage.archives.run import ArchiveReport
-from kci_storage.config.settings import load
+from kci_storage.config.reading import load
 from kci_storage.errors import StorageError
 from kci_storage.http.multipart import READ_SIZE
+from kci_storage.services import Services, build_services
 from tests.archives.test_archive import post, resident
 from tests.archives.test_unpacking import ZEROS, entry
 from tests.monitoring.test_metrics import scrape

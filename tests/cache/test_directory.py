@@ -14,7 +14,9 @@ import pytest
 import requests
 
 from kci_storage.cache import directory as cache_module
-from kci_storage.cache.directory import RECORD, Cache, Entry, Record, Slot
+from kci_storage.cache.directory import Cache
+from kci_storage.cache.entry import Entry, Record
+from kci_storage.cache.names import RECORD, Location
 from kci_storage.drivers.base import ObjectInfo
 from kci_storage.errors import InsufficientStorage, WriteConflict
 from kci_storage.files import durable
@@ -73,7 +75,7 @@ def content_of(entry: Entry) -> bytes:
 
 def record_of(cache: Cache, key: str = KEY) -> Record:
     """The record that a reader would see now."""
-    return Record.from_json(cache.slot(key).record.read_bytes())
+    return Record.from_json(cache.location(key).record.read_bytes())
 
 
 def doubt(cache: Cache) -> Record:
@@ -104,7 +106,7 @@ def begin_upload(directory: Path) -> None:
     cache = cache_in(directory)
     writing = cache.writing(KEY, TIMEOUT)
     writing.__enter__()
-    claim = durable.open_lock_file(cache.slot("cold").fill)
+    claim = durable.open_lock_file(cache.location("cold").fill)
     assert durable.try_lock(claim)
     _held.extend([writing, cache.new_part(KEY), cache.new_spool(), cache.new_part("cold"), claim])
 
@@ -173,7 +175,7 @@ class TestEntries:
         monkeypatch.setattr(durable, "sync_directory", synced.append)
         with cache.writing(KEY, TIMEOUT):
             cache.remove(KEY)
-        assert synced == [cache.slot(KEY).record.parent]
+        assert synced == [cache.location(KEY).record.parent]
 
     @pytest.mark.parametrize("replaces", [False, True])
     def test_the_disk_has_content_and_record_before_their_names_and_these_before_it_is_stored(
@@ -182,7 +184,7 @@ class TestEntries:
         """Content and record share a commit of the file system's journal, and so do their names."""
         if replaces:
             store(cache, b"old")
-        folder = str(cache.slot(KEY).record.parent)
+        folder = str(cache.location(KEY).record.parent)
         calls = spy(monkeypatch, "fdatasync", "fsync", "rename")
         store(cache, b"content")
         done = [(name, "record" if RECORD in path else "content") for name, path in calls if path.startswith(folder)]
@@ -213,7 +215,7 @@ class TestEntries:
 
     def test_use_is_noted_but_not_each_time(self, cache: Cache) -> None:
         store(cache, b"content")
-        content = cache.slot(KEY).content(record_of(cache).generation)
+        content = cache.location(KEY).content(record_of(cache).generation)
         written = content.stat().st_mtime_ns
         for age, noted in ((cache_module.TOUCH_INTERVAL + 10, True), (cache_module.TOUCH_INTERVAL - 10, False)):
             used = time.time() - age
@@ -356,10 +358,10 @@ class TestDoubt:
 
     def test_a_running_fill_is_not_published_after_a_doubt(self, cache: Cache) -> None:
         """It may have read the version from before a commit of which nobody knows whether it took effect."""
-        claim = durable.open_lock_file(cache.slot(KEY).fill)
+        claim = durable.open_lock_file(cache.location(KEY).fill)
         assert durable.try_lock(claim)
         doubt_nothing(cache)
-        assert not durable.is_file_at(claim, cache.slot(KEY).fill)
+        assert not durable.is_file_at(claim, cache.location(KEY).fill)
         os.close(claim)
 
 
@@ -381,7 +383,7 @@ class TestTheDead:
             lambda cache: cache.writing(KEY, TIMEOUT).__enter__(),
             lambda cache: cache.remove_version(replace(record_of(cache), generation="another")),
             lambda cache: cache.confirm(replace(record_of(cache), generation="another", doubtful=True)),
-            lambda cache: cache.evict(cache.slot(KEY).content("another"), 0.0),
+            lambda cache: cache.evict(cache.location(KEY).content("another"), 0.0),
         ],
         ids=["reader", "start", "sweep", "publisher", "writer", "remove_version", "confirm", "evict"],
     )
@@ -390,13 +392,13 @@ class TestTheDead:
     ) -> None:
         store(cache, b"content")
         peer.call(begin_upload, cache.directory)
-        claim = durable.open_lock_file(cache.slot(KEY).fill)
+        claim = durable.open_lock_file(cache.location(KEY).fill)
         assert durable.try_lock(claim)
         peer.kill()
         taken = act(cache)
         assert record_of(cache).doubtful
-        assert not list(cache.slot(KEY).record.parent.glob(f"{cache.slot(KEY).digest}*.part"))
-        assert not durable.is_file_at(claim, cache.slot(KEY).fill)
+        assert not list(cache.location(KEY).record.parent.glob(f"{cache.location(KEY).digest}*.part"))
+        assert not durable.is_file_at(claim, cache.location(KEY).fill)
         os.close(claim)
         del taken  # a context manager lets the lock go
         cache.sweep()
@@ -408,7 +410,7 @@ class TestTheDead:
         store(cache, b"new")
         peer.call(begin_upload, cache.directory)
         peer.kill()
-        cache._remove_broken(cache.slot(KEY), old)
+        cache._remove_broken(cache.location(KEY), old)
         assert record_of(cache).doubtful
         cache.sweep()
 
@@ -451,43 +453,43 @@ def take_room_lock(directory: Path) -> None:
 # Broken entries
 
 
-def truncate(slot: Slot, record: Record) -> None:
+def truncate(slot: Location, record: Record) -> None:
     os.truncate(slot.content(record.generation), record.info.size - 1)
 
 
-def grow(slot: Slot, record: Record) -> None:
+def grow(slot: Location, record: Record) -> None:
     os.truncate(slot.content(record.generation), record.info.size + 1)
 
 
-def lose_content(slot: Slot, record: Record) -> None:
+def lose_content(slot: Location, record: Record) -> None:
     slot.content(record.generation).unlink()
 
 
-def write_garbage(slot: Slot, record: Record) -> None:
+def write_garbage(slot: Location, record: Record) -> None:
     slot.record.write_bytes(b"\xff garbage")
 
 
-def write_nothing(slot: Slot, record: Record) -> None:
+def write_nothing(slot: Location, record: Record) -> None:
     slot.record.write_bytes(b"")
 
 
-def write_other_json(slot: Slot, record: Record) -> None:
+def write_other_json(slot: Location, record: Record) -> None:
     slot.record.write_bytes(b'{"info": {"key": "x"}, "generation": 1}')
 
 
-def write_list(slot: Slot, record: Record) -> None:
+def write_list(slot: Location, record: Record) -> None:
     slot.record.write_bytes(b"[1, 2]")
 
 
-def write_other_key(slot: Slot, record: Record) -> None:
+def write_other_key(slot: Location, record: Record) -> None:
     slot.record.write_bytes(replace(record, info=replace(record.info, key="another")).to_json())
 
 
-def write_other_size(slot: Slot, record: Record) -> None:
+def write_other_size(slot: Location, record: Record) -> None:
     slot.record.write_bytes(replace(record, info=replace(record.info, size=record.info.size + 1)).to_json())
 
 
-def write_other_generation(slot: Slot, record: Record) -> None:
+def write_other_generation(slot: Location, record: Record) -> None:
     slot.record.write_bytes(replace(record, generation="0" * 16).to_json())
 
 
@@ -504,7 +506,7 @@ BREAKAGES = [
     write_other_generation,
 ]
 broken = pytest.mark.parametrize("break_it", BREAKAGES, ids=lambda function: function.__name__)
-BrokenBy = Callable[[Slot, Record], None]
+BrokenBy = Callable[[Location, Record], None]
 
 
 class TestBrokenEntries:
@@ -513,7 +515,7 @@ class TestBrokenEntries:
         cache = Cache(tmp_path)
         store(cache, b"another's", "another")
         store(cache, b"content")
-        break_it(cache.slot(KEY), record_of(cache))
+        break_it(cache.location(KEY), record_of(cache))
         assert load(cache) is None
         cache.sweep()  # the usage went by what the record said
         assert cache.check() == []
@@ -524,9 +526,9 @@ class TestBrokenEntries:
     @broken
     def test_nothing_is_left_of_it_without_a_sweep(self, cache: Cache, break_it: BrokenBy) -> None:
         store(cache, b"content")
-        break_it(cache.slot(KEY), record_of(cache))
+        break_it(cache.location(KEY), record_of(cache))
         assert load(cache) is None
-        left = [path.name for path in cache.slot(KEY).record.parent.iterdir()]
+        left = [path.name for path in cache.location(KEY).record.parent.iterdir()]
         # A record that names another file does not say which one was its own.
         assert left == [] or break_it is write_other_generation
         cache.sweep()
@@ -538,7 +540,7 @@ class TestBrokenEntries:
         cache = Cache(tmp_path)
         store(cache, b"content")
         assert load(cache) == b"content"
-        break_it(cache.slot(KEY), record_of(cache))
+        break_it(cache.location(KEY), record_of(cache))
         assert load(cache) in (None, b"content")
         store(cache, b"new one")
         assert load(cache) == b"new one"
@@ -548,7 +550,7 @@ class TestBrokenEntries:
         cache = Cache(tmp_path)
         for heal in (lambda: store(cache, b"new one"), lambda: remove(cache)):
             store(cache, b"content")
-            break_it(cache.slot(KEY), record_of(cache))
+            break_it(cache.location(KEY), record_of(cache))
             heal()
             assert load(cache) in (None, b"new one")
             cache.sweep()
@@ -559,10 +561,10 @@ class TestBrokenEntries:
         """A reader that finds the entry broken in the middle of a writer's work leaves it alone."""
         store(cache, b"content")
         with cache.writing(KEY, TIMEOUT):
-            break_it(cache.slot(KEY), record_of(cache))
-            before = sorted(path.name for path in cache.slot(KEY).record.parent.iterdir())
+            break_it(cache.location(KEY), record_of(cache))
+            before = sorted(path.name for path in cache.location(KEY).record.parent.iterdir())
             assert load(cache) is None
-            assert sorted(path.name for path in cache.slot(KEY).record.parent.iterdir()) == before
+            assert sorted(path.name for path in cache.location(KEY).record.parent.iterdir()) == before
         assert load(cache) is None
         cache.sweep()
 
@@ -573,7 +575,7 @@ class TestBrokenEntries:
             key = break_it.__name__
             url = f"{server.url}/{key}"
             requests.put(url, b"content", headers=server.headers()).raise_for_status()
-            break_it(cache.slot(key), record_of(cache, key))
+            break_it(cache.location(key), record_of(cache, key))
             answer = requests.get(url)
             assert (answer.status_code, answer.content) == (200, b"content"), key
             assert answer.headers["X-Cache"] == "miss", key
@@ -628,7 +630,7 @@ class TestFullDisk:
             cache = Cache(disk / "cache")
             store(cache, b"content")
             store(cache, b"content", "broken")
-            truncate(cache.slot("broken"), record_of(cache, "broken"))
+            truncate(cache.location("broken"), record_of(cache, "broken"))
             doubtful = replace(record_of(cache), doubtful=True)
             use_up_inodes(disk)
             assert load(cache) == b"content"
@@ -713,7 +715,7 @@ class TestSweep:
 
     def test_what_cannot_be_removed_does_not_keep_the_rest_from_being_so(self, cache: Cache) -> None:
         """In whatever order the file system has its folders."""
-        dead = [Path(f"{cache.slot(str(number)).stem}.dead.part") for number in range(12)]
+        dead = [Path(f"{cache.location(str(number)).stem}.dead.part") for number in range(12)]
         for path in dead:
             durable.NewFile(path).close()
         obstacles = [path.with_name(path.name.replace("dead", "a_folder")) for path in dead[::2]]
@@ -728,13 +730,13 @@ class TestSweep:
 
     def test_it_removes_what_a_loss_of_power_can_leave(self, cache: Cache) -> None:
         store(cache, b"content")
-        slot = cache.slot(KEY)
+        slot = cache.location(KEY)
         slot.content("1" * 16).write_bytes(b"a version whose record was not renamed")
-        lonely = cache.slot("lonely")
+        lonely = cache.location("lonely")
         lonely.record.parent.mkdir(exist_ok=True)
         lonely.content("2" * 16).write_bytes(b"a content without a record")
         store(cache, b"content", "lost")
-        lose_content(cache.slot("lost"), record_of(cache, "lost"))
+        lose_content(cache.location("lost"), record_of(cache, "lost"))
         assert len(cache.check()) == 4  # these, and the usage
         assert cache.sweep() == 3
         assert load(cache) == b"content"
@@ -763,7 +765,7 @@ def sweep_there(directory: Path) -> None:
 
 
 def leave_lock(cache: Cache) -> None:
-    os.close(durable.open_lock_file(cache.locks.directory / cache.slot(KEY).digest))
+    os.close(durable.open_lock_file(cache.locks.directory / cache.location(KEY).digest))
 
 
 def leave_part(cache: Cache) -> None:
@@ -771,7 +773,7 @@ def leave_part(cache: Cache) -> None:
 
 
 def leave_claim(cache: Cache) -> None:
-    os.close(durable.open_lock_file(cache.slot(KEY).fill))
+    os.close(durable.open_lock_file(cache.location(KEY).fill))
 
 
 def leave_spool(cache: Cache) -> None:
@@ -779,7 +781,7 @@ def leave_spool(cache: Cache) -> None:
 
 
 def leave_content(cache: Cache) -> None:
-    cache.slot(KEY).content("1" * 16).write_bytes(b"")
+    cache.location(KEY).content("1" * 16).write_bytes(b"")
     cache.usage.add(1, 0, 0)
 
 
@@ -823,7 +825,7 @@ class TestCheck:
     def test_what_is_broken(self, tmp_path: Path, break_it: BrokenBy, problems: list[str]) -> None:
         cache = Cache(tmp_path)
         store(cache, b"content")
-        break_it(cache.slot(KEY), record_of(cache))
+        break_it(cache.location(KEY), record_of(cache))
         found = sorted(cache.check())
         assert [one for one, problem in zip(found, problems, strict=True) if not one.startswith(problem)] == []
 

@@ -16,9 +16,10 @@ import psutil
 import pytest
 import requests
 
-from kci_storage.cache import housekeeping
+from kci_storage.cache import housekeeping, limits
 from kci_storage.cache.directory import Cache
-from kci_storage.cache.housekeeping import Evictor, Housekeeper
+from kci_storage.cache.housekeeping import Housekeeper
+from kci_storage.cache.limits import Evictor
 from kci_storage.config.settings import CacheConfig
 from kci_storage.drivers.base import ObjectInfo
 from kci_storage.files import durable
@@ -64,7 +65,7 @@ def recover(cache: Cache, after_walk: Callable[[], object], **limits: float) -> 
     """Evict in this process until the limits are met, doing something between each walk and the evicting."""
     evictor = Evictor(cache, settings(cache, **limits))
 
-    def choose() -> list[housekeeping.Candidate]:
+    def choose() -> list[limits.Candidate]:
         chosen = evictor.least_recently_used(100)
         after_walk()
         return chosen
@@ -97,7 +98,7 @@ def content_of(cache: Cache, key: str) -> Path:
 
 def keys(cache: Cache, *candidates: str) -> str:
     """Those of the keys that have a copy, one after the other. To look is no use of it."""
-    return "".join(key for key in candidates if cache.slot(key).record.exists())
+    return "".join(key for key in candidates if cache.location(key).record.exists())
 
 
 class TestLimits:
@@ -178,7 +179,7 @@ class TestWhatMayNotGo:
     def test_the_young(self, cache: Cache) -> None:
         store(cache, "just written", used_ago=HOUR, written_ago=1)
         store(cache, "just used", used_ago=1)
-        store(cache, "a minute old", used_ago=housekeeping.YOUNGEST + 10, written_ago=housekeeping.YOUNGEST + 10)
+        store(cache, "a minute old", used_ago=limits.YOUNGEST + 10, written_ago=limits.YOUNGEST + 10)
         housekeeper(cache, max_files=1).keep_limits()
         assert keys(cache, "just written", "just used", "a minute old") == "just writtenjust used"
 
@@ -192,17 +193,17 @@ class TestWhatMayNotGo:
 
     def test_parts_claims_and_spools(self, cache: Cache) -> None:
         with cache.new_part("a") as part, cache.new_spool() as spool:
-            claim = durable.open_lock_file(cache.slot("a").fill)
-            for path in (part.path, spool.path, cache.slot("a").fill):
+            claim = durable.open_lock_file(cache.location("a").fill)
+            for path in (part.path, spool.path, cache.location("a").fill):
                 os.utime(path, (0, 0))
             store(cache, "b")
             housekeeper(cache, max_files=1).make_room(KIB)
             assert keys(cache, "b") == ""
             assert part.path.exists()
             assert spool.path.exists()
-            assert durable.is_file_at(claim, cache.slot("a").fill)
+            assert durable.is_file_at(claim, cache.location("a").fill)
             os.close(claim)
-            durable.remove(cache.slot("a").fill)
+            durable.remove(cache.location("a").fill)
 
     def test_what_was_used_since_it_was_chosen(self, cache: Cache) -> None:
         """A walk takes its time."""
@@ -238,7 +239,7 @@ class TestWhatMayNotGo:
 
     def test_a_stray_content_goes_and_not_the_copy_of_its_key(self, cache: Cache) -> None:
         content = store(cache, "a", used_ago=1)
-        stray = cache.slot("a").content("1" * 16)
+        stray = cache.location("a").content("1" * 16)
         stray.write_bytes(b"left by a loss of power")
         os.utime(stray, (0, 0))
         cache.usage.add(1, 23, 0)
@@ -414,7 +415,7 @@ class TestMakingRoom:
         keeper = housekeeper(cache, max_files=3)
         given_up, real = threading.Event(), keeper._choose
 
-        def slow_walk() -> list[housekeeping.Candidate]:
+        def slow_walk() -> list[limits.Candidate]:
             given_up.wait(TIMEOUT)
             return real()
 
@@ -552,14 +553,14 @@ class TestTheThread:
         """Else the process ends in the midst of it, and leaves a lock and a wrong count."""
         monkeypatch.setattr(housekeeping, "ROOM_TIMEOUT", 0.0)
         monkeypatch.setattr(housekeeping, "PAUSE", TIMEOUT)
-        for number in range(2 * housekeeping.STEP):
+        for number in range(2 * limits.STEP):
             store(cache, str(number))
         keeper = housekeeper(cache, max_files=1)
         assert not keeper.make_room(KIB)
         keeper.stop()
         assert "room" not in thread_names()
         assert cache.locks.names() == []
-        assert cache.usage.read()[0] >= housekeeping.STEP
+        assert cache.usage.read()[0] >= limits.STEP
 
     def test_an_election_that_fails_is_not_the_last(
         self, cache: Cache, started: Callable[..., Housekeeper], monkeypatch: pytest.MonkeyPatch,

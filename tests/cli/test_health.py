@@ -15,7 +15,8 @@ import pytest
 
 from kci_storage.cli import health
 from kci_storage.cli.health import Unhealthy
-from kci_storage.config.settings import ServerConfig, load
+from kci_storage.config.reading import load
+from kci_storage.config.settings import ServerConfig
 from tests.net.test_tls import certificate
 from tests.support.harness import START_SECONDS, STOP_SECONDS, Server, reserve_port, toml, wait_until
 

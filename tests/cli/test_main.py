@@ -15,7 +15,7 @@ import pytest
 import requests
 
 from kci_storage import __version__
-from kci_storage.access import tokens
+from kci_storage.access import permissions, tokens
 from kci_storage.cli import main as cli
 from kci_storage.config.settings import User
 from kci_storage.errors import Forbidden
@@ -110,7 +110,7 @@ def test_a_token_for_nobody_comes_with_a_warning(run, tmp_path):
     )
     assert claims(result.stdout)["email"] == "unknown@example.com"
     with pytest.raises(Forbidden):
-        tokens.Permissions([User("known@example.com", ("/a",))]).check("unknown@example.com", "a/x")
+        permissions.Permissions([User("known@example.com", ("/a",))]).check("unknown@example.com", "a/x")
 
 
 # check-config

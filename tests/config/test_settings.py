@@ -8,16 +8,9 @@ from typing import Any
 
 import pytest
 
-from kci_storage.config.settings import (
-    SECTIONS,
-    Config,
-    ConfigError,
-    User,
-    expectation,
-    load,
-    settings,
-    split_bind,
-)
+from kci_storage.config.checks import split_bind
+from kci_storage.config.reading import load
+from kci_storage.config.settings import SECTIONS, Config, ConfigError, User, expectation, settings
 
 SECRET = 'jwt_secret = "a secret that is long enough for HS256"\n'
 LOCAL = f'driver = "local"\n{SECRET}'

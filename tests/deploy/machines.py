@@ -183,7 +183,7 @@ class Cluster:
 
 def has_copy(server: Server, key: str) -> bool:
     """Whether a copy lies in a server's cache."""
-    return Cache(server.cache_directory).slot(key).record.exists()
+    return Cache(server.cache_directory).location(key).record.exists()
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 import kci_storage
-from kci_storage.config.settings import load
+from kci_storage.config.reading import load
 from tests.support.azurite import Azurite
 from tests.support.harness import Server, toml
 from tests.support.wire import SECONDS

@@ -12,6 +12,7 @@ from typing import Any, get_type_hints
 import pytest
 
 import kci_storage
+from kci_storage.config.reading import load
 from kci_storage.config.settings import (
     SECTIONS,
     Config,
@@ -19,7 +20,6 @@ from kci_storage.config.settings import (
     RetentionRule,
     User,
     expectation,
-    load,
     settings,
 )
 

@@ -10,7 +10,7 @@ import pytest
 import kci_storage
 from kci_storage.app import create_app
 from kci_storage.cli import main as cli
-from kci_storage.config.settings import load
+from kci_storage.config.reading import load
 from kci_storage.errors import TABLE
 
 ROOT = Path(kci_storage.__file__).parent.parent

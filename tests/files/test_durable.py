@@ -11,7 +11,8 @@ import pytest
 
 from kci_storage.errors import InsufficientStorage
 from kci_storage.files import durable
-from kci_storage.files.durable import NewFile, SharedCounters
+from kci_storage.files.counters import SharedCounters
+from kci_storage.files.durable import NewFile
 from tests.support.disks import fill_up, small_disk, use_up_inodes
 from tests.support.peers import Peer, peers
 from tests.support.steps import spy

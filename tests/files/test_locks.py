@@ -20,7 +20,7 @@ from kci_storage.drivers.local.driver import LocalDriver
 from kci_storage.errors import BackendError, InsufficientStorage, WriteConflict
 from kci_storage.files import durable
 from kci_storage.files.locks import KEPT, MARKERS, NOBODYS, KeyLocks, Lease
-from kci_storage.server import preflight
+from kci_storage.services import open_cache
 from tests.support.disks import small_disk, use_up_inodes
 from tests.support.peers import Peer, dies, peers
 
@@ -381,7 +381,7 @@ def no_hard_links(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_cache_on_a_file_system_without_hard_links_is_refused_at_the_start(tmp_path: Path):
     config = Config(tmp_path / "config.toml", driver="local", cache=CacheConfig(directory=tmp_path / "cache"))
     with pytest.raises(ConfigError, match=r"config.toml: cache.directory: expected .* with hard links"):
-        preflight.usable_cache(config)
+        open_cache(config)
 
 
 @pytest.mark.usefixtures("no_hard_links")

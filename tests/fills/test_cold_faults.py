@@ -17,14 +17,18 @@ from pathlib import Path
 import pytest
 import requests
 
-from kci_storage.cache.directory import Cache, new_record
+from kci_storage.cache.directory import Cache
+from kci_storage.cache.entry import new_record
 from kci_storage.config.settings import AzureConfig
 from kci_storage.drivers.azure.driver import AzureDriver
 from kci_storage.drivers.base import ObjectInfo
 from kci_storage.drivers.local.driver import LocalDriver
 from kci_storage.errors import BackendError, CorruptObject
 from kci_storage.fills import resuming
-from kci_storage.fills.fill import Claim, Fill, Filler, FillLost, Fills
+from kci_storage.fills.claim import Claim
+from kci_storage.fills.fill import Fill, FillLost
+from kci_storage.fills.filler import Filler
+from kci_storage.fills.fills import Fills
 from kci_storage.monitoring.metrics import Metrics
 from tests.support.azurite import Azurite
 from tests.support.cold import (
@@ -255,7 +259,7 @@ def test_who_takes_over_looks_whether_it_is_what_his_clients_read(tmp_path: Path
     """Their filler died, another one began anew, and died as well."""
     cache = Cache(tmp_path)
     fills = Fills(LocalDriver(tmp_path / "store"), cache, Metrics(cache, []), bool, at_once=1, queue_size=1)
-    fill = Fill("key", cache.slot("key"))
+    fill = Fill("key", cache.location("key"))
     old, new = (new_record(ObjectInfo("key", 7, "etag", 0)) for _ in range(2))
     with cache.new_part("key", old.generation) as part:
         fill.open(part.path)
@@ -267,7 +271,7 @@ def test_who_takes_over_looks_whether_it_is_what_his_clients_read(tmp_path: Path
         assert claim.try_lock()
         claim.write(new)
         with pytest.raises(FillLost):
-            Filler(fills, fill, claim).run()
+            Filler(fills._parts, fill, claim).run()
     fill.end(None)
     assert cache.check() == []
 
@@ -492,7 +496,7 @@ def kill_an_uploader(server: Server, share: float) -> tuple[str, bytes]:
     with Wire(server) as wire:
         data = request("PUT", f"/{key}", server.headers(), new)
         wire.send(data[: max(int(share * len(data)), 4096)])
-        lock = cache.locks.directory / cache.slot(key).digest
+        lock = cache.locks.directory / cache.location(key).digest
         [uploader] = wait_until(lambda: server.holders(lock), SECONDS, "the upload")
         os.kill(uploader, signal.SIGKILL)
     return key, old

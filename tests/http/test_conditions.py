@@ -16,8 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kci_storage.errors import BadRequest
-from kci_storage.http import conditions
-from kci_storage.http.conditions import ByteRange, Decision, MultipartRanges, RequestHeaders
+from kci_storage.http import accept, conditions, dates, digest_fields
+from kci_storage.http.conditions import Decision, RequestHeaders
+from kci_storage.http.ranges import ByteRange, MultipartRanges
 
 MODIFIED = 784111777
 AT = "Sun, 06 Nov 1994 08:49:37 GMT"
@@ -348,8 +349,8 @@ def test_long_headers_cost_no_more_than_their_length(piece: str, template: str) 
     conditions.decide("GET", RequestHeaders(if_match=value), "v1", MODIFIED, SIZE)
     conditions.decide("GET", RequestHeaders(None, value, None, value, value, value), "v1", MODIFIED, SIZE)
     conditions.decide("GET", RequestHeaders(if_none_match=value, range=value), "v1", MODIFIED, SIZE)
-    conditions.prefers_json(value)
-    for parse in (conditions.parse_content_md5, conditions.parse_repr_digest):
+    accept.prefers_json(value)
+    for parse in (digest_fields.parse_content_md5, digest_fields.parse_repr_digest):
         with contextlib.suppress(BadRequest):
             parse(value)
 
@@ -446,7 +447,7 @@ def test_byte_range_length() -> None:
     ],
 )
 def test_date_is_sent_as_imf_fixdate(timestamp: int, date: str) -> None:
-    assert conditions.http_date(timestamp) == date
+    assert dates.http_date(timestamp) == date
 
 
 NOW = 1_800_000_000  # in the year 2027
@@ -499,19 +500,19 @@ NOW = 1_800_000_000  # in the year 2027
     ],
 )
 def test_date_is_read_in_three_formats(value: str | None, timestamp: int | None) -> None:
-    assert conditions.parse_http_date(value, NOW) == timestamp
+    assert dates.parse_http_date(value, NOW) == timestamp
 
 
 @given(st.integers(0, 253402300799))
 def test_date_is_read_back(timestamp: int) -> None:
-    assert conditions.parse_http_date(conditions.http_date(timestamp)) == timestamp
+    assert dates.parse_http_date(dates.http_date(timestamp)) == timestamp
 
 
 BROWSER = "text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,image/webp,*/*;q=0.8"
 
 
 @pytest.mark.parametrize(
-    ("accept", "prefers"),
+    ("value", "prefers"),
     [
         (None, False),
         ("", False),
@@ -554,23 +555,23 @@ BROWSER = "text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,imag
         ("json", False),
     ],
 )
-def test_prefers_json_over_text(accept: str | None, prefers: bool) -> None:
-    assert conditions.prefers_json(accept) is prefers
+def test_prefers_json_over_text(value: str | None, prefers: bool) -> None:
+    assert accept.prefers_json(value) is prefers
 
 
 @pytest.mark.parametrize(
-    ("accept", "prefers"),
+    ("value", "prefers"),
     [("application/json", True), (BROWSER, False), ("text/html, application/json;q=0.9", False), ("*/*", False)],
 )
-def test_prefers_json_over_html(accept: str, prefers: bool) -> None:
-    assert conditions.prefers_json(accept, over="text/html") is prefers
+def test_prefers_json_over_html(value: str, prefers: bool) -> None:
+    assert accept.prefers_json(value, over="text/html") is prefers
 
 
 @given(
     st.text(max_size=40) | st.lists(st.sampled_from([*"*/;,=q. 01", "application/json"]), max_size=20).map("".join)
 )
-def test_quality_is_a_weight_for_any_header(accept: str) -> None:
-    assert 0 <= conditions.quality(accept, "application/json") <= 1
+def test_quality_is_a_weight_for_any_header(value: str) -> None:
+    assert 0 <= accept.quality(value, "application/json") <= 1
 
 
 MD5 = hashlib.md5(b"content").digest()
@@ -582,7 +583,7 @@ SHA512_TEXT = base64.b64encode(hashlib.sha512(b"content").digest()).decode()
 
 @pytest.mark.parametrize("value", [MD5_TEXT, f" {MD5_TEXT} ", MD5_TEXT.rstrip("=")])
 def test_content_md5(value: str) -> None:
-    assert conditions.parse_content_md5(value) == MD5
+    assert digest_fields.parse_content_md5(value) == MD5
 
 
 @pytest.mark.parametrize(
@@ -602,7 +603,7 @@ def test_content_md5(value: str) -> None:
 )
 def test_malformed_content_md5_is_a_bad_request(value: str) -> None:
     with pytest.raises(BadRequest, match="Content-MD5 has no base64 of 16 bytes"):
-        conditions.parse_content_md5(value)
+        digest_fields.parse_content_md5(value)
 
 
 @pytest.mark.parametrize(
@@ -623,7 +624,7 @@ def test_malformed_content_md5_is_a_bad_request(value: str) -> None:
     ],
 )
 def test_repr_digest(value: str, digest: bytes | None) -> None:
-    assert conditions.parse_repr_digest(value) == digest
+    assert digest_fields.parse_repr_digest(value) == digest
 
 
 @pytest.mark.parametrize(
@@ -652,7 +653,7 @@ def test_repr_digest(value: str, digest: bytes | None) -> None:
 )
 def test_malformed_repr_digest_is_a_bad_request(value: str) -> None:
     with pytest.raises(BadRequest, match="Repr-Digest") as caught:
-        conditions.parse_repr_digest(value)
+        digest_fields.parse_repr_digest(value)
     assert caught.value.message.isprintable()
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import azurite
 from tests.project.test_tools import script
+from tests.support import azurite
 
 
 def test_it_is_killed_though_a_script_starts_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -14,7 +14,7 @@ import pytest
 import requests
 
 import kci_storage
-from kci_storage.config.settings import load
+from kci_storage.config.reading import load
 from tests.support.harness import STOP_SECONDS, reserve_port, toml, wait_until
 
 ROOT = Path(kci_storage.__file__).parent.parent

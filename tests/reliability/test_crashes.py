@@ -19,11 +19,13 @@ from pathlib import Path
 import pytest
 import requests
 
-from kci_storage.app import Services, build_services
-from kci_storage.cache.directory import CONTENT, Cache
-from kci_storage.config.settings import load
+from kci_storage.cache.directory import Cache
+from kci_storage.cache.names import CONTENT
+from kci_storage.config.reading import load
 from kci_storage.errors import ObjectNotFound, StorageError
-from kci_storage.store.uploads import ExpectedDigests, FormPlan
+from kci_storage.services import Services, build_services
+from kci_storage.store.form_receiver import FormPlan, store_form
+from kci_storage.store.uploads import ExpectedDigests
 from tests.support.azurite import Azurite
 from tests.support.backends import Pauses, install
 from tests.support.harness import START_SECONDS, Server, toml, wait_until
@@ -87,7 +89,7 @@ class World:
 
     def put_form(self, *parts: bytes) -> None:
         plan = FormPlan(admit=lambda key: None, content_type=lambda key: "text/plain", tags=lambda key: {})
-        self.services.uploads.store_form(Body(form(*parts)), BOUNDARY.encode(), plan)
+        store_form(self.services.uploads, Body(form(*parts)), BOUNDARY.encode(), plan)
 
     def delete(self) -> None:
         self.services.objects.delete(KEY)
@@ -161,9 +163,9 @@ def prepare_leftovers(world: World) -> None:
         part, spool, other = cache.new_part(KEY), cache.new_spool(), cache.new_part("another key")
         for file in (part, spool, other):
             file.close()
-    cache.slot(KEY).content("1" * 16).write_bytes(b"stray")
-    cache.slot("another key").fill.touch()
-    (cache.locks.directory / cache.slot(KEY).digest).touch()
+    cache.location(KEY).content("1" * 16).write_bytes(b"stray")
+    cache.location("another key").fill.touch()
+    (cache.locks.directory / cache.location(KEY).digest).touch()
 
 
 FILES = part("file0", b"another", "another"), part("file1", NEW, KEY)
@@ -463,7 +465,7 @@ def get_from_all(server: Server) -> set[bytes | None]:
 def writers(server: Server) -> list[int]:
     """The process that holds the key's lock, if one does."""
     cache = Cache(server.cache_directory)
-    return server.holders(cache.locks.directory / cache.slot(KEY).digest)
+    return server.holders(cache.locks.directory / cache.location(KEY).digest)
 
 
 def cool(server: Server) -> None:

@@ -21,7 +21,8 @@ from typing import Any
 import pytest
 import requests
 
-from kci_storage.cache.directory import Cache, last_use
+from kci_storage.cache.directory import Cache
+from kci_storage.cache.entry import last_use
 from tests.reliability.history import Kind, Operation, violations
 from tests.support.harness import START_SECONDS, Server, wait_until
 from tests.support.peers import peers

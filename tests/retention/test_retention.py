@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 import requests
 
-from kci_storage.app import build_services
-from kci_storage.config.settings import ConfigError, RetentionConfig, RetentionRule, load
+from kci_storage.config.ages import OWNER, days_of
+from kci_storage.config.reading import load
+from kci_storage.config.settings import ConfigError, RetentionConfig, RetentionRule
 from kci_storage.drivers.local.driver import LocalDriver
 from kci_storage.retention import expire
-from kci_storage.retention.tags import OWNER, SECONDS_PER_DAY, Retention, days_of, is_expired, lifecycle_policy
+from kci_storage.retention.tags import SECONDS_PER_DAY, Retention, is_expired, lifecycle_policy
+from kci_storage.services import build_services
 from tests.archives.test_archive import post as post_archive
 from tests.archives.test_unpacking import ZEROS, entry
 from tests.server.test_reload import reload

@@ -21,7 +21,8 @@ import psutil
 import pytest
 from werkzeug.test import create_environ, run_wsgi_app
 
-from kci_storage.cache.directory import Cache, last_use
+from kci_storage.cache.directory import Cache
+from kci_storage.cache.entry import last_use
 from kci_storage.wsgi.exchange import EXCHANGE, Exchange, Transport
 from tests.support.azurite import running_azurite
 from tests.support.harness import Server

@@ -7,7 +7,7 @@ import time
 from azure.core.exceptions import AzureError, ResourceExistsError
 from azure.storage.blob import ContainerClient
 
-from kci_storage.config.settings import load
+from kci_storage.config.reading import load
 
 SECONDS = 60  # for which Azurite may start
 

@@ -1,0 +1,126 @@
+"""Who is let in: the rules of one configuration, in the order in which a request meets them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from kci_storage.access.challenge import Challenge
+from kci_storage.access.crawlers import LONGEST_REMEMBERED, UserAgents
+from kci_storage.access.limits import Cells, Downloads, Ledger, Rate
+from kci_storage.errors import SubnetRefused, UserAgentRefused
+from kci_storage.http.networks import Subnets, around, parse_address
+
+if TYPE_CHECKING:
+    from kci_storage.config.settings import Config
+
+
+ROBOTS = "/robots.txt"  # a crawler may read that it is not wanted
+REMEMBERED_CLIENTS = 16_384  # addresses, about 500 bytes each
+REMEMBERED_VISITORS = 4096  # pairs of an address and a user agent, about as large
+
+
+class Request(Protocol):
+    """A request that wants to be let in: :class:`kci_storage.wsgi.exchange.Exchange`."""
+
+    begun: float  # seconds on the monotonic clock
+    count: Callable[[], Callable[[], None]] | None  # counts it if it lasts; returns what ends that
+
+
+class Client(NamedTuple):
+    """What the rules say of an address."""
+
+    blocked_by: str | None  # the subnet
+    cells: Cells | None  # where it is counted; None: nowhere
+
+
+@dataclass(frozen=True, slots=True)
+class Visitor:
+    """What the rules say of an address with a user agent."""
+
+    banned_for: str | None  # what in the user agent
+    blocked_by: str | None
+    is_refused: bool  # for one of these
+    is_browser: bool  # by its name; the challenge asks for more
+    cells: Cells | None
+    begin_download: Callable[[], Callable[[], None]] | None  # counts one; None: they are not counted
+
+
+UNKNOWN = Client(None, None)  # it has no address, or nobody asks for it
+
+
+class Admission:
+    """The rules of one configuration.
+
+    :param ledger: where clients are counted.
+    :param challenge: None: there is none.
+    """
+
+    def __init__(self, config: Config, ledger: Ledger, challenge: Challenge | None):
+        limits = config.limits
+        self.challenge = challenge
+        self._user_agents = UserAgents(config.useragent.ban, config.useragent.defaults)
+        self._subnets = Subnets(config.block_subnets)
+        self._ledger = ledger
+        self._prefix_lengths = limits.ipv4_prefix_length, limits.ipv6_prefix_length
+        per_second, downloads = limits.requests_per_second, limits.downloads_per_client
+        self._rate = Rate(ledger, per_second, limits.burst) if per_second else None
+        self._downloads = Downloads(ledger, downloads) if downloads else None
+        self._looks_at_clients = bool(config.block_subnets or per_second or downloads)
+        self._client = functools.lru_cache(REMEMBERED_CLIENTS)(self._look_at_client)
+        self._visitor = functools.lru_cache(REMEMBERED_VISITORS)(self._look_at)
+
+    def admit(self, environ: dict[str, Any], request: Request) -> Visitor:
+        """Let a request in.
+
+        :param request: told how it is counted, if it lasts.
+
+        :raises Refused: it is not let in.
+        """
+        user_agent = environ.get("HTTP_USER_AGENT", "")
+        look = self._visitor if len(user_agent) <= LONGEST_REMEMBERED else self._look_at
+        visitor = look(environ.get("REMOTE_ADDR", ""), user_agent)
+        if visitor.is_refused:
+            self._refuse(visitor, environ["PATH_INFO"])
+        if visitor.cells is not None:
+            if self._rate is not None:
+                self._rate.count(visitor.cells, request.begun)
+            if self._downloads is not None and environ["REQUEST_METHOD"] == "GET":
+                self._downloads.check(visitor.cells)
+                request.count = visitor.begin_download
+        return visitor
+
+    @staticmethod
+    def _refuse(visitor: Visitor, path_info: str) -> None:
+        """Raise what the visitor is refused for; a crawler may read one file all the same."""
+        if visitor.banned_for is not None and path_info != ROBOTS:
+            raise UserAgentRefused("this user agent is not served here", detail=visitor.banned_for)
+        if visitor.blocked_by is not None:
+            raise SubnetRefused("this network is not served here", detail=visitor.blocked_by)
+
+    def _look_at(self, address: str, user_agent: str) -> Visitor:
+        client = self._client(address) if self._looks_at_clients else UNKNOWN
+        banned_for = self._user_agents.find(user_agent)
+        return Visitor(
+            banned_for,
+            client.blocked_by,
+            is_refused=banned_for is not None or client.blocked_by is not None,
+            is_browser=self.challenge is not None and self.challenge.concerns(user_agent),
+            cells=client.cells,
+            begin_download=self._begins(client.cells),
+        )
+
+    def _begins(self, cells: Cells | None) -> Callable[[], Callable[[], None]] | None:
+        if self._downloads is None or cells is None:
+            return None
+        return functools.partial(self._downloads.begin, cells)
+
+    def _look_at_client(self, text: str) -> Client:
+        address = parse_address(text)
+        if address is None:
+            return UNKNOWN
+        subnet = self._subnets.find(address)
+        network = around(address, *self._prefix_lengths)
+        return Client(None if subnet is None else str(subnet), self._ledger.cells(str(network)))

@@ -1,0 +1,52 @@
+"""The events that services report, for whoever counts them.
+
+Services know this protocol and not Prometheus: :class:`kci_storage.monitoring.metrics.Metrics` implements it.
+"""
+
+from __future__ import annotations
+
+import enum
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+
+class CacheStatus(enum.Enum):
+    """Where an answer came from; the value is what ``X-Cache`` says."""
+
+    HIT = "hit"
+    MISS = "miss"
+    STALE = "stale"  # a copy that should have been checked, while the backend is away
+
+
+class Events(Protocol):
+    """What happens to objects and their copies."""
+
+    def served(self, status: CacheStatus) -> None:
+        """An object was opened."""
+
+    def uncached(self) -> None:
+        """The rest of a download comes straight from the backend, since its fill ended early."""
+
+    def revalidated(self, result: str) -> None:
+        """A copy was checked against the backend: ``fresh``, ``changed``, ``deleted``, or ``failed``."""
+
+    def filling(self) -> AbstractContextManager[None]:
+        """A cold object comes into the cache during the block."""
+        ...
+
+    def evicted(self, files: int, size: int) -> None:
+        """So many copies, of so many bytes in all, were removed to make room."""
+
+    def uploading(self) -> AbstractContextManager[None]:
+        """An upload request is answered during the block; its files are counted as they are stored."""
+        ...
+
+    def uploaded(self) -> None:
+        """A file was stored."""
+
+    def waiting_for(self, lock: AbstractContextManager[None]) -> AbstractContextManager[None]:
+        """Hold a key's lock during the block, and measure how long it took to get it.
+
+        :raises WriteConflict: other writers held it for too long.
+        """
+        ...

@@ -1,0 +1,143 @@
+"""The filler: the one thread over all workers that fetches an object, and publishes it."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from kci_storage.cache.directory import Cache
+from kci_storage.cache.entry import Record, new_record
+from kci_storage.drivers.base import Driver, ObjectReader
+from kci_storage.errors import CorruptObject, InsufficientStorage
+from kci_storage.events import Events
+from kci_storage.files import durable
+from kci_storage.fills.claim import Claim
+from kci_storage.fills.fill import AlreadyCached, Fill, FillLost
+from kci_storage.fills.resuming import LARGE_BUFFER_SIZE, resumed, verified
+from kci_storage.fills.turns import Turns
+
+LARGE_OBJECT = 4 * 1024 * 1024  # bytes, for which room is reserved; of a small one that costs more than it saves
+
+
+@dataclass(frozen=True)
+class FillerParts:
+    """What the fillers of one process work with.
+
+    :param make_room: called with a number of bytes before a fill; it evicts, and says whether they fit.
+    :param stopping: set when the process ends.
+    """
+
+    driver: Driver
+    cache: Cache
+    events: Events
+    make_room: Callable[[int], bool]
+    turns: Turns
+    stopping: threading.Event = field(default_factory=threading.Event)
+
+
+class Filler:
+    """Fetches an object: made by the thread that holds the claim's lock."""
+
+    def __init__(self, parts: FillerParts, fill: Fill, claim: Claim):
+        self._parts = parts
+        self._driver, self._cache = parts.driver, parts.cache
+        self._fill = fill
+        self._claim = claim
+
+    def run(self) -> None:
+        """Fetch the object and publish it.
+
+        :raises StorageError: it cannot be had, or cannot be kept.
+        :raises AlreadyCached: there is a copy.
+        """
+        try:
+            with self._parts.turns.take(self._fill):
+                if self._fill.info is None:
+                    self._look_again()
+                with self._parts.events.filling():
+                    self._fetch()
+        finally:
+            self._claim.withdraw()
+
+    def _fetch(self) -> None:
+        if self._fill.info is None:
+            self._begin()
+        else:
+            self._carry_on()
+
+    def _look_again(self) -> None:
+        entry = self._cache.lookup(self._fill.key)
+        if entry is not None:
+            os.close(entry.fd)
+            if not entry.record.doubtful:
+                raise AlreadyCached
+
+    def _begin(self) -> None:
+        """Fetch from the beginning; also where a filler died that nobody here has followed.
+
+        What that one has left may be from long ago, or from before a loss of power.
+        """
+        self._remove_leftover()
+        with self._driver.read(self._fill.key) as reader:
+            self._fill.begin(reader.info)
+            record = new_record(reader.info)
+            with self._new_part(record) as part:
+                self._fill.open(part.path)
+                self._claim.write(record)
+                self._complete(part, record, reader)
+
+    def _remove_leftover(self) -> None:
+        record = self._claim.read()
+        if record is not None:
+            durable.remove_if_unlocked(self._claim.part(record))
+
+    def _new_part(self, record: Record) -> durable.NewFile:
+        if not self._parts.make_room(record.info.size):
+            raise InsufficientStorage("the object does not fit into the cache")
+        return self._cache.new_part(record.info.key, record.generation)
+
+    def _carry_on(self) -> None:
+        """Take up what this process has followed until its filler died."""
+        record = self._claim.read()
+        part = durable.NewFile.take_over(self._claim.part(record)) if record is not None else None
+        if record is None or part is None:
+            raise FillLost("the object could not be fetched")
+        with part:
+            if not self._fill.follows(part):  # somebody else began anew meanwhile, and died as well
+                raise FillLost("the object could not be fetched")
+            self._fill.look()
+            self._complete(part, record, None)
+
+    def _complete(self, part: durable.NewFile, record: Record, reader: ObjectReader | None) -> None:
+        """Bring the part to its full length, through interruptions, and publish it."""
+        info, begun = record.info, part.size > 0
+        pieces = resumed(self._driver, info, part.size, info.size, reader, begun, LARGE_BUFFER_SIZE)
+        try:
+            for data in verified(info, pieces, before=self._fill.read(0, part.size)):
+                self._append(part, data, info.size)
+        except CorruptObject:
+            part.truncate()
+            raise
+        self._publish(part, record)
+
+    def _append(self, part: durable.NewFile, data: memoryview, size: int) -> None:
+        if self._parts.stopping.is_set():
+            raise FillLost("the server is stopping")
+        before = part.size
+        try:
+            part.write(data)
+        except InsufficientStorage:
+            if not self._parts.make_room(size - part.size):
+                raise
+            part.write(data[part.size - before :])
+        self._fill.advance(part.size)
+        if before == 0 and size >= LARGE_OBJECT:  # now, since the first bytes wait for nothing
+            part.reserve(size)
+
+    def _publish(self, part: durable.NewFile, record: Record) -> None:
+        """Make the part the cache's copy, unless a writer is at work on the key or came in between."""
+        with self._cache.writing_if_free(record.info.key) as free:
+            if free and self._claim.is_current():
+                self._cache.publish_filled(part, record, self._claim.file())

@@ -1,0 +1,43 @@
+"""Content negotiation (RFC 9110, section 12.5.1): what a client prefers."""
+
+from __future__ import annotations
+
+import re
+
+_WEIGHT = re.compile(r"(?:0(?:\.[0-9]*)?|1(?:\.0*)?)\Z")
+
+
+def quality(accept: str, media_type: str) -> float:
+    """How much an ``Accept`` header wants a media type, 0 to 1, by its most specific member (section 12.5.1).
+
+    >>> quality("text/*;q=0.5, */*;q=0.1", "text/plain"), quality("text/html", "text/plain")
+    (0.5, 0.0)
+    """
+    weights: dict[str, float] = {}
+    for member in accept.split(","):
+        media_range, *parameters = (part.strip(" \t").lower() for part in member.split(";"))
+        weights[media_range] = max(_weight(parameters), weights.get(media_range, 0.0))
+    for media_range in (media_type, f"{media_type.partition('/')[0]}/*", "*/*"):
+        if media_range in weights:
+            return weights[media_range]
+    return 0.0
+
+
+def _weight(parameters: list[str]) -> float:
+    value = next((text[2:] for text in parameters if text.startswith("q=")), "1")
+    return float(value) if _WEIGHT.match(value) else 0.0
+
+
+def prefers_json(accept: str | None, over: str = "text/plain") -> bool:
+    """Whether a client wants JSON more than what it would get else.
+
+    :param accept: the value of ``Accept``; None, or ``*/*``, prefers nothing.
+    :param over: the media type that it would get else.
+
+    >>> prefers_json("application/json"), prefers_json("*/*")
+    (True, False)
+    """
+    if not accept:
+        return False
+    json = max(quality(accept, "application/json"), quality(accept, "application/problem+json"))
+    return json > quality(accept, over)

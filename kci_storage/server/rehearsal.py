@@ -1,0 +1,53 @@
+"""Building the server's parts with a configuration, in a process of its own, to see whether that works.
+
+``python -m kci_storage.server.rehearsal FILE`` builds them as a worker does, without serving, and says in one line
+what fails. The master runs it before it gives workers a new configuration, since a worker that does not start ends
+the server.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from kci_storage.config.settings import Config, ConfigError
+from kci_storage.server.preflight import usable
+from kci_storage.services import build_services
+
+REHEARSAL_SECONDS = 60.0  # a driver may ask its backend something when it is made
+
+
+def rehearse(config: Config) -> None:
+    """Build a server's parts from the configuration's file, in a process of its own.
+
+    :raises ConfigError: that fails.
+    """
+    command = [sys.executable, "-m", "kci_storage.server.rehearsal", str(config.path)]
+    environ = {name: value for name, value in os.environ.items() if name != "PROMETHEUS_MULTIPROC_DIR"}
+    try:
+        done = subprocess.run(
+            command, env=environ, capture_output=True, text=True, timeout=REHEARSAL_SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise ConfigError(f"{config.path}: the server does not start with it in {REHEARSAL_SECONDS:g} s") from None
+    if done.returncode == os.EX_CONFIG:
+        raise ConfigError(done.stderr.strip())
+    if done.returncode != 0:
+        reason = (done.stderr.strip() or "for a reason unknown").splitlines()[-1]
+        raise ConfigError(f"{config.path}: the server does not start with it: {reason}")
+
+
+def main() -> int:
+    """Build the parts; 0 when that worked."""
+    try:
+        build_services(usable(Path(sys.argv[1])))
+    except ConfigError as exc:
+        print(exc, file=sys.stderr)
+        return os.EX_CONFIG
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

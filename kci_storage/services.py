@@ -1,0 +1,195 @@
+"""The parts of the server, wired. Nothing else knows all of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+from kci_storage import drivers
+from kci_storage.access.limits import Ledger
+from kci_storage.access.permissions import Permissions
+from kci_storage.access.policies import Policies
+from kci_storage.access.tokens import Authenticator
+from kci_storage.archives.receiving import Archives
+from kci_storage.archives.unpacking import Limits
+from kci_storage.cache.directory import Cache
+from kci_storage.cache.housekeeping import Housekeeper
+from kci_storage.config.reading import load
+from kci_storage.config.settings import Config, ConfigError
+from kci_storage.drivers.base import Driver, LocalObjects, Sweepable
+from kci_storage.fills.fills import Fills
+from kci_storage.monitoring.measured_driver import MeasuredDriver
+from kci_storage.monitoring.metrics import Metrics
+from kci_storage.store.negative_cache import Misses
+from kci_storage.store.objects import Objects
+from kci_storage.store.uploads import Uploads
+from kci_storage.wsgi.responder import Responder
+
+
+class Follower(Protocol):
+    """Takes over each new configuration while the worker runs."""
+
+    def start(self) -> None:
+        """Begin."""
+
+    def stop(self) -> None:
+        """End."""
+
+
+class Parent(Protocol):
+    """The master process that has forked this one, as far as its services need it."""
+
+    @property
+    def config(self) -> Config:
+        """The last configuration that was valid."""
+        ...
+
+    @property
+    def ledger(self) -> Ledger:
+        """Where clients are counted, over all workers."""
+        ...
+
+    def follower(self, apply: Callable[[Config], None]) -> Follower:
+        """Calls ``apply`` with each new configuration."""
+        ...
+
+
+parent: Parent | None = None  # set by the master (server/reload.py) before it forks workers
+
+
+@dataclass(frozen=True)
+class Services:
+    """What the views work with."""
+
+    config: Config
+    driver: Driver
+    fills: Fills
+    objects: Objects
+    responder: Responder
+    uploads: Uploads
+    archives: Archives
+    authenticator: Authenticator
+    policies: Policies
+    metrics: Metrics
+    housekeeper: Housekeeper
+    follower: Follower | None = None
+
+    @property
+    def permissions(self) -> Permissions:
+        """Who may write what, now."""
+        return self.policies.permissions
+
+    def start(self) -> None:
+        """Start what runs beside requests, in the worker process."""
+        self.housekeeper.start()
+        if self.follower is not None:
+            self.follower.start()
+
+    def stop(self) -> None:
+        """End it, when the last request has been answered."""
+        if self.follower is not None:
+            self.follower.stop()
+        self.housekeeper.stop()
+        self.fills.stop()
+
+
+def inherited_services() -> Services:
+    """The parts for a worker: from what its master has given it, and told of changes to that.
+
+    :raises ConfigError: the configuration cannot be used.
+    """
+    if parent is None:  # another server than ours has started the application
+        return build_services(load())
+    services = build_services(parent.config, parent.ledger)
+    return dataclasses.replace(services, follower=parent.follower(services.policies.apply))
+
+
+def build_services(config: Config, ledger: Ledger | None = None) -> Services:
+    """The parts, from the driver upwards.
+
+    :param ledger: where clients are counted; None: for this process alone.
+    """
+    driver = drivers.load(config.driver).from_config(config)
+    local = driver if isinstance(driver, LocalObjects) else None
+    cache = open_cache(config)
+    metrics = Metrics(cache, disks(config, local))
+    sweep = partial(drivers.sweep, config) if isinstance(driver, Sweepable) else None
+    housekeeper = Housekeeper(cache, config.cache, metrics, sweep)
+    measured = MeasuredDriver(driver)
+    misses = Misses(config.cache.directory / "uploads")
+    server = config.server
+    fills = Fills(
+        measured,
+        cache,
+        metrics,
+        housekeeper.make_room,
+        at_once=fills_at_once(config),
+        queue_size=server.threads // 2,  # the other half is for those who need not wait
+    )
+    uploads = Uploads(
+        measured,
+        cache,
+        misses,
+        metrics,
+        cached=local is None,
+        lock_timeout=server.lock_timeout,
+        max_bytes=server.max_upload_bytes,
+    )
+    return Services(
+        config=config,
+        driver=measured,
+        fills=fills,
+        objects=Objects(
+            measured,
+            local,
+            cache,
+            fills,
+            misses,
+            metrics,
+            wait_timeout=server.lock_timeout,
+            revalidate_after=config.cache.revalidate_after,
+        ),
+        responder=Responder(server.cache_control, config.cache.directory, server.accel_redirect),
+        uploads=uploads,
+        archives=Archives(uploads, metrics, archive_limits(config), config.archive.parallelism),
+        authenticator=Authenticator(config.secrets),
+        policies=Policies(config, ledger or Ledger(rows=1)),
+        metrics=metrics,
+        housekeeper=housekeeper,
+    )
+
+
+def fills_at_once(config: Config) -> int:
+    """This worker's share of ``max_fills``."""
+    return -(-config.cache.max_fills // config.server.worker_count)
+
+
+def archive_limits(config: Config) -> Limits:
+    """How large an archive may be; each of its files is an upload, too."""
+    largest = min(config.archive.max_file_bytes, config.server.max_upload_bytes)
+    return Limits(config.archive.max_files, largest, config.archive.max_total_bytes)
+
+
+def disks(config: Config, local: LocalObjects | None) -> list[Path]:
+    """The folders whose disks fill up."""
+    return [config.cache.directory] if local is None else [config.cache.directory, config.local.storage_path]
+
+
+def open_cache(config: Config) -> Cache:
+    """The cache, in a directory that was tried.
+
+    :raises ConfigError: the directory cannot be used.
+    """
+    try:
+        cache = Cache(config.cache.directory)
+        cache.locks.prove()
+    except OSError as exc:
+        raise ConfigError(
+            f"{config.path}: cache.directory: expected a folder on a local disk with hard links, where this user can "
+            f"make files, not {config.cache.directory}: {exc.strerror}"
+        ) from exc
+    return cache

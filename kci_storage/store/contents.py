@@ -1,0 +1,190 @@
+"""The content of an object, to be read: a file, an object that is arriving, or one that only the backend has."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+
+from kci_storage.drivers.base import Driver, ObjectInfo, ObjectReader
+from kci_storage.errors import (
+    BackendError,
+    InsufficientStorage,
+    ObjectChanged,
+    ObjectNotFound,
+    Overloaded,
+    StorageError,
+)
+from kci_storage.events import CacheStatus, Events
+from kci_storage.fills.fill import AlreadyCached, Fill, Region
+from kci_storage.fills.fills import Fills
+from kci_storage.fills.resuming import resumed, verified
+from kci_storage.http.ranges import ByteRange
+
+FOLLOW_AHEAD = 1024 * 1024  # bytes; a range that begins this little ahead of a running fill follows it
+
+
+class Content(ABC):
+    """One version of an object, to be read. The caller closes it."""
+
+    info: ObjectInfo
+    status: CacheStatus
+
+    @abstractmethod
+    def segments(self, start: int, stop: int) -> Iterator[bytes | Region]:
+        """The bytes from ``start`` up to ``stop``, where that is possible as regions of a file; never silently fewer.
+
+        :raises ObjectChanged: before the first byte: the version is gone; ask anew.
+        :raises StorageError: they cannot be had.
+        """
+
+    def read(self, start: int, stop: int) -> Iterator[bytes]:
+        """The same, all as bytes."""
+        for segment in self.segments(start, stop):
+            if isinstance(segment, bytes):
+                yield segment
+            else:
+                yield from segment.read()
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go. Idempotent."""
+
+
+class FileContent(Content):
+    """A complete file on this machine.
+
+    :param fd: the file, which is closed with the content.
+    :param path: where it lies.
+    """
+
+    def __init__(self, info: ObjectInfo, status: CacheStatus, fd: int, path: str | None):
+        self.info = info
+        self.status = status
+        self.fd = fd
+        self.path = path
+
+    def segments(self, start: int, stop: int) -> Iterator[Region]:
+        yield Region(self.fd, start, stop)
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+class FilledContent(Content):
+    """An object that is arriving.
+
+    :param fill: joined by the caller, and left with the content.
+    """
+
+    status = CacheStatus.MISS
+
+    def __init__(self, driver: Driver, info: ObjectInfo, fill: Fill, events: Events):
+        self.info = info
+        self._driver = driver
+        self._events = events
+        self._fill: Fill | None = fill
+
+    def segments(self, start: int, stop: int) -> Iterator[bytes | Region]:
+        assert self._fill is not None
+        position = start
+        try:
+            for region in self._fill.regions(start, stop):
+                position = region.stop
+                yield region
+        except (BackendError, ObjectNotFound):
+            raise
+        except StorageError:
+            # A full disk here, a filler lost in another process: what fails a fill need not fail a download.
+            self._events.uncached()
+            pieces = resumed(self._driver, self.info, position, stop, begun=position > start)
+            whole = stop - start == self.info.size
+            if whole:
+                pieces = verified(self.info, pieces, self._fill.read(0, position))
+            yield from map(bytes, pieces)
+
+    def close(self) -> None:
+        if self._fill is not None:
+            self._fill.leave()
+            self._fill = None
+
+
+class RemoteContent(Content):
+    """An object of which only the properties are here, and maybe only a part is wanted.
+
+    :param fills: None: the cache has no room for it.
+    :param patience: seconds to wait for a fill to begin.
+    :param begun: a part that is on its way already, closed with the content.
+    """
+
+    status = CacheStatus.MISS
+
+    def __init__(
+        self,
+        driver: Driver,
+        fills: Fills | None,
+        info: ObjectInfo,
+        events: Events,
+        patience: float,
+        begun: tuple[ByteRange, ObjectReader] | None = None,
+    ):
+        self.info = info
+        self._begun = begun
+        self._driver = driver
+        self._events = events
+        self._fills = fills
+        self._patience = patience
+        self._followed: list[FilledContent] = []
+
+    def segments(self, start: int, stop: int) -> Iterator[bytes | Region]:
+        if self._begun is not None and not self._wants_most(start, stop) and self._begun[0].start == start:
+            return map(bytes, resumed(self._driver, self.info, start, stop, self._begun[1]))
+        content = self._to_follow(self._fills, start, stop) if self._fills is not None else None
+        if content is not None:
+            self._followed.append(content)
+            return content.segments(start, stop)
+        pieces = resumed(self._driver, self.info, start, stop)
+        return map(bytes, verified(self.info, pieces) if stop - start == self.info.size else pieces)
+
+    def _wants_most(self, start: int, stop: int) -> bool:
+        return 2 * (stop - start) >= self.info.size
+
+    def _to_follow(self, fills: Fills, start: int, stop: int) -> FilledContent | None:
+        """The running fill if it soon gets there, or a new one for who wants most of the object; else None.
+
+        Who wants less, such as a crawler that reads the end of every image, starts no fill.
+        """
+        wants_most = self._wants_most(start, stop)
+        running, here = fills.progress(self.info.key) or (None, 0)
+        if start > here + FOLLOW_AHEAD:
+            if wants_most:
+                with contextlib.suppress(Overloaded):
+                    fills.join(self.info.key).leave()
+            return None
+        if wants_most or (running is not None and running.etag == self.info.etag):
+            return self._follow(fills.join(self.info.key))
+        return None
+
+    def _follow(self, fill: Fill) -> FilledContent | None:
+        try:
+            if fill.wait_for_info(self._patience).etag == self.info.etag:
+                return FilledContent(self._driver, self.info, fill, self._events)
+        except AlreadyCached:
+            fill.leave()
+            raise ObjectChanged("the file has just been fetched") from None  # so that the caller finds it
+        except InsufficientStorage:
+            self._events.uncached()
+        except BaseException:
+            fill.leave()
+            raise
+        fill.leave()
+        return None
+
+    def close(self) -> None:
+        if self._begun is not None:
+            self._begun[1].close()
+        while self._followed:
+            self._followed.pop().close()
