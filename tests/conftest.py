@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import os
-import secrets
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any
 
-import psutil
 import pytest
 from hypothesis import HealthCheck, settings
 
 pytest.register_assert_rewrite("tests.support.harness", "tests.drivers.contract", "tests.support.cold")
 
-from tests.support import leftovers  # noqa: E402
 from tests.support.azurite import azurite  # noqa: E402, F401  (a fixture)
 from tests.support.cold import bench, new_bench, shared_bench  # noqa: E402, F401  (fixtures)
 from tests.support.harness import Server, running  # noqa: E402
+from tests.support.leftovers import pytest_sessionstart  # noqa: E402, F401  (a hook)
 
 # By default an example may take 200 ms, which is a matter of the machine's load, and examples are others each time.
 # `pytest --hypothesis-profile=random` looks for new ones.
@@ -62,44 +60,6 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
     report = yield
     _forbid_skip(report)
     return report
-
-
-# Leftovers
-
-
-def pytest_sessionstart(session: pytest.Session) -> None:
-    """Before pytest-xdist starts its workers."""
-    if not hasattr(session.config, "workerinput"):  # this is no worker
-        session.config.pluginmanager.register(LastAct(session.config))
-
-
-class LastAct:
-    """The last act of a run: an error for processes that it has left behind."""
-
-    def __init__(self, config: pytest.Config):
-        # A private name, as pytest-xdist uses it: no fixture runs in the process that distributes the tests.
-        self._run = leftovers.Run(secrets.token_hex(16), config._tmp_path_factory.getbasetemp())
-        self._guard = leftovers.guarded(self._run)
-        self._guard.__enter__()
-        os.environ[leftovers.VARIABLE] = self._run.name
-
-    @pytest.hookimpl(wrapper=True, trylast=True)
-    def pytest_sessionfinish(self, session: pytest.Session) -> Iterator[None]:
-        """After the fixtures' end and that of pytest-xdist's workers, before the summary."""
-        yield
-        if left := self._run.left(leftovers.GRACE_SECONDS):
-            session.config.hook.pytest_runtest_logreport(report=_report_of(left))
-            session.exitstatus = session.exitstatus or pytest.ExitCode.TESTS_FAILED
-
-    def pytest_unconfigure(self) -> None:
-        """Have them killed."""
-        self._guard.__exit__(None, None, None)
-
-
-def _report_of(left: list[psutil.Process]) -> pytest.TestReport:
-    name = "the tests: processes left behind"
-    lines = "\n".join(leftovers.describe(process) for process in left)
-    return pytest.TestReport(name, (name, None, name), {}, "failed", lines, "teardown")
 
 
 # Servers

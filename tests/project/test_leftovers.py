@@ -17,6 +17,7 @@ from tests.support.harness import wait_until
 
 ROOT = Path(kci_storage.__file__).parent.parent
 SECONDS = 120
+QUICK = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # but for those that are named
 FEW = "import tests.support.leftovers\ntests.support.leftovers.GRACE_SECONDS = 1\n"
 
 TESTS = """
@@ -56,13 +57,13 @@ def pid_file(tmp_path: Path) -> Path:
 
 def command(pid_file: Path, test: str, *arguments: str) -> list[str]:
     inner = f"{pid_file.parent}/test_inner.py::{test}"
-    options = ["-p", "tests.conftest", "-p", "no:cacheprovider", f"--rootdir={pid_file.parent}"]
+    options = ["-p", "tests.support.leftovers", "-p", "no:cacheprovider", f"--rootdir={pid_file.parent}"]
     return [sys.executable, "-m", "pytest", *options, *arguments, inner]
 
 
 def run(pid_file: Path, test: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command(pid_file, test, *arguments), cwd=ROOT, capture_output=True, text=True, timeout=SECONDS
+        command(pid_file, test, *arguments), cwd=ROOT, env=QUICK, capture_output=True, text=True, timeout=SECONDS
     )
 
 
@@ -80,7 +81,7 @@ def killed_at_the_end(pid_file: Path) -> Iterator[None]:
 
 
 pytestmark = pytest.mark.usefixtures("killed_at_the_end")
-ways = pytest.mark.parametrize("arguments", [(), ("-n", "1")], ids=["one process", "workers"])
+ways = pytest.mark.parametrize("arguments", [(), ("-p", "xdist", "-n", "1")], ids=["one process", "workers"])
 
 
 @ways
@@ -108,7 +109,7 @@ def test_a_run_that_leaves_none_passes(pid_file, arguments):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_run_that_is_killed_leaves_nothing(pid_file, number, arguments):
     line = command(pid_file, "test_is_killed", *arguments)
-    with subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL) as inner:
+    with subprocess.Popen(line, cwd=ROOT, env=QUICK, stdout=subprocess.DEVNULL) as inner:
         wait_until(lambda: pid_file.exists() and pid_file.read_text(), SECONDS, "the inner test")
         assert lives(pid_file)
         inner.send_signal(number)

@@ -1,14 +1,17 @@
 """The processes that a run of the tests has started and that outlive it.
 
 The first process of a run puts :data:`VARIABLE` into its environment, from which everything that it starts inherits
-it. At the end of the run ``conftest.py`` looks for processes that still have it, and reports them as an error. A
-guard, which is this file run as a program, kills them then, and also where the run itself was killed.
+it. At its end it looks for processes that still have it, and reports them as an error. A guard, which is this file
+run as a program, kills them then, and also where the run itself was killed.
+
+As a plugin of pytest it needs nothing but :func:`pytest_sessionstart`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import subprocess
 import sys
 import time
@@ -18,11 +21,47 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+import pytest
 
 VARIABLE = "KCI_TEST_RUN"
 GRACE_SECONDS = 30  # for which a process may outlive the tests: one that was told to stop needs a moment
 _KILL_SECONDS = 60
 _POLL_SECONDS = 0.1
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Before pytest-xdist starts its workers."""
+    if not hasattr(session.config, "workerinput"):  # this is no worker
+        session.config.pluginmanager.register(LastAct(session.config))
+
+
+class LastAct:
+    """The last act of a run: an error for processes that it has left behind."""
+
+    def __init__(self, config: pytest.Config):
+        # A private name, as pytest-xdist uses it: no fixture runs in the process that distributes the tests.
+        self._run = Run(secrets.token_hex(16), config._tmp_path_factory.getbasetemp())
+        self._guard = guarded(self._run)
+        self._guard.__enter__()
+        os.environ[VARIABLE] = self._run.name
+
+    @pytest.hookimpl(wrapper=True, trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> Iterator[None]:
+        """After the fixtures' end and that of pytest-xdist's workers, before the summary."""
+        yield
+        if left := self._run.left(GRACE_SECONDS):
+            session.config.hook.pytest_runtest_logreport(report=_report_of(left))
+            session.exitstatus = session.exitstatus or pytest.ExitCode.TESTS_FAILED
+
+    def pytest_unconfigure(self) -> None:
+        """Have them killed."""
+        self._guard.__exit__(None, None, None)
+
+
+def _report_of(left: list[psutil.Process]) -> pytest.TestReport:
+    name = "the tests: processes left behind"
+    lines = "\n".join(_describe(process) for process in left)
+    return pytest.TestReport(name, (name, None, name), {}, "failed", lines, "teardown")
 
 
 @dataclass(frozen=True)
@@ -75,7 +114,7 @@ def _ends_by_itself(process: psutil.Process) -> bool:
     return "multiprocessing.resource_tracker" in " ".join(process.cmdline())
 
 
-def describe(process: psutil.Process) -> str:
+def _describe(process: psutil.Process) -> str:
     """One line: process id, command line, and the test during which it was started, as far as that is known."""
     line = str(process.pid)
     with contextlib.suppress(psutil.Error):
@@ -88,7 +127,7 @@ def describe(process: psutil.Process) -> str:
 @contextmanager
 def guarded(run: Run) -> Iterator[None]:
     """Have the run's processes killed at the end of the block, or when this process has ended in whatever way."""
-    command = [sys.executable, __file__, run.name, str(run.folder)]
+    command = [sys.executable, "-P", __file__, run.name, str(run.folder)]
     environ = {name: value for name, value in os.environ.items() if name != VARIABLE}
     # In a session of its own: a signal to the run's process group, such as that of Ctrl-C, does not reach it.
     guard = subprocess.Popen(command, stdin=subprocess.PIPE, env=environ, cwd="/", start_new_session=True)
