@@ -59,9 +59,9 @@ def write_first_config(path: Path) -> None:
 
 
 def check_bind(config: Config) -> None:
-    """Whether the address is free: gunicorn would try for some seconds, and say less.
+    """See whether the address is free: gunicorn would retry for some seconds and say less.
 
-    :raises ConfigError: it is not.
+    :raises ConfigError: it is not free.
     """
     address = split_bind(config.server.bind)
     if address is None:
@@ -99,7 +99,7 @@ def serve(config: Config) -> int:
 def _wait_for_the_end(server: subprocess.Popen[bytes]) -> int:
     try:
         return server.wait()
-    except KeyboardInterrupt:  # a second Ctrl-C: no more patience with downloads in flight
+    except KeyboardInterrupt:  # a second Ctrl-C: do not wait for running downloads
         server.send_signal(signal.SIGQUIT)
         return server.wait()
 
@@ -118,7 +118,7 @@ def wait_for_health(config: Config, server: subprocess.Popen[bytes]) -> bool:
 def is_healthy(bind: str) -> bool:
     """Ask for ``/v1/health``.
 
-    :raises OSError: nobody answers.
+    :raises OSError: nothing answers.
     """
     with _connect(bind) as connection:
         connection.sendall(b"GET /v1/health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
@@ -146,7 +146,7 @@ def base_url(address: tuple[str, int]) -> str:
 
 
 def writer(config: Config) -> tuple[str, str]:
-    """Somebody who may write, and a folder in which they may."""
+    """The name of a user who may write, and a folder that this user may write to."""
     for user in config.users:
         for prefix in user.prefixes:
             return user.name, prefix.rstrip("*").strip("/") or "demo"
@@ -154,7 +154,10 @@ def writer(config: Config) -> tuple[str, str]:
 
 
 def lines_to_paste(config: Config) -> str:
-    """Commands that upload and download, for any shell and folder; the token in them is valid for a day."""
+    """Commands that upload and download, for any shell and folder; the token in them is valid for a day.
+
+    README.md has the same commands, with the token in a variable.
+    """
     email, folder = writer(config)
     token = tokens.issue(email, config.secrets[0], 1)
     address = split_bind(config.server.bind)

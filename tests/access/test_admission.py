@@ -1,4 +1,4 @@
-"""Who may come in: crawlers, blocked networks, and limits for each client (docs/guards.md)."""
+"""Access control: crawlers, blocked networks, and limits for each client (docs/access.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The browser challenge: a browser gets a file once it has run a page's script (docs/guards.md)."""
+"""The browser challenge: a browser gets a file once it has run a page's script (docs/access.md)."""
 
 from __future__ import annotations
 

@@ -1,8 +1,10 @@
-"""``make run``: from an empty folder to a server, and lines that work when pasted."""
+"""``make run``: from an empty folder to a server, and lines that work when pasted. The README has the same lines."""
 
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -83,6 +85,29 @@ def test_an_empty_folder_becomes_a_server_whose_lines_work(start, tmp_path):
 
     process.send_signal(signal.SIGINT)
     assert process.wait(STOP_SECONDS) == 0
+
+
+README_BLOCK = re.search(r"^```sh\n(TOKEN=.*?)^```", (ROOT / "README.md").read_text(), flags=re.M | re.S)[1]
+
+
+def test_the_readmes_lines_work_as_they_stand_and_leave_the_readers_files_alone(start, tmp_path, port):
+    """They are pasted one by one into one shell, in the folder of the checkout, which has files of the same names."""
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/bin/kci-storage").symlink_to(Path(sys.executable).parent / "kci-storage")
+    for name in ("form.txt", "put.txt", "demo"):
+        (tmp_path / name).write_text("mine")
+    start()
+    printed = lines_to_paste(tmp_path)
+    output = paste(README_BLOCK.replace(":3000", f":{port}"), tmp_path)
+    assert output.endswith("Hello, form\nHello, curl\n")
+    assert {(tmp_path / name).read_text() for name in ("form.txt", "put.txt", "demo")} == {"mine"}
+    assert _without_token(printed, port) == _without_token(README_BLOCK.splitlines()[1:], 3000)
+
+
+def _without_token(lines: list[str], port: int) -> list[list[str]]:
+    """The words of each line, with neither the token nor the port in them."""
+    plain = (re.sub(r"Bearer [^'\"]+", "Bearer", line).replace(f":{port}", "") for line in lines)
+    return [shlex.split(line) for line in plain]
 
 
 def test_every_new_configuration_has_a_secret_of_its_own(start, tmp_path):
