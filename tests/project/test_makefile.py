@@ -6,6 +6,8 @@ import re
 import subprocess
 from pathlib import Path
 
+import yaml
+
 import kci_storage
 
 ROOT = Path(kci_storage.__file__).parent.parent
@@ -26,3 +28,11 @@ def test_every_target_that_is_no_file_has_help():
 
 def test_the_readme_names_every_target_and_no_other():
     assert set(re.findall(r"`make ([a-z-]+)[` ]", (ROOT / "README.md").read_text())) == TARGETS
+
+
+def test_commits_are_checked_as_in_ci_and_nothing_is_fetched_for_it():
+    """The hooks are of this project and run what make runs; hooks of others would be cloned from elsewhere."""
+    repositories = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert [repository["repo"] for repository in repositories] == ["local"]
+    (hook,) = repositories[0]["hooks"]
+    assert (hook["entry"], hook["language"]) == ("make check", "system")

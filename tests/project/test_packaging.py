@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import email
 import shutil
 import subprocess
 import sys
@@ -51,3 +52,15 @@ def test_the_wheel_names_the_command_and_the_drivers(wheel):
 
 def test_the_wheel_has_the_packages_version(wheel):
     assert f"-{kci_storage.__version__}-" in Path(wheel.filename).name
+
+
+def test_the_wheel_says_where_the_project_lives(wheel):
+    metadata = email.message_from_bytes(wheel.read(next(n for n in wheel.namelist() if n.endswith("METADATA"))))
+    urls = dict(line.split(", ") for line in metadata.get_all("Project-URL"))
+    home = "https://github.com/kernelci/kci-storage"
+    assert urls["Homepage"] == urls["Source"] == home
+    assert {name: url.removeprefix(home) for name, url in urls.items() if name in ("Changes", "Documentation")} == {
+        "Changes": "/blob/main/CHANGES.md",
+        "Documentation": "/tree/main/docs",
+    }
+    assert urls["Issues"] == f"{home}/issues"
