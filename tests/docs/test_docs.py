@@ -107,3 +107,18 @@ def test_files_of_the_project_that_are_named_are_there(document: Path) -> None:
     folders = "kci_storage|tests|deploy|docs|tools|benchmarks"
     named = set(re.findall(rf"(?<![\w/.-])((?:{folders})/[\w./-]*\w)(?![\w*])", document.read_text()))
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+
+
+def test_the_architecture_has_every_folder_and_file_of_the_root_and_no_other() -> None:
+    document = (ROOT / "docs/architecture.md").read_text()
+    entries = [entry for entry in (ROOT / "kci_storage").iterdir() if not entry.name.startswith(("_", "py."))]
+    there = {f"{entry.name}/" if entry.is_dir() else entry.name for entry in entries}
+    named = {name for row in rows(document, "The source tree") for name in re.findall(r"[\w.]+/?", row[0])}
+    assert named == there
+
+
+def test_the_architecture_names_modules_that_are_there() -> None:
+    """Its tables name them without the package's own folder."""
+    named = re.findall(r"`(\w+/\w+\.py)`", (ROOT / "docs/architecture.md").read_text())
+    assert len(named) > 20
+    assert [name for name in named if not any((ROOT / top / name).exists() for top in ("kci_storage", "."))] == []
