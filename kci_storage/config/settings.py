@@ -70,31 +70,37 @@ class ServerConfig:
         10_737_418_240, "the largest upload request", unit="bytes", minimum=1, maximum=_MOST_BYTES
     )
     lock_timeout: float = _setting(
-        30.0, "how long a request waits for another one's work on its key", unit="seconds", minimum=0, maximum=3600
+        30.0,
+        "how long a request waits for another one that writes the same key",
+        unit="seconds",
+        minimum=0,
+        maximum=3600,
     )
     trusted_proxies: int = _setting(
         0, "how many proxies in front set X-Forwarded-*; 0 trusts none", minimum=0, maximum=16
     )
     accel_redirect: str = _setting(
         "",
-        'nginx\'s internal location over the cache directory, e.g. "/_cache/"; empty: files leave by the server',
+        'nginx\'s internal location over the cache directory, e.g. "/_cache/"; empty: the server sends the files',
         expects='nothing or a path that starts and ends with "/"',
         accepts=is_location,
     )
     cache_control: str = _setting(
         "public, no-cache",
-        "the Cache-Control of downloads: browsers and CDNs may keep a copy, and ask before they use it",
+        "the Cache-Control of downloads; the default lets browsers and CDNs keep a copy that they check before use",
         expects='directives such as "public, max-age=60"',
         accepts=is_cache_control,
     )
     send_timeout: float = _setting(
-        60.0, "after this long without progress a stalled client is dropped", unit="seconds", minimum=1, maximum=_DAY
+        60.0,
+        "the connection of a client without progress is closed after this long",
+        unit="seconds",
+        minimum=1,
+        maximum=_DAY,
     )
 
-    certfile: str = _setting(
-        "", "the certificate, with those up to its root, for TLS without a proxy; empty: no TLS", expects="a path"
-    )
-    keyfile: str = _setting("", "its key; empty: it stands in the same file", expects="a path")
+    certfile: str = _setting("", "the certificate chain, for TLS without a proxy; empty: no TLS", expects="a path")
+    keyfile: str = _setting("", "the certificate's private key; empty: it is in certfile", expects="a path")
 
     @property
     def worker_count(self) -> int:
@@ -133,14 +139,14 @@ class AzureConfig:
     )
     connect_timeout: float = _setting(
         5.0,
-        "how long to wait for a connection, and for the backend to take a piece of an upload",
+        "how long to wait for a connection, and for the backend to accept a piece of an upload",
         unit="seconds",
         minimum=0.1,
         maximum=600,
     )
     read_timeout: float = _setting(
         20.0,
-        "after this long without a byte of its answer the backend is asked again, or given up",
+        "an answer of the backend without progress is retried, or given up, after this long",
         unit="seconds",
         minimum=0.1,
         maximum=600,
@@ -164,23 +170,26 @@ class CacheConfig:
         0, "the most to keep; 0: no limit but the disk's", unit="bytes", minimum=0, maximum=_MOST_BYTES
     )
     low_disk_percent: float = _setting(
-        12.0, "start evicting below this percentage of free disk space", unit="%", minimum=0, maximum=100
+        12.0, "evict files below this percentage of free disk space", unit="%", minimum=0, maximum=100
     )
     recover_disk_percent: float = _setting(
-        13.0, "and stop above this percentage; not less than low_disk_percent", unit="%", minimum=0, maximum=100
+        13.0, "stop evicting above this percentage; not less than low_disk_percent", unit="%", minimum=0, maximum=100
     )
     cleanup_chunk_size: int = _setting(
-        100_000, "files evicted between two looks at the limits", unit="files", minimum=1, maximum=10**9
+        100_000, "the most files to evict between two checks of the limits", unit="files", minimum=1, maximum=10**9
     )
     interval: float = _setting(
-        300.0, "time between two looks at the limits", unit="seconds", minimum=0.1, maximum=_DAY
+        300.0, "time between two checks of the limits", unit="seconds", minimum=0.1, maximum=_DAY
     )
     max_fills: int = _setting(
-        64, "objects fetched into the cache at once; further ones wait, then get 503", minimum=1, maximum=10_000
+        64,
+        "concurrent fetches of objects into the cache; further requests wait, then get 503",
+        minimum=1,
+        maximum=10_000,
     )
     revalidate_after: float = _setting(
         0.0,
-        "age from which a hit asks the backend whether it is still the latest; 0: never",
+        "age from which a hit is checked against the backend; 0: never",
         unit="seconds",
         minimum=0,
         maximum=365 * _DAY,
@@ -196,7 +205,7 @@ class ArchiveConfig:
         536_870_912, "the largest file in an archive, unpacked", unit="bytes", minimum=1, maximum=_MOST_BYTES
     )
     max_total_bytes: int = _setting(
-        2_147_483_648, "all files of an archive, unpacked", unit="bytes", minimum=1, maximum=_MOST_BYTES
+        2_147_483_648, "the size of all files of an archive, unpacked", unit="bytes", minimum=1, maximum=_MOST_BYTES
     )
     parallelism: int = _setting(
         64, "files of archives that a worker uploads at the same time", unit="files", minimum=1, maximum=1024
@@ -208,10 +217,13 @@ class RetentionRule:
     """``[[retention.rules]]``: how long some keys are kept."""
 
     prefix: str = _setting(
-        "", 'the keys it is for: whole leading segments, or plain text up to a closing "*"; the longest prefix counts'
+        "", 'its keys: whole leading segments, or plain text up to a closing "*"; the longest prefix counts'
     )
     value: str = _setting(
-        "", "their tag's value instead of tag_value; empty: kept for ever", expects=AGE_TEXT, accepts=is_age_or_none
+        "",
+        "the tag's value for these keys, instead of tag_value; empty: kept for ever",
+        expects=AGE_TEXT,
+        accepts=is_age_or_none,
     )
 
 
@@ -227,7 +239,7 @@ class RetentionConfig:
     )
     tag_value: str = _setting(
         "",
-        "its value for uploads that no rule is for; empty: kept for ever; without rules nothing is tagged",
+        "its value for uploads without a rule; empty: kept for ever; without rules nothing is tagged",
         expects=AGE_TEXT,
         accepts=is_age_or_none,
     )
@@ -240,7 +252,7 @@ class UserAgentConfig:
 
     ban: tuple[str, ...] = _setting(
         (),
-        "requests whose User-Agent holds one of these texts, in whatever case, are refused",
+        "requests whose User-Agent contains one of these texts, in upper or lower case, are refused",
         expects="a list of texts that are not empty",
         accepts=is_given,
     )
@@ -254,17 +266,17 @@ class LimitsConfig:
     """``[limits]``: how much one client may have at once, over all workers."""
 
     downloads_per_client: int = _setting(
-        0, "downloads of one client at a time; 0: no limit", minimum=0, maximum=1_000_000
+        0, "concurrent downloads of one client; 0: no limit", minimum=0, maximum=1_000_000
     )
     requests_per_second: float = _setting(
         0.0, "requests of one client in the long run; 0: no limit", minimum=0, maximum=1_000_000
     )
     burst: int = _setting(100, "requests that a client may send at once after a pause", minimum=1, maximum=1_000_000)
     ipv4_prefix_length: int = _setting(
-        32, "how much of an IPv4 address makes a client", unit="bits", minimum=1, maximum=32
+        32, "leading bits of an IPv4 address that identify a client", unit="bits", minimum=1, maximum=32
     )
     ipv6_prefix_length: int = _setting(
-        64, "how much of an IPv6 address makes a client", unit="bits", minimum=1, maximum=128
+        64, "leading bits of an IPv6 address that identify a client", unit="bits", minimum=1, maximum=128
     )
 
 
@@ -274,7 +286,7 @@ class DownloadChallengeConfig:
 
     user_agents: tuple[str, ...] = _setting(
         (),
-        "browsers whose User-Agent holds one of these texts, in whatever case, are checked before a download",
+        "browsers whose User-Agent contains one of these texts, in upper or lower case, are challenged",
         expects="a list of texts that are not empty",
         accepts=is_given,
     )
@@ -286,22 +298,22 @@ class DownloadChallengeConfig:
         secret=True,
     )
     cookie_ttl_seconds: int = _setting(
-        600, "how long a browser that was checked is not checked again", unit="seconds", minimum=30, maximum=_DAY
+        600, "how long a browser that has passed is not challenged again", unit="seconds", minimum=30, maximum=_DAY
     )
     ipv4_prefix_length: int = _setting(
-        24, "how much of an IPv4 address must stay the same meanwhile", unit="bits", minimum=1, maximum=32
+        24, "leading bits of the IPv4 address that a cookie is bound to", unit="bits", minimum=1, maximum=32
     )
     ipv6_prefix_length: int = _setting(
-        64, "how much of an IPv6 address must stay the same meanwhile", unit="bits", minimum=1, maximum=128
+        64, "leading bits of the IPv6 address that a cookie is bound to", unit="bits", minimum=1, maximum=128
     )
     fallback_bytes_per_second: int = _setting(
         0,
-        "the rate for browsers without JavaScript, kept by nginx in front (X-Accel-Limit-Rate); 0: they get nothing",
+        "the rate for browsers without JavaScript, enforced by nginx (X-Accel-Limit-Rate); 0: they get no file",
         unit="bytes",
         minimum=0,
         maximum=_MOST_BYTES,
     )
-    secure_cookie: bool = _setting(True, "whether the cookie goes over HTTPS only")
+    secure_cookie: bool = _setting(True, "whether browsers send the cookie over HTTPS only")
 
 
 @dataclass(frozen=True, slots=True)
@@ -327,21 +339,21 @@ class Config:
     )
     jwt_secret: str = _setting(
         "",
-        "tokens are signed with this secret; at least one of the two must be there",
+        "tokens are signed with this secret; at least one of the two is required",
         expects="text that is not empty; `kci-storage secret` prints a new one",
         accepts=is_given,
         secret=True,
     )
     unified_secret: str = _setting(
         "",
-        "or with this one, which other KernelCI services share",
+        "a second secret for tokens, which other KernelCI services share",
         expects="text that is not empty",
         accepts=is_given,
         secret=True,
     )
     block_subnets: tuple[str, ...] = _setting(
         (),
-        "clients whose address lies in one of these subnets are refused",
+        "clients whose address is in one of these subnets are refused",
         expects='a list of subnets such as "192.0.2.0/24" and "2001:db8::/32"',
         accepts=is_subnet,
     )
