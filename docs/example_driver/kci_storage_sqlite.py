@@ -1,8 +1,8 @@
-"""An example of a driver: all objects in one SQLite file. It keeps the whole contract, and is read in five minutes.
+"""An example of a driver: all objects in one SQLite file. It keeps the whole contract and takes five minutes to read.
 
-Configured by ``driver = "sqlite"`` and, in ``[sqlite]``, ``file``: a path, beside the configuration unless absolute.
+Configure it with ``driver = "sqlite"`` and ``file`` in ``[sqlite]``: a path, relative to the configuration's folder.
 
-The contract's hard sentences cost little here, because SQLite has transactions: a commit is one, and a read is one.
+The contract's hard points are easy here, because SQLite has transactions: a commit is one, and so is a read.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ CREATE TABLE IF NOT EXISTS pieces (etag TEXT, start INTEGER, data BLOB, PRIMARY 
 
 
 class SqliteDriver(Driver):
-    """Objects as rows.
+    """Keeps each object as a row and its content as further rows.
 
-    :param file: the database; made with the first upload.
+    :param file: the database; the first upload makes it.
     """
 
     def __init__(self, file: Path):
@@ -46,7 +46,7 @@ class SqliteDriver(Driver):
 
     @contextlib.contextmanager
     def transaction(self, begin: str = "BEGIN") -> Iterator[sqlite3.Connection]:
-        """A connection of one's own, inside a transaction that ends well or changes nothing."""
+        """A new connection, inside a transaction that commits at the block's end, or changes nothing if it raises."""
         with _own_errors():
             connection = sqlite3.connect(
                 self._file, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False
@@ -102,11 +102,11 @@ class SqliteDriver(Driver):
             connection.execute("SELECT 1 FROM objects LIMIT 1")
 
     def close(self) -> None:
-        """Nothing outlives a call but readers, which their users close."""
+        """Close nothing: only readers outlive a call, and their users close them."""
 
 
 class _Reader(ObjectReader):
-    """What a transaction sees: one version, whatever is committed meanwhile."""
+    """Reads inside one transaction, which sees one version, whatever is committed meanwhile."""
 
     def __init__(
         self, info: ObjectInfo, connection: sqlite3.Connection, start: int, stop: int, stack: contextlib.ExitStack
@@ -132,7 +132,7 @@ class _Reader(ObjectReader):
 
 
 class _Writer(ObjectWriter):
-    """Spooled to a file without a name, which a crash leaves no trace of; then one transaction."""
+    """Spools to a file without a name, of which a crash leaves nothing, and stores it in one transaction."""
 
     def __init__(self, driver: SqliteDriver, key: str, content_type: str):
         self._driver, self._key, self._content_type = driver, key, content_type
@@ -143,7 +143,7 @@ class _Writer(ObjectWriter):
             self._spool.write(data)
 
     def flush(self) -> None:
-        """Nothing to do: nothing is held in memory."""
+        """Do nothing: no data is held in memory."""
 
     def commit(self, digests, expected=Expectation.ANYTHING, replay=None) -> ObjectInfo:
         info = ObjectInfo(
@@ -164,9 +164,9 @@ class _Writer(ObjectWriter):
 
 
 def _replace(connection: sqlite3.Connection, info: ObjectInfo, expected: str | Expectation) -> None:
-    """Put the object's row in the place of the one that is expected.
+    """Replace the expected row by the object's.
 
-    :raises PreconditionFailed: another one is there.
+    :raises PreconditionFailed: the stored version is another one.
     """
     row = connection.execute("SELECT etag FROM objects WHERE key = ?", (info.key.encode(),)).fetchone()
     if expected is not Expectation.ANYTHING and (row[0] if row else Expectation.NOTHING) != expected:
@@ -184,12 +184,12 @@ def _info(connection: sqlite3.Connection, key: str) -> ObjectInfo:
 
 
 def _prepare(connection: sqlite3.Connection) -> None:
-    """Have readers and a writer not wait for each other, what was committed survive a loss of power, and tables."""
+    """Make the tables, let readers and a writer not wait for each other, and let commits survive a loss of power."""
     deadline = time.monotonic() + BUSY_TIMEOUT
     while connection.execute("PRAGMA journal_mode").fetchone() != ("wal",):
         try:
             connection.execute("PRAGMA journal_mode = WAL")
-        except sqlite3.OperationalError:  # somebody has the file open: for this SQLite does not wait
+        except sqlite3.OperationalError:  # another process has the file open, for which SQLite does not wait here
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.01)
@@ -199,7 +199,7 @@ def _prepare(connection: sqlite3.Connection) -> None:
 
 @contextlib.contextmanager
 def _own_errors() -> Iterator[None]:
-    """The system's errors as the contract's; the log gets the reason, the client does not."""
+    """Turn the system's errors into the contract's; the log gets the reason, the client does not."""
     try:
         yield
     except (sqlite3.Error, OSError) as exc:
@@ -207,7 +207,7 @@ def _own_errors() -> Iterator[None]:
 
 
 def _key_of(marker: str | None) -> bytes:
-    """Where a page begins; markers come from clients, who may send anything."""
+    """The key at which a page begins; markers come from clients, who may send anything."""
     try:
         return bytes.fromhex(marker or "")
     except ValueError as exc:
