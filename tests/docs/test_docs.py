@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import re
 from pathlib import Path
 
@@ -122,3 +123,12 @@ def test_the_architecture_names_modules_that_are_there() -> None:
     named = re.findall(r"`(\w+/\w+\.py)`", (ROOT / "docs/architecture.md").read_text())
     assert len(named) > 20
     assert [name for name in named if not any((ROOT / top / name).exists() for top in ("kci_storage", "."))] == []
+
+
+def test_the_architecture_has_the_layers_that_are_held() -> None:
+    linter = configparser.ConfigParser()
+    linter.read(ROOT / ".importlinter")
+    held = linter["importlinter:contract:layers"]["layers"].split("\n")[1:]
+    quoted = re.findall(r"^> (.*)$", (ROOT / "docs/architecture.md").read_text(), flags=re.M)
+    named = " ".join(quoted).split(" → ")
+    assert [layer.split(", ") for layer in named] == [layer.split(" | ") for layer in held]
