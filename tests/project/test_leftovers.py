@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -68,8 +69,9 @@ def run(pid_file: Path, test: str, *arguments: str) -> subprocess.CompletedProce
 
 
 def lives(pid_file: Path) -> bool:
-    with open(pid_file) as file:
-        return psutil.pid_exists(pid := int(file.read())) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(int(pid_file.read_text())).status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 @pytest.fixture
