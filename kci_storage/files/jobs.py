@@ -2,7 +2,8 @@
 
 A thread that works through many files makes the requests of its process wait: whenever one of them comes back from a
 system call, it may wait for the interpreter for the 5 ms of its switch interval, several times for a single hit. No
-pause between two pieces of work mends that, but for pauses that are longer than the work. See docs/performance.md.
+pause between two pieces of work mends that, but for pauses that are longer than the work. See
+docs/decisions/housekeeping-processes.md.
 
 A process is started for a job, and ends with it. It ends as well when its parent does, however that dies: its
 standard input is a pipe from there, which nobody writes to after the beginning.

@@ -132,3 +132,12 @@ def test_the_architecture_has_the_layers_that_are_held() -> None:
     quoted = re.findall(r"^> (.*)$", (ROOT / "docs/architecture.md").read_text(), flags=re.M)
     named = " ".join(quoted).split(" → ")
     assert [layer.split(", ") for layer in named] == [layer.split(" | ") for layer in held]
+
+
+def test_the_documents_that_code_refers_to_are_there() -> None:
+    folders = ("kci_storage", "tests", "benchmarks", "tools", "deploy")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()]
+    text = "".join(path.read_text() for path in files if path.suffix in (".py", ".sh", ".yml", ".conf", ".service"))
+    named = set(re.findall(r"\bdocs/[a-z/_-]+\.md\b", text))
+    assert len(named) > 5
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
