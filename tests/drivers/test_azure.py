@@ -26,10 +26,11 @@ from azure.storage.blob import BlobBlock, ContainerClient, ContentSettings, gene
 
 from kci_storage.config.settings import Config
 from kci_storage.drivers.azure import driver as azure
-from kci_storage.drivers.azure import errors, reads
+from kci_storage.drivers.azure import reads, service
 from kci_storage.drivers.azure.driver import AzureDriver
 from kci_storage.drivers.base import Driver, Expectation
 from kci_storage.errors import (
+    TABLE,
     BackendError,
     BackendThrottled,
     BackendTimeout,
@@ -38,19 +39,10 @@ from kci_storage.errors import (
     PreconditionFailed,
     StorageError,
     WriteConflict,
-)
-from tests.drivers.contract import (
-    KIB,
-    SOME,
-    DriverContract,
-    content_of,
-    digests_of,
-    get,
-    in_pieces,
-    listed,
-    put,
+    meaning,
 )
 from tests.support.azurite import Azurite, running_azurite
+from tests.drivers.contract import KIB, SOME, DriverContract, content_of, digests_of, get, in_pieces, listed, put
 from tests.support.harness import wait_until
 
 BLOCK = 64 * KIB
@@ -60,8 +52,7 @@ SECONDS = 60  # for which a test waits for what comes sooner
 @pytest.fixture
 def small_sizes(monkeypatch):
     """A few hundred KiB are many ranges, some dozens of objects many pages; and no test waits for a retry."""
-    monkeypatch.setattr(azure, "RETRY_WAIT", 0.01)
-    monkeypatch.setattr(errors, "RETRY_WAIT", 0.01)
+    monkeypatch.setattr(service, "RETRY_WAIT", 0.01)
     monkeypatch.setattr(reads, "READ_SIZE", 64 * KIB)
     monkeypatch.setattr(reads, "LONG_READ_SIZE", 64 * KIB)
     monkeypatch.setattr(azure, "LIST_SIZE", 7)
@@ -620,7 +611,7 @@ def test_only_the_backends_own_word_means_that_an_object_is_missing(driver, prox
     for attempt in attempts(driver):
         with pytest.raises(StorageError) as caught:
             attempt()
-        assert type(caught.value) is expected, caught.value.detail
+        assert meaning(caught.value) == TABLE[expected], caught.value.detail
 
 
 def test_redirections_are_not_followed(driver, proxy):
@@ -641,9 +632,9 @@ def test_a_throttling_backend_says_when_to_come_back(driver, proxy):
 def test_a_failing_backend_is_asked_again(driver, proxy):
     put(driver, "a", b"content")
     proxy.requests.clear()
-    proxy.before = lambda request: Answer(500, [], b"") if request.number < azure.RETRIES else None
+    proxy.before = lambda request: Answer(500, [], b"") if request.number < service.RETRIES else None
     assert driver.stat("a").size == 7
-    assert len(proxy.requests) == azure.RETRIES + 1
+    assert len(proxy.requests) == service.RETRIES + 1
 
 
 def test_a_silent_backend_is_a_time_out_and_not_asked_again(azurite, proxy):

@@ -10,14 +10,18 @@ import ssl
 import subprocess
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import certifi
 import pytest
 
+from kci_storage.drivers.azure import http
+from kci_storage.drivers.azure.connect import Connector, authorities, proxy_for
 from kci_storage.drivers.azure.errors import Unanswered
-from kci_storage.drivers.azure.http import HEAD_SIZE, TOGETHER, Answer, Pool, wait_for
+from kci_storage.drivers.azure.http import HEAD_SIZE, TOGETHER, Answer, ConnectionPool, wait_for
 from kci_storage.errors import BackendError, BackendTimeout
 
 SECONDS = 60
@@ -36,6 +40,7 @@ class Peer:
     def __init__(self, *answers: bytes, tls: ssl.SSLContext | None = None, take: Take | None = None):
         self.requests: list[bytes] = []
         self.connections = 0
+        self.hang_up = False  # whether the connection ends after an answer
         self._answers = iter(answers)
         self._tls = tls
         self._take = take or take_all
@@ -50,17 +55,20 @@ class Peer:
             while True:
                 sock, _ = self._listener.accept()
                 self.connections += 1
-                with sock, contextlib.suppress(OSError):
-                    self._serve(sock)
+                threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
 
     def _serve(self, sock: socket.socket) -> None:
+        with sock, contextlib.suppress(OSError):
+            self._serve_requests(sock)
+
+    def _serve_requests(self, sock: socket.socket) -> None:
         while request := self._request(sock):
             self.requests.append(request)
             answer = next(self._answers, b"")
             sock.sendall(answer)
             if request.startswith(b"CONNECT") and self._tls is not None:
                 sock = self._tls.wrap_socket(sock, server_side=True)
-            elif not answer or self._missing(request):
+            elif not answer or self._missing(request) or self.hang_up:
                 return
 
     def _request(self, sock: socket.socket) -> bytes:
@@ -106,9 +114,9 @@ def peer() -> Iterator[Callable[..., Peer]]:
         yield start
 
 
-def pool_of(peer: Peer, read_timeout: float = SECONDS, **options: str) -> Pool:
+def pool_of(peer: Peer, read_timeout: float = SECONDS, **options: str) -> ConnectionPool:
     url, proxy = options.get("url", f"http://{peer.address}"), options.get("proxy")
-    return Pool(url, proxy, options.get("authorities"), connect_timeout=SECONDS, read_timeout=read_timeout)
+    return ConnectionPool(Connector(url, proxy, options.get("authorities"), SECONDS), read_timeout)
 
 
 def body_of(answer: Answer) -> bytes:
@@ -173,8 +181,10 @@ def test_an_answer_to_head_has_no_body(peer: Callable[..., Peer]) -> None:
         b"HTTP/1.1 200 OK\r\nA: b\r\n folded: line\r\n\r\n",
         b"HTTP/1.1 200 OK\r\nContent-Length: many\r\n\r\n",
         b"HTTP/1.1 200 OK\r\nA: " + b"b" * (HEAD_SIZE + 65536),
+        b"HTTP/1.1 103 Early Hints\r\nLink: <a>\r\n\r\n" * 2000,
+        b"HTTP/1.1 101 Switching Protocols\r\n\r\n",
     ],
-    ids=["another protocol", "status", "colon", "folded", "length", "endless"],
+    ids=["another protocol", "status", "colon", "folded", "length", "endless", "only hints", "another protocol's"],
 )
 def test_what_is_no_answer_is_an_error(peer: Callable[..., Peer], answer: bytes) -> None:
     with pytest.raises(BackendError, match="makes no sense"):
@@ -185,7 +195,7 @@ def test_no_answer(peer: Callable[..., Peer]) -> None:
     with pytest.raises(Unanswered):
         pool_of(peer(b"")).ask("GET", "/a", {})
     with pytest.raises(BackendTimeout):
-        Pool(f"http://{peer(b'HTTP/1.1').address}", None, None, SECONDS, read_timeout=0.1).ask("GET", "/a", {})
+        pool_of(peer(b"HTTP/1.1"), read_timeout=0.1).ask("GET", "/a", {})
 
 
 def test_a_body_that_breaks_off_is_an_error(peer: Callable[..., Peer]) -> None:
@@ -195,6 +205,152 @@ def test_a_body_that_breaks_off_is_an_error(peer: Callable[..., Peer]) -> None:
     answer._connection.sock.shutdown(socket.SHUT_WR)
     with pytest.raises(BackendError, match="broke off"):
         body_of(answer)
+
+
+INTERIM = [
+    b"HTTP/1.1 100 Continue\r\n\r\n",
+    b"HTTP/1.1 103 Early Hints\r\nLink: </a>; rel=preload\r\nContent-Length: 5\r\n\r\n",
+]
+
+
+@pytest.mark.parametrize("interim", [*INTERIM, b"".join(INTERIM)], ids=["100", "103", "both"])
+@pytest.mark.parametrize("method", ["GET", "HEAD", "PUT"])
+def test_interim_answers_are_read_past(peer: Callable[..., Peer], interim: bytes, method: str) -> None:
+    final = OK if method == "GET" else CREATED
+    there = peer(interim + final, OK)
+    pool = pool_of(there)
+    answer = pool.ask(method, "/a", {})
+    assert (answer.status, body_of(answer)) == ((206, b"body") if method == "GET" else (201, b""))
+    assert body_of(pool.ask("GET", "/a", {})) == b"body"
+    assert there.connections == 1
+
+
+# Connections that were idle
+
+
+def test_one_that_ended_meanwhile_costs_no_answer(peer: Callable[..., Peer]) -> None:
+    """A relay that has forgotten the connection says so only when the next request comes."""
+    there = peer(OK, b"", OK)
+    pool = pool_of(there)
+    assert [body_of(pool.ask("GET", "/a", {})) for _ in range(2)] == [b"body"] * 2
+    assert (len(there.requests), there.connections) == (3, 2)
+
+
+def test_a_body_is_sent_again_whole_on_a_new_one(peer: Callable[..., Peer]) -> None:
+    there = peer(CREATED, b"", CREATED)
+    pool, body = pool_of(there), random.randbytes(MIB)
+    assert [put(pool, body).status for _ in range(2)] == [201, 201]
+    assert there.connections == 2
+    assert there.requests[2].endswith(body)
+
+
+def test_nothing_is_sent_again_once_an_answer_has_begun(peer: Callable[..., Peer]) -> None:
+    there = peer(OK, b"HTTP/1.1 206 Part", OK)
+    pool = pool_of(there)
+    body_of(pool.ask("GET", "/a", {}))
+    there.hang_up = True
+    with pytest.raises(Unanswered):
+        pool.ask("GET", "/a", {})
+    assert len(there.requests) == 2
+
+
+def test_a_new_connection_that_ends_at_once_is_not_made_again(peer: Callable[..., Peer]) -> None:
+    there = peer(b"", OK)
+    with pytest.raises(Unanswered):
+        pool_of(there).ask("GET", "/a", {})
+    assert there.connections == 1
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Turns the pool's clock on by so many seconds."""
+    now = [0.0]
+    monkeypatch.setattr(http, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    return lambda seconds: now.__setitem__(0, now[0] + seconds)
+
+
+@pytest.mark.parametrize(("seconds", "connections"), [(59, 1), (61, 2)])
+def test_one_that_was_idle_for_a_minute_is_not_used(
+    peer: Callable[..., Peer], clock: Callable[[float], None], seconds: float, connections: int
+) -> None:
+    there = peer(OK, OK)
+    pool = pool_of(there)
+    body_of(pool.ask("GET", "/a", {}))
+    clock(seconds)
+    body_of(pool.ask("GET", "/a", {}))
+    assert there.connections == connections
+
+
+def test_old_ones_are_closed(peer: Callable[..., Peer], clock: Callable[[float], None]) -> None:
+    """Even when there is always a younger one for the next request."""
+    there = peer(*[OK] * 3)
+    pool = pool_of(there)
+    first, second = (pool.ask("GET", "/a", {}) for _ in range(2))
+    body_of(first)
+    clock(40)
+    body_of(second)
+    clock(40)
+    body_of(pool.ask("GET", "/a", {}))
+    assert there.connections == 2
+    assert first._connection.sock.fileno() == -1, "it is still open"
+    assert second._connection.sock.fileno() >= 0
+
+
+def test_connections_are_kept_alive(peer: Callable[..., Peer]) -> None:
+    answer = pool_of(peer(OK)).ask("GET", "/a", {})
+    assert answer._connection.sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+    assert answer._connection.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) < http.IDLE_SECONDS
+
+
+# Bodies that are received whole
+
+
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("answer", "content"),
+    [
+        (OK, b"body"),
+        (CHUNKED + b"0\r\n\r\n", b""),
+        (CHUNKED + b"4\r\nbody\r\n0\r\n\r\n", b"body"),
+        (CHUNKED + b"2;name=value\r\nbo\r\n00A\r\n0123456789\r\n0\r\nTrailer: x\r\n\r\n", b"bo0123456789"),
+        (CHUNKED + b"%x\r\n%b\r\n0\r\n\r\n" % (MIB, b"x" * MIB), b"x" * MIB),
+        (OK[:-4].replace(b": 4", b": %d" % MIB) + b"x" * MIB, b"x" * MIB),
+    ],
+    ids=["length", "empty", "chunk", "chunks", "large chunk", "large"],
+)
+def test_a_body_is_received_whole(peer: Callable[..., Peer], answer: bytes, content: bytes) -> None:
+    there = peer(answer, OK)
+    pool = pool_of(there)
+    assert pool.ask("GET", "/a", {}).content() == content
+    assert pool.ask("GET", "/a", {}).content() == b"body"
+    assert there.connections == 1
+
+
+def test_a_body_without_a_length_ends_with_the_connection(peer: Callable[..., Peer]) -> None:
+    there = peer(b"HTTP/1.0 200 OK\r\n\r\nbody")
+    there.hang_up = True
+    assert pool_of(there).ask("GET", "/a", {}).content() == b"body"
+
+
+@pytest.mark.parametrize("rest", [b"", b"4", b"4\r\nbo", b"4\r\nbody\r\n", b"4\r\nbody\r\n0\r\n"])
+def test_a_chunked_body_that_breaks_off_is_an_error(peer: Callable[..., Peer], rest: bytes) -> None:
+    there = peer(CHUNKED + rest)
+    there.hang_up = True
+    with pytest.raises(Unanswered):
+        pool_of(there).ask("GET", "/a", {}).content()
+
+
+@pytest.mark.parametrize("rest", [b"\r\n", b"x\r\n", b"-1\r\n", b"0x4\r\n", b"3\r\nbody\r\n0\r\n\r\n"])
+def test_a_chunked_body_that_makes_no_sense_is_an_error(peer: Callable[..., Peer], rest: bytes) -> None:
+    with pytest.raises(BackendError, match="makes no sense"):
+        pool_of(peer(CHUNKED + rest)).ask("GET", "/a", {}).content()
+
+
+def test_a_body_that_stops_is_a_time_out(peer: Callable[..., Peer]) -> None:
+    with pytest.raises(BackendTimeout):
+        pool_of(peer(CHUNKED + b"4\r\n"), read_timeout=0.2).ask("GET", "/a", {}).content()
 
 
 def test_a_value_of_several_lines_is_never_sent(peer: Callable[..., Peer]) -> None:
@@ -207,7 +363,7 @@ def test_a_value_of_several_lines_is_never_sent(peer: Callable[..., Peer]) -> No
 # Bodies that are sent
 
 
-def put(pool: Pool, body: bytes | memoryview) -> Answer:
+def put(pool: ConnectionPool, body: bytes | memoryview) -> Answer:
     """Send a body."""
     return pool.ask("PUT", "/a", {"Content-Length": str(len(body))}, body)
 
@@ -262,6 +418,101 @@ def test_a_proxy_gets_the_whole_url_and_its_password(peer: Callable[..., Peer]) 
         b"Proxy-Authorization: Basic dXNlcjpwQHNz",
         b"",
     ]
+
+
+PROXIES = {"HTTP_PROXY": "http://plain:1", "HTTPS_PROXY": "http://secure:1"}
+BLOBS = "https://account.blob.core.windows.net"
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Sets the variables that say how connections are made, and unsets all others."""
+    names = [
+        *PROXIES,
+        "ALL_PROXY",
+        "NO_PROXY",
+        "REQUESTS_CA_BUNDLE",
+        "CURL_CA_BUNDLE",
+        "SSL_CERT_FILE",
+        "SSL_CERT_DIR",
+    ]
+
+    def set_variables(**variables: str) -> None:
+        for name in names:
+            monkeypatch.delenv(name, raising=False)
+            monkeypatch.delenv(name.lower(), raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    return set_variables
+
+
+@pytest.mark.parametrize(
+    ("variables", "url", "proxy"),
+    [
+        ({}, BLOBS, None),
+        (PROXIES, BLOBS, "http://secure:1"),
+        (PROXIES, "http://10.1.2.3:10000/account", "http://plain:1"),
+        (PROXIES | {"https_proxy": "http://lower:1"}, BLOBS, "http://lower:1"),
+        ({"ALL_PROXY": "http://all:1"}, BLOBS, "http://all:1"),
+        ({"HTTP_PROXY": "http://plain:1"}, BLOBS, None),
+        (PROXIES | {"NO_PROXY": "*"}, BLOBS, None),
+        (PROXIES | {"NO_PROXY": "example.com, .windows.net"}, BLOBS, None),
+        (PROXIES | {"NO_PROXY": "windows.net:444,example.com"}, BLOBS, "http://secure:1"),
+        (PROXIES | {"NO_PROXY": "windows.net:444"}, f"{BLOBS}:444", None),
+        (PROXIES | {"NO_PROXY": "10.0.0.0/8"}, "http://10.1.2.3:10000/account", None),
+        (PROXIES | {"NO_PROXY": "10.0.0.0/16,fd00::/8"}, "http://10.1.2.3:10000/account", "http://plain:1"),
+        (PROXIES | {"NO_PROXY": "10.1.2.3"}, "http://10.1.2.3:10000/account", None),
+    ],
+)
+def test_the_environment_names_the_proxy(environment: Any, variables: dict[str, str], url: str, proxy: str) -> None:
+    environment(**variables)
+    assert proxy_for(url) == proxy
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, certifi.where()),
+        ({"REQUESTS_CA_BUNDLE": "/ours"}, "/ours"),
+        ({"CURL_CA_BUNDLE": "/ours"}, "/ours"),
+        ({"CURL_CA_BUNDLE": "/theirs", "REQUESTS_CA_BUNDLE": "/ours", "SSL_CERT_FILE": "/system"}, "/ours"),
+        ({"SSL_CERT_FILE": "/system"}, None),
+        ({"SSL_CERT_DIR": "/system"}, None),
+    ],
+)
+def test_the_environment_names_the_certificates(environment: Any, variables: dict[str, str], expected: str) -> None:
+    environment(**variables)
+    assert authorities() == expected
+
+
+@pytest.mark.parametrize("proxy", ["{}", "http://{}"])
+def test_a_proxy_may_be_named_without_its_scheme(peer: Callable[..., Peer], proxy: str) -> None:
+    there = peer(OK)
+    pool = pool_of(there, url="http://blobs.example", proxy=proxy.format(there.address))
+    assert body_of(pool.ask("GET", "/a", {})) == b"body"
+    assert there.requests[0].startswith(b"GET http://blobs.example/a ")
+
+
+@pytest.mark.parametrize("scheme", ["https", "socks5", "socks5h"])
+def test_other_proxies_are_refused(peer: Callable[..., Peer], scheme: str) -> None:
+    there = peer(OK)
+    with pytest.raises(BackendError) as caught:
+        pool_of(there, url="http://blobs.example", proxy=f"{scheme}://{there.address}").ask("GET", "/a", {})
+    assert "a proxy must be one of http://" in (caught.value.detail or "")
+    assert there.connections == 0
+
+
+@pytest.mark.parametrize("variable", ["REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE"])
+def test_a_named_certificate_is_trusted(
+    peer: Callable[..., Peer], certificate: Path, environment: Any, variable: str
+) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    there = peer(b"HTTP/1.1 200 Connection established\r\n\r\n", OK, tls=context)
+    environment(**{variable: str(certificate.with_suffix(".crt")), "HTTPS_PROXY": f"http://{there.address}"})
+    pool = ConnectionPool(Connector.from_environment("https://blobs.example", SECONDS), SECONDS)
+    assert body_of(pool.ask("GET", "/a", {})) == b"body"
 
 
 @pytest.fixture(scope="module")

@@ -50,6 +50,8 @@ class Reset(Exception):
 class Fault:
     """What happens to a request. This one lets it pass."""
 
+    interim = b""  # what is sent before the answer
+
     def concerns(self, request: Request) -> bool:
         """Whether it can happen to this request at all."""
         return True
@@ -94,17 +96,26 @@ class Hold(Fault):
         return None
 
 
+class Hint(Fault):
+    """Interim answers come before the final one (RFC 9110, 15.2; RFC 8297)."""
+
+    interim = b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: </style.css>; rel=preload\r\n\r\n"
+
+
 @dataclass
 class Say(Fault):
     """An answer of our own, such as ``Say(503, "ServerBusy")``."""
 
     status: int
     code: str
+    retry_after: int | None = None  # seconds
 
     def before(self, rule: Rule) -> bytes | None:
         error = f"<Error><Code>{self.code}</Code><Message>As told.</Message></Error>"
         body = f'<?xml version="1.0" encoding="utf-8"?>{error}'.encode()
         head = f"HTTP/1.1 {self.status} Fault\r\nx-ms-error-code: {self.code}\r\nContent-Type: application/xml\r\n"
+        if self.retry_after is not None:
+            head += f"Retry-After: {self.retry_after}\r\n"
         return head.encode() + b"Content-Length: %d\r\n\r\n" % len(body) + body
 
 
@@ -380,7 +391,7 @@ class FaultProxy:
         if b" 20" in lines[0]:
             lines = rule.fault.head(lines)
             pieces = rule.fault.body(request, pieces, rule)
-        client.sendall(_encode(lines))
+        client.sendall(rule.fault.interim + _encode(lines))
         for piece in pieces:
             self._throttle(len(piece))
             request.body_bytes += len(piece)

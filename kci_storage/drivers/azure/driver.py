@@ -25,15 +25,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import urlsplit
 
-import requests
-import urllib3.exceptions
-from azure.core.exceptions import (
-    AzureError,
-    HttpResponseError,
-    ServiceRequestTimeoutError,
-    ServiceResponseTimeoutError,
-)
-from azure.core.pipeline.transport import RequestsTransport
+from azure.core.exceptions import AzureError
 from azure.storage.blob import (
     BlobClient,
     BlobPrefix,
@@ -44,17 +36,19 @@ from azure.storage.blob import (
 )
 
 from kci_storage.config.settings import AzureConfig, Config
-from kci_storage.drivers.azure.errors import RETRIES, RETRY_WAIT, breakage, nonsense, refusal, silence
-from kci_storage.drivers.azure.http import Pool
-from kci_storage.drivers.azure.reads import BlobReads, valid_sha256
-from kci_storage.drivers.azure.writes import BlobWrites, BlocksLost, condition, new_block_id, properties
 from kci_storage.drivers.base import Digests, Driver, Expectation, ObjectInfo, ObjectReader, ObjectWriter, Page
+from kci_storage.drivers.azure.connect import Connector
+from kci_storage.drivers.azure.errors import BackendRefusal, nonsense
+from kci_storage.drivers.azure.http import ConnectionPool
+from kci_storage.drivers.azure.reads import BlobReads, valid_sha256
+from kci_storage.drivers.azure.sdk import SdkTransport
+from kci_storage.drivers.azure.service import Blobs, Service
+from kci_storage.drivers.azure.writes import BlobWrites, BlocksLost, condition, new_block_id, properties
 from kci_storage.errors import (
     BackendError,
     BadRequest,
     ObjectNotFound,
     PreconditionFailed,
-    StorageError,
     WriteConflict,
 )
 from kci_storage.keys import MAX_CHARACTERS, is_valid
@@ -63,11 +57,9 @@ BLOCK_SIZE = 8 * 1024 * 1024  # bytes; at most 50,000 blocks make an object, so 
 BLOCKS_IN_FLIGHT = 4  # of one upload; it holds one block more in memory
 SIGNATURE_SECONDS = 2 * 60 * 60.0  # for which requests are authorised at a time
 THREADS = 128  # of one process, for blocks and for asking ahead
-CONNECTIONS = 128  # kept for later use, of one process
 LIST_SIZE, NAMES_SIZE = 1000, 5000  # entries in one page of a listing; 0.2 ms and 0.04 ms of work each
 BLOCK_ID_SIZE = 48  # bytes; 64 characters of base64, what most other clients use
 
-_TIMEOUTS = (ServiceRequestTimeoutError, ServiceResponseTimeoutError, urllib3.exceptions.ReadTimeoutError)
 _UPLOAD_ID = "uploadid"  # metadata: tells a writer whether what is there is its own
 _PROBE_KEY = ".kci/probe"  # not a valid key: never there
 _NOT_IN_URLS = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # nor in keys
@@ -86,8 +78,7 @@ class AzureDriver(Driver):
         self.block_size = block_size
         self._settings = settings
         self._processes: dict[int, _Process] = {}
-        _quieten("azure", logging.WARNING)
-        _quieten("urllib3", logging.ERROR)  # below that it logs URLs, with the signature of a SAS token
+        _quieten("azure", logging.WARNING)  # below that it logs a line for each request
 
     @classmethod
     def from_config(cls, config: Config) -> AzureDriver:
@@ -99,6 +90,11 @@ class AzureDriver(Driver):
         pid = os.getpid()
         found = self._processes.get(pid)
         return found or self._processes.setdefault(pid, _Process(self._settings))
+
+    @property
+    def reads(self) -> BlobReads:
+        """What reads objects."""
+        return self._process.reads
 
     @property
     def writes(self) -> BlobWrites:
@@ -114,16 +110,16 @@ class AzureDriver(Driver):
         return self._process.threads.submit(function, *args)
 
     def stat(self, key: str) -> ObjectInfo:
-        return self._process.reads.stat(key)
+        return self.reads.stat(key)
 
     def read(self, key: str, start: int = 0, stop: int | None = None, etag: str | None = None) -> ObjectReader:
-        return self._process.reads.read(key, start, stop, etag)
+        return self.reads.read(key, start, stop, etag)
 
     def writer(self, key: str, content_type: str, tags: Mapping[str, str] | None = None) -> ObjectWriter:
         return _Writer(self, key, content_type, tags)
 
     def delete(self, key: str) -> None:
-        with _own_errors():
+        with _sdk_errors():
             self.blob(key).delete_blob(delete_snapshots="include")
 
     def list(self, prefix: str = "", delimiter: str = "", marker: str | None = None, details: bool = True) -> Page:
@@ -131,14 +127,14 @@ class AzureDriver(Driver):
             raise BadRequest("there is no such page of the listing")
         if _NOT_IN_URLS.search(prefix) or len(prefix) > MAX_CHARACTERS:
             return Page(())
-        with _own_errors():
-            pages = self._listing(prefix, delimiter, details).by_page(continuation_token=marker)
-            try:
+        try:
+            with _sdk_errors():
+                pages = self._listing(prefix, delimiter, details).by_page(continuation_token=marker)
                 items = list(next(pages))
-            except HttpResponseError as exc:
-                if marker is None or exc.status_code != 400:
-                    raise
-                raise BadRequest("there is no such page of the listing") from None
+        except BackendRefusal as exc:
+            if marker is None or exc.status != 400:
+                raise
+            raise BadRequest("there is no such page of the listing") from None
         return _page(items, pages.continuation_token)
 
     def _listing(self, prefix: str, delimiter: str, details: bool) -> Any:
@@ -165,60 +161,34 @@ class _Process:
 
     def __init__(self, settings: AzureConfig):
         endpoint = settings.endpoint or f"https://{settings.account}.blob.core.windows.net"
-        session = _session(endpoint)
-        self.container = _client(settings, endpoint, session)
+        connector = Connector.from_environment(endpoint, settings.connect_timeout)
+        self._pool = ConnectionPool(connector, settings.read_timeout)
+        service = Service(self._pool)
+        self.container = _client(settings, endpoint, service)
         self.threads = ThreadPoolExecutor(THREADS, thread_name_prefix="azure")
-        pool = _pool(settings, self.container, session)
         path, version = urlsplit(self.container.url).path, self.container.api_version
-        self.reads = BlobReads(pool, path, _signature(settings, self.container, "r"), version, self.threads.submit)
-        self.writes = BlobWrites(pool, path, _signature(settings, self.container, "cwt"), version)
+        self.reads = BlobReads(
+            Blobs(service, path, version, _signature(settings, self.container, "r")), self.threads.submit
+        )
+        self.writes = BlobWrites(Blobs(service, path, version, _signature(settings, self.container, "cwt")))
 
     def close(self) -> None:
         """Let go of both; what is under way ends by itself."""
         self.threads.shutdown(wait=False, cancel_futures=True)
-        self.reads.pool.close()
-        self.container.close()
+        self._pool.close()
 
 
-def _session(endpoint: str) -> requests.Session:
-    """What the SDK sends its requests by.
-
-    The environment (proxies, CA bundle) is asked once, here. Left to requests it would be asked with every request,
-    and a ``.netrc`` could replace the signature.
-    """
-    session = requests.Session()
-    environment = session.merge_environment_settings(endpoint, {}, None, None, None)
-    session.trust_env = False
-    session.proxies, session.verify = environment["proxies"], environment["verify"]
-    for scheme in ("http://", "https://"):
-        session.mount(scheme, requests.adapters.HTTPAdapter(pool_connections=2, pool_maxsize=CONNECTIONS))
-    return session
-
-
-def _client(settings: AzureConfig, endpoint: str, session: requests.Session) -> ContainerClient:
-    """The SDK's client, for all but reads and writes."""
+def _client(settings: AzureConfig, endpoint: str, service: Service) -> ContainerClient:
+    """The SDK's client, for all but reads and writes. The service tries again, the SDK does not."""
     key = {"account_name": settings.account, "account_key": settings.key}
-    transport = RequestsTransport(
-        session=session,
-        connection_timeout=settings.connect_timeout,
-        read_timeout=settings.read_timeout,
-        connection_verify=session.verify,
-    )
     return ContainerClient(
         endpoint,
         settings.container,
         credential=key if settings.key else settings.sastoken,
-        transport=transport,
-        retry_policy=_Retry(RETRY_WAIT, RETRIES, random_jitter_range=RETRY_WAIT / 2),
+        transport=SdkTransport(service),
+        retry_policy=LinearRetry(retry_total=0),
         permit_redirects=False,
     )
-
-
-def _pool(settings: AzureConfig, container: ContainerClient, session: requests.Session) -> Pool:
-    """Connections to the same service, past the SDK."""
-    authorities = session.verify if isinstance(session.verify, str) else requests.certs.where()
-    proxy = requests.utils.select_proxy(container.url, session.proxies)
-    return Pool(container.url, proxy, authorities, settings.connect_timeout, settings.read_timeout)
 
 
 def _signature(settings: AzureConfig, container: ContainerClient, permission: str) -> Callable[[], str]:
@@ -250,18 +220,6 @@ class _Signature:
         return generate_container_sas(
             settings.account, settings.container, settings.key, permission=self._permission, expiry=expiry
         )
-
-
-class _Retry(LinearRetry):
-    """Tries again at once what got no connection or a server's error, but never what timed out.
-
-    A backend that was silent for so long will be so again, and a thread would be held for a minute.
-    """
-
-    def increment(self, settings: Any, request: Any, response: Any = None, error: Any = None) -> bool:
-        if isinstance(error, ServiceResponseTimeoutError):
-            return False
-        return super().increment(settings, request, response, error)
 
 
 class _Writer(ObjectWriter):
@@ -385,16 +343,14 @@ class _Writer(ObjectWriter):
     def _landed(self) -> ObjectInfo | None:
         """The object, if it is of this writer: the answer to a commit may have been lost, and it was tried again."""
         try:
-            with _own_errors():
-                found = self._driver.blob(self._key).get_blob_properties()
+            info, headers = self._driver.reads.stat_with_metadata(self._key)
         except ObjectNotFound:
             return None
-        return _info(self._key, found) if found.metadata.get(_UPLOAD_ID) == self._upload_id else None
+        return info if headers.get(f"x-ms-meta-{_UPLOAD_ID}") == self._upload_id else None
 
     def _stage_again(self, replay: Callable[[], Iterable[bytes]]) -> None:
         self.abort()
-        with _own_errors():
-            self._begin(_others_block_id_size(self._driver.blob(self._key)) or BLOCK_ID_SIZE)
+        self._begin(_others_block_id_size(self._driver.reads, self._key) or BLOCK_ID_SIZE)
         for data in replay():
             self.write(data)
 
@@ -412,20 +368,17 @@ def _content(block: io.BytesIO) -> Iterator[memoryview]:
         yield content
 
 
-def _others_block_id_size(blob: BlobClient) -> int | None:
+def _others_block_id_size(reads: BlobReads, key: str) -> int | None:
     """How many bytes the ids of the blocks have that others have staged for a blob; None: there are none.
 
     All uncommitted blocks of a blob must have ids of one length. Another program's, given up in mid-upload, stay for
-    a week. (The SDK shows ids decoded or not, as they happen to be UTF-8; so they are taken from its answer.)
+    a week.
     """
-    answers: list[str] = []
-    with contextlib.suppress(HttpResponseError):
-        blob.get_block_list(
-            "uncommitted", raw_response_hook=lambda answer: answers.append(answer.http_response.text())
-        )
-    ids = re.findall("<Name>([^<]+)</Name>", "".join(answers))
-    size = len(b64decode(ids[0])) if ids else 0
-    return size if size >= 8 else None  # shorter random ids would meet
+    with contextlib.suppress(ObjectNotFound, BackendRefusal, ValueError):
+        ids = reads.uncommitted_block_ids(key)
+        if ids and (size := len(b64decode(ids[0]))) >= 8:  # shorter random ids would meet
+            return size
+    return None
 
 
 def _info(key: str, properties: BlobProperties) -> ObjectInfo:
@@ -457,61 +410,19 @@ def _page(items: list[Any], marker: str | None) -> Page:
     )
 
 
-# Errors
-
-
 @contextlib.contextmanager
-def _own_errors() -> Iterator[None]:
-    """The SDK's errors become ours."""
+def _sdk_errors() -> Iterator[None]:
+    """The SDK's own errors, which are of answers that it does not understand, become ours.
+
+    What it says would put URLs into the log, with the signature of a SAS token.
+    """
     try:
         yield
-    except (AzureError, requests.RequestException, urllib3.exceptions.HTTPError) as exc:
-        error = _error(exc)
-    except (AttributeError, LookupError, TypeError, ValueError) as exc:  # the SDK, of an answer by something else
-        error = nonsense(f"{type(exc).__name__}: {exc}")
+    except (AzureError, AttributeError, LookupError, TypeError, ValueError) as exc:
+        error = nonsense(f"{type(exc).__name__}, status {getattr(exc, 'status_code', None)}")
     else:
         return
-    raise error from None  # the SDK's own would put URLs into the log, with the signature of a SAS token
-
-
-def _error(exc: Exception) -> StorageError:
-    """Our error for one of the SDK's. Its message may go to the client, its detail to the log."""
-    status, detail = getattr(exc, "status_code", None), _detail(exc)
-    if status is not None:
-        return refusal(status, _code(exc), detail, _header(exc, "Retry-After"))
-    if any(isinstance(cause, _TIMEOUTS) for cause in _causes(exc)):
-        return silence(detail)
-    return breakage(detail)
-
-
-def _code(exc: Exception) -> str:
-    """The backend's own word for an error; empty when it did not come from there."""
-    code = getattr(exc, "error_code", None) or ""
-    return str(getattr(code, "value", code))
-
-
-def _causes(exc: BaseException | None) -> Iterator[BaseException]:
-    """An error of the SDK, and those of requests, urllib3 and the system that it wraps, outermost first."""
-    while isinstance(exc, BaseException):
-        yield exc
-        inner = getattr(exc, "inner_exception", None) or getattr(exc, "reason", None)
-        exc = inner if isinstance(inner, BaseException) else next(iter(exc.args), None)
-
-
-def _detail(exc: Exception) -> str:
-    """For the log: what and why, but no URL, since that may hold a signature."""
-    response = getattr(exc, "response", None)
-    if response is not None and getattr(exc, "status_code", None):
-        return f"{exc.status_code} {_code(exc)}, request {response.headers.get('x-ms-request-id')}"
-    *_, root = _causes(exc)
-    reason = str(root)
-    return f"{type(exc).__name__}: {type(root).__name__ if '?' in reason else reason}"
-
-
-def _header(exc: Exception, name: str) -> str | None:
-    """A header of the answer that an error was made of, if there was one."""
-    response = getattr(exc, "response", None)
-    return response.headers.get(name) if response is not None else None
+    raise error from None
 
 
 def _quieten(logger: str, level: int) -> None:

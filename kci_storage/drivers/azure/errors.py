@@ -1,6 +1,8 @@
-"""What Azure Blob Storage says when it refuses or fails, as our errors."""
+"""The backend's refusals and failures as this server's errors."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Mapping
 
 from kci_storage.errors import (
     BackendError,
@@ -11,42 +13,58 @@ from kci_storage.errors import (
     WriteConflict,
 )
 
-RETRIES = 2  # of a request that found no connection, or a failing server
-RETRY_WAIT = 0.5  # seconds before each of them, give or take a half
-WORTH_ANOTHER_TRY = {408, *range(500, 600)} - {501, 505}  # statuses
 RETRY_AFTER = 5  # seconds, when a throttling backend does not say it itself
 
-
-def refusal(
-    status: int, code: str, detail: str, retry_after: str | None, unmet: StorageError | None = None
-) -> StorageError:
-    """The error that an answer is. Its message may go to the client, its detail to the log.
-
-    :param code: the backend's own word for it (``x-ms-error-code``); empty: it has none, or something else answered.
-    :param retry_after: that header, if there is one.
-    :param unmet: what it means that a condition of the request was not met.
-
-    >>> refusal(404, "BlobNotFound", "", None)
-    ObjectNotFound('no such file')
-    >>> refusal(404, "ContainerNotFound", "", None)
-    BackendError('the backend failed (ContainerNotFound)')
-    """
-    if code == "BlobNotFound":
-        return ObjectNotFound("no such file")
-    if code in ("ConditionNotMet", "BlobAlreadyExists") and unmet is not None:
-        return unmet
-    if code.startswith("Lease"):
-        return WriteConflict("another program has locked this file in the backend", detail=detail)
-    if status in (429, 503) or code in ("ServerBusy", "OperationTimedOut"):
-        seconds = int(retry_after) if retry_after is not None and retry_after.isdecimal() else RETRY_AFTER
-        return BackendThrottled("the backend is busy; try later", detail=detail, retry_after=seconds)
-    if status in (401, 403):
-        return BackendError("the backend refused this server's credentials", detail=detail)
-    return BackendError(f"the backend failed ({code or status})", detail=detail)
+Meanings = Mapping[str, Callable[[], Exception]]  # by the backend's code: what it means for one operation
 
 
 class Unanswered(BackendError):
-    """There was no connection, or it ended before an answer: the request may be sent again."""
+    """There was no connection, or it ended before an answer did: the request may be sent again."""
+
+
+class BackendRefusal(BackendError):
+    """The backend's answer is a refusal that has no class of its own.
+
+    :param status: the answer's; 0 in a copy that was made for another thread.
+    """
+
+    def __init__(self, message: str, *, detail: str | None = None, retry_after: int | None = None, status: int = 0):
+        super().__init__(message, detail=detail, retry_after=retry_after)
+        self.status = status
+
+
+def refusal(status: int, headers: Mapping[str, str], meanings: Meanings) -> Exception:
+    """The error that an answer is. Its message may go to the client, its detail to the log.
+
+    The backend has a code for each of its errors. Without one, something else answered.
+
+    :param headers: of the answer; their names are in lower case.
+
+    >>> refusal(404, {"x-ms-error-code": "BlobNotFound"}, {})
+    ObjectNotFound('no such file')
+    >>> refusal(404, {"x-ms-error-code": "ContainerNotFound"}, {})
+    BackendRefusal('the backend failed (ContainerNotFound)')
+    """
+    code = headers.get("x-ms-error-code", "")
+    return meanings[code]() if code in meanings else _refusal(status, code, headers)
+
+
+def _refusal(status: int, code: str, headers: Mapping[str, str]) -> StorageError:
+    detail = f"{status} {code}, request {headers.get('x-ms-request-id')}"
+    if code == "BlobNotFound":
+        return ObjectNotFound("no such file")
+    if code.startswith("Lease"):
+        return WriteConflict("another program has locked this file in the backend", detail=detail)
+    if status in (429, 503) or code in ("ServerBusy", "OperationTimedOut"):
+        seconds = _seconds(headers.get("retry-after", ""))
+        return BackendThrottled("the backend is busy; try later", detail=detail, retry_after=seconds)
+    if status in (401, 403):
+        return BackendRefusal("the backend refused this server's credentials", status=status, detail=detail)
+    return BackendRefusal(f"the backend failed ({code or status})", status=status, detail=detail)
+
+
+def _seconds(retry_after: str) -> int:
+    return int(retry_after) if retry_after.isdecimal() else RETRY_AFTER
 
 
 def silence(detail: str) -> BackendTimeout:

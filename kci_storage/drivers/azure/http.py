@@ -1,145 +1,119 @@
-"""HTTP/1.1 (RFC 9112) as far as blobs need it: requests with a body in memory or none, answers of a known length.
+"""HTTP/1.1 (RFC 9112) as far as the backend's protocol needs it: requests with a body in memory or none, and answers.
 
-The SDK's pipeline would cost more processor time than most of what else a small cold file needs, and would take a
-large one in through several hands. Here a body goes from the socket into the reader's own buffer, without a thread of
-its own, and a reader may wait for several answers at once.
+All requests to the backend go through one pool, those of the SDK too. urllib3 would cost a request of the data plane
+three times as much processor time, and would take a large body in through several buffers. Here a body goes from the
+socket into the reader's own buffer, without a thread of its own, and one thread may wait for several answers.
 """
 
 from __future__ import annotations
 
 import contextlib
-import http.client
 import re
 import select
 import socket
 import ssl
-from base64 import b64encode
+import time
 from collections import deque
-from collections.abc import Iterable, Mapping
-from pathlib import Path
-from urllib.parse import SplitResult, unquote, urlsplit
+from collections.abc import Iterable, Iterator, Mapping
 
+from kci_storage.drivers.azure.connect import Connector
 from kci_storage.drivers.azure.errors import Unanswered, breakage, nonsense, silence
 from kci_storage.errors import BackendError
 
 PIECE_SIZE = 64 * 1024  # bytes asked of the socket while a head is awaited: a small object comes along with it
-HEAD_SIZE = 64 * 1024  # bytes that a head may have
+HEAD_SIZE = 64 * 1024  # bytes that a head may have, with the interim ones before it
 TOGETHER = 64 * 1024  # bytes of a body that leave together with the head
-UNWANTED_SIZE = 64 * 1024  # bytes of a body that are taken in and thrown away, to keep the connection
-UNWANTED_SECONDS = 1  # that it may take for its next bytes
-CONNECTIONS = 128  # kept for later use
+DISCARD_SIZE = 64 * 1024  # bytes of a body that are received and thrown away, to keep the connection
+DISCARD_SECONDS = 1  # that it may take for its next bytes
+CONNECTIONS = 128  # idle ones kept for later requests
+IDLE_SECONDS = 60  # after which an idle one is not used again: routers on the way forget it, some after 4 minutes
 
 _STATUS = re.compile(r"HTTP/1\.[01] ([1-5][0-9]{2})(?: |$)")
-_NOT_IN_HEADERS = re.compile(r"[\x00\r\n]")
+_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;|$)")
+_INTERIM = range(100, 200)
 _NOTHING_YET = BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError
 
 
-class Pool:
+class ConnectionPool:
     """Connections to one service, for many threads.
 
-    :param url: the service's; its path is not used.
-    :param proxy: the URL of an HTTP proxy to go through, maybe with a user and a password; None: directly.
-    :param authorities: a file or folder of the certificates to trust; None: the system's.
-    :param connect_timeout: seconds to wait for a connection.
+    :param connector: makes them.
     :param read_timeout: seconds to wait for the next byte of an answer, or until more of a request is taken.
     """
 
-    def __init__(
-        self, url: str, proxy: str | None, authorities: str | None, connect_timeout: float, read_timeout: float
-    ):
-        self._url = urlsplit(url)
-        self._proxy = urlsplit(proxy) if proxy else None
-        self._tls = _trusting(authorities) if self._url.scheme == "https" else None
-        self._connect_timeout = connect_timeout
+    def __init__(self, connector: Connector, read_timeout: float):
         self.read_timeout = read_timeout
-        self._idle: deque[Connection] = deque()
-        self._prefix, self._common = "", {"Host": self._url.netloc}
-        if self._proxy is not None and self._tls is None:  # it forwards what it understands (RFC 9112, 3.2.2)
-            self._prefix = f"http://{self._url.netloc}"
-            self._common |= _authorization(self._proxy)
+        self._connector = connector
+        self._idle: deque[PooledConnection] = deque()  # the one that was used last is at the end
 
     def ask(self, method: str, target: str, headers: Mapping[str, str], body: bytes | memoryview = b"") -> Answer:
-        """Send a request; the answer, of which only the head is here.
+        """Send a request, and wait for the head of its answer.
 
-        :param method: ``GET``, ``HEAD`` or ``PUT``.
+        A connection that was idle may have ended unnoticed. Then the request is sent once more on a new one.
+
         :param target: path and query, quoted.
         :param body: of bytes; its length is one of the headers.
-        :raises Unanswered: nobody has answered.
+        :raises Unanswered: there was no answer.
         :raises BackendTimeout: nothing came for too long.
         :raises BackendError: the answer makes no sense.
         """
-        fields = {**self._common, **headers}
-        if any(map(_NOT_IN_HEADERS.search, fields.values())):
-            raise nonsense("a header's value would be several lines")
-        lines = [f"{method} {self._prefix}{target} HTTP/1.1", *(f"{name}: {value}" for name, value in fields.items())]
-        return self._take().ask("\r\n".join([*lines, "", ""]).encode("latin-1", "replace"), body, method)
+        head = self._head(method, target, headers)
+        connection = self._idle_connection()
+        if connection is not None:
+            try:
+                return connection.ask(head, body, method)
+            except Unanswered:
+                if connection.heard:
+                    raise
+        return PooledConnection(self, self._connector.connect()).ask(head, body, method)
 
-    def _take(self) -> Connection:
+    def _head(self, method: str, target: str, headers: Mapping[str, str]) -> bytes:
+        fields = {**self._connector.headers, **headers}
+        first = f"{method} {self._connector.target_prefix}{target} HTTP/1.1"
+        text = "\r\n".join([first, *(f"{name}: {value}" for name, value in fields.items()), "", ""])
+        if not text.count("\r") == text.count("\n") == len(fields) + 2 or "\0" in text:
+            raise nonsense("a header's value would be several lines")
+        return text.encode("latin-1", "replace")
+
+    def _idle_connection(self) -> PooledConnection | None:
+        """The connection that was used last, of those that can be used again."""
         with contextlib.suppress(IndexError):  # there is none, or another thread was quicker
             while True:
                 connection = self._idle.pop()
-                if connection.is_quiet():
+                if not connection.is_old() and connection.is_quiet():
                     return connection
                 connection.close()
-        return Connection(self, self._connected())
+        return None
 
-    def _connected(self) -> socket.socket:
-        try:
-            connection = self._new_connection()
-            connection.connect()
-        except TimeoutError:
-            raise silence("no connection") from None
-        except (OSError, http.client.HTTPException, ValueError) as exc:
-            raise breakage(repr(exc), Unanswered) from exc
-        return connection.sock
-
-    def _new_connection(self) -> http.client.HTTPConnection:
-        peer = self._proxy or self._url
-        if peer is self._proxy and peer.scheme != "http":
-            raise ValueError("a proxy must be one of http://")
-        if self._tls is None:
-            return http.client.HTTPConnection(peer.hostname or "", peer.port or 80, timeout=self._connect_timeout)
-        port = peer.port or (80 if self._proxy else 443)
-        connection = http.client.HTTPSConnection(
-            peer.hostname or "", port, timeout=self._connect_timeout, context=self._tls
-        )
-        if self._proxy is not None:
-            connection.set_tunnel(self._url.hostname or "", self._url.port or 443, _authorization(self._proxy))
-        return connection
-
-    def keep(self, connection: Connection) -> None:
+    def keep(self, connection: PooledConnection) -> None:
         """Take a connection back, on which nothing is under way."""
         self._idle.append(connection)
-        if len(self._idle) > CONNECTIONS:
-            self._idle.popleft().close()
+        with contextlib.suppress(IndexError):  # other threads have taken them
+            while len(self._idle) > CONNECTIONS or self._idle[0].is_old():
+                self._idle.popleft().close()
 
     def close(self) -> None:
-        """Close the connections that nobody uses."""
+        """Close the idle connections."""
         while self._idle:
             self._idle.pop().close()
 
 
-def _trusting(authorities: str | None) -> ssl.SSLContext:
-    if authorities is not None and Path(authorities).is_dir():
-        return ssl.create_default_context(capath=authorities)
-    return ssl.create_default_context(cafile=authorities)
+class PooledConnection:
+    """A connection, on which one request at a time is under way.
 
+    :param sock: connected.
+    """
 
-def _authorization(proxy: SplitResult) -> dict[str, str]:
-    """What a proxy wants to know of its client (RFC 9110, 11.7.2)."""
-    if proxy.username is None:
-        return {}
-    credentials = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}"
-    return {"Proxy-Authorization": f"Basic {b64encode(credentials.encode()).decode()}"}
-
-
-class Connection:
-    """A connection, on which one request at a time is under way."""
-
-    def __init__(self, pool: Pool, sock: socket.socket):
+    def __init__(self, pool: ConnectionPool, sock: socket.socket):
         self._pool = pool
         self.sock = sock
-        self._least = 1  # bytes that have come before who waits is told
+        self.heard = False  # whether any byte of an answer to the last request has come
+        self._idle_since = 0.0  # on the monotonic clock
+        self._low_water = 1  # bytes that must have come before poll() reports the socket
+
+    def is_old(self) -> bool:
+        """Whether it has been idle for too long."""
+        return time.monotonic() - self._idle_since > IDLE_SECONDS
 
     def is_quiet(self) -> bool:
         """Whether the other side has neither ended it nor said anything unasked."""
@@ -147,12 +121,13 @@ class Connection:
 
     def ask(self, head: bytes, body: bytes | memoryview, method: str) -> Answer:
         """Send a request, and wait for the head of its answer. A failure closes the connection."""
+        self.heard = False
         try:
             self.sock.settimeout(self._pool.read_timeout)
             self._send(head, body)
-            head, rest = self._head()
+            status, headers, rest = self._receive_head()
             self.sock.settimeout(0)
-            return Answer(self, *_parsed(head), rest, method == "HEAD")
+            return Answer(self, status, headers, rest, method == "HEAD")
         except TimeoutError:
             self.close()
             raise silence("no answer") from None
@@ -164,33 +139,51 @@ class Connection:
             raise nonsense(str(exc)) from exc
 
     def _send(self, head: bytes, body: bytes | memoryview) -> None:
-        """Send a request. Who refuses it may answer before its end, and take no more; that shows in the answer."""
+        """Send a request. A backend that refuses it may answer before its end, and close: the answer tells."""
         with contextlib.suppress(ConnectionError):
             self._send_all(memoryview(head + body[:TOGETHER]))
             self._send_all(memoryview(body)[TOGETHER:])
 
     def _send_all(self, data: memoryview) -> None:
-        """All of it, however long it takes: the time-out is for each piece that the socket takes.
+        """Send all of it, however long it takes: the time-out is for each piece that the socket takes.
 
         (For :meth:`socket.socket.sendall` it would be for the whole.)
         """
         while data:
             data = data[self.sock.send(data) :]
 
-    def _head(self) -> tuple[bytes, bytes]:
-        """The bytes of a head, and those after it that came along."""
+    def _receive_head(self) -> tuple[int, dict[str, str], bytes]:
+        """Status and headers of an answer, and the bytes after them that came along. Interim answers (RFC 9110,
+        15.2: 100 Continue, 103 Early Hints) are read past.
+        """
         received = b""
-        while (end := received.find(b"\r\n\r\n")) < 0:
-            if len(received) > HEAD_SIZE:
-                raise ValueError("a head without an end")
-            piece = self.sock.recv(PIECE_SIZE)
-            if not piece:
-                raise ConnectionResetError("the connection ended before an answer")
-            received += piece
-        return received[:end], received[end + 4 :]
+        room = HEAD_SIZE
+        while True:
+            while (end := received.find(b"\r\n\r\n")) < 0:
+                if len(received) > room:
+                    raise ValueError("a head without an end")
+                received += self.receive()
+            status, headers = _parsed(received[:end])
+            if status == 101:
+                raise ValueError("another protocol, which was not asked for")
+            if status not in _INTERIM:
+                return status, headers, received[end + 4 :]
+            received = received[end + 4 :]
+            room -= end + 4
+
+    def receive(self) -> bytes:
+        """The next bytes, waited for as long as the socket's time-out is.
+
+        :raises OSError: there are no more, or none in time.
+        """
+        piece = self.sock.recv(PIECE_SIZE)
+        if not piece:
+            raise ConnectionResetError("the connection ended before the answer did")
+        self.heard = True
+        return piece
 
     def receive_into(self, buffer: memoryview) -> int | None:
-        """Take what there is; how many bytes; None: nothing yet.
+        """Take what has come; how many bytes; None: nothing yet.
 
         :raises BackendError: nothing more will come.
         """
@@ -204,20 +197,77 @@ class Connection:
             raise breakage("the connection ended before the answer did")
         return size
 
-    def wake_at(self, size: int) -> None:
-        """Have who waits be told only when so many bytes have come, or the connection ends (SO_RCVLOWAT, tcp(7))."""
-        if size != self._least:
+    def receive_all(self, rest: bytes | memoryview) -> Receiving:
+        """Receive a body that is wanted as a whole, with the usual time-out.
+
+        :param rest: what of it has come already.
+        """
+        self.sock.settimeout(self._pool.read_timeout)
+        return Receiving(self, rest)
+
+    def set_low_water(self, size: int) -> None:
+        """Have poll() report the socket only when so many bytes have come, or it ends (SO_RCVLOWAT, socket(7))."""
+        if size != self._low_water:
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, size)
-            self._least = size
+            self._low_water = size
 
     def keep(self) -> None:
         """Leave it to the next request."""
-        self.wake_at(1)
+        self.set_low_water(1)
+        self._idle_since = time.monotonic()
         self._pool.keep(self)
 
     def close(self) -> None:
         """End it. Idempotent."""
         self.sock.close()
+
+
+class Receiving:
+    """A body that is received as a whole. Its methods raise OSError when it ends early, ValueError when it is none.
+
+    :param rest: what of it has come already.
+    """
+
+    def __init__(self, connection: PooledConnection, rest: bytes | memoryview):
+        self._connection = connection
+        self.rest = bytearray(rest)  # received, and not yet taken
+
+    def exactly(self, size: int) -> bytes:
+        """The next so many bytes."""
+        while len(self.rest) < size:
+            self.rest += self._connection.receive()
+        taken = bytes(self.rest[:size])
+        del self.rest[:size]
+        return taken
+
+    def until_closed(self) -> bytes:
+        """All that comes before the other side closes the connection."""
+        with contextlib.suppress(ConnectionResetError):
+            while True:
+                self.rest += self._connection.receive()
+        return self.exactly(len(self.rest))
+
+    def chunks(self) -> Iterator[bytes]:
+        """The chunks of a chunked body (RFC 9112, 7.1), without their framing."""
+        while size := self._chunk_size():
+            yield self.exactly(size)
+            if self._line():
+                raise ValueError("a chunk is longer than it says")
+        while self._line():
+            pass  # a trailer field
+
+    def _chunk_size(self) -> int:
+        found = _CHUNK_SIZE.match(self._line())
+        if found is None:
+            raise ValueError("a chunk without a size")
+        return int(found[1], 16)
+
+    def _line(self) -> bytes:
+        while (end := self.rest.find(b"\r\n")) < 0:
+            if len(self.rest) > HEAD_SIZE:
+                raise ValueError("a line without an end")
+            self.rest += self._connection.receive()
+        return self.exactly(end + 2)[:-2]
 
 
 def _parsed(head: bytes) -> tuple[int, dict[str, str]]:
@@ -237,23 +287,25 @@ def _parsed(head: bytes) -> tuple[int, dict[str, str]]:
 
 
 class Answer:
-    """An answer: its head, and its body as it comes.
+    """A backend's answer to a request: its head, and its body as it comes.
 
     :param rest: what of the body has come together with the head.
     :raises ValueError: the body has no length that makes sense.
     """
 
-    def __init__(self, connection: Connection, status: int, headers: dict[str, str], rest: bytes, without_body: bool):
+    def __init__(
+        self, connection: PooledConnection, status: int, headers: dict[str, str], rest: bytes, without_body: bool
+    ):
         self.status = status
         self.headers = headers
         self._connection = connection
         self._closed = False
-        length = headers.get("content-length")
-        # A chunked body is never one that is wanted: what is wanted has a length. It is thrown away.
+        # An object's content always has a length. A chunked body is received by content(), or thrown away.
+        length = headers.get("content-length") if "transfer-encoding" not in headers else None
         self.length = 0 if without_body or status in (204, 304) else int(length) if length is not None else None
         self.missing = self.length if self.length is not None else 1 << 62  # bytes that were not taken yet
         self._rest = memoryview(rest)[: self.missing]
-        self._spoilt = len(self._rest) < len(rest)  # by bytes after the end, which are not the next answer
+        self._surplus = len(self._rest) < len(rest)  # whether bytes came after the end, which are not the next answer
         if not self.missing:
             self._end()
 
@@ -283,28 +335,62 @@ class Answer:
         buffer[:size], self._rest = self._rest[:size], self._rest[size:]
         return size
 
+    def content(self) -> bytes:
+        """All of the body that was not taken yet, when it has come: for documents that fit into memory.
+
+        :raises Unanswered: it broke off.
+        :raises BackendTimeout: nothing came for too long.
+        :raises BackendError: it makes no sense.
+        """
+        if not self.missing:
+            return b""
+        try:
+            return self._content()
+        except TimeoutError:
+            raise silence("nothing came of its content") from None
+        except OSError as exc:
+            raise breakage(repr(exc), Unanswered) from exc
+        except ValueError as exc:
+            raise nonsense(str(exc)) from exc
+        finally:
+            self.close()
+
+    def _content(self) -> bytes:
+        body = self._connection.receive_all(self._rest)
+        coding = self.headers.get("transfer-encoding")
+        if coding is None and self.length is None:
+            return body.until_closed()
+        if coding is not None and coding.lower() != "chunked":
+            raise ValueError("a transfer coding that was not asked for")
+        content = body.exactly(self.missing) if coding is None else b"".join(body.chunks())
+        self.missing, self._surplus = 0, self._surplus or bool(body.rest)
+        self._end()
+        return content
+
     def wait_for(self, size: int, seconds: float) -> None:
         """Wait until so many bytes have come, or all that are missing, but no longer than so many seconds.
 
-        To be woken for each packet would cost the reader as much as to receive it, and the sender something, too.
+        To wake up for each packet would cost the reader as much as to receive it, and the sender something, too.
         """
-        self._connection.wake_at(min(size, self.missing))
+        self._connection.set_low_water(min(size, self.missing))
         wait_for([self], seconds)
-        self._connection.wake_at(1)
+        self._connection.set_low_water(1)
 
     def discard(self) -> None:
-        """Throw the body away: a small one that comes soon leaves the connection to others."""
-        buffer = memoryview(bytearray(UNWANTED_SIZE))
+        """Throw the body away: a small one that comes soon leaves the connection to other requests."""
+        if self._closed:
+            return
+        buffer = memoryview(bytearray(DISCARD_SIZE))
         with contextlib.suppress(BackendError):
-            while 0 < self.missing <= UNWANTED_SIZE:
-                if self.receive_into(buffer) is None and not wait_for([self], UNWANTED_SECONDS):
+            while 0 < self.missing <= DISCARD_SIZE:
+                if self.receive_into(buffer) is None and not wait_for([self], DISCARD_SECONDS):
                     break
         self.close()
 
     def _end(self) -> None:
         if not self._closed:
             self._closed = True
-            if self._spoilt or self.headers.get("connection", "").lower() == "close":
+            if self._surplus or self.headers.get("connection", "").lower() == "close":
                 self._connection.close()
             else:
                 self._connection.keep()

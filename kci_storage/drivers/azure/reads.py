@@ -1,4 +1,4 @@
-"""Reading from Azure Blob Storage: properties and ranges of content, without the SDK (:mod:`.blob_http` says why).
+"""Reading from Azure Blob Storage: properties and ranges of content, without the SDK (:mod:`.http` says why).
 
 A reader receives its object itself, range by range, over one connection as long as that is fast: each request costs
 the backend, and several connections only share what one can have. Where one has a limit of its own, as Azure's have,
@@ -9,10 +9,7 @@ reader holds no thread, and a fast one waits for no other.
 from __future__ import annotations
 
 import contextlib
-import itertools
-import random
 import re
-import secrets
 import time
 from base64 import b64decode
 from collections import deque
@@ -20,12 +17,12 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from email.utils import parsedate_to_datetime
 from typing import Any
-from urllib.parse import quote
 
-from kci_storage.drivers.azure import errors
-from kci_storage.drivers.azure.errors import Unanswered, nonsense, refusal, silence
-from kci_storage.drivers.azure.http import Answer, Pool, wait_for
+from kci_storage.drivers.azure import service
 from kci_storage.drivers.base import ObjectInfo, ObjectReader
+from kci_storage.drivers.azure.errors import Unanswered, nonsense, silence
+from kci_storage.drivers.azure.http import Answer, wait_for
+from kci_storage.drivers.azure.service import Blobs, Operation
 from kci_storage.errors import (
     BackendError,
     BackendThrottled,
@@ -54,25 +51,14 @@ _RANGE = re.compile(r"bytes ([0-9]+)-(-?[0-9]+)/([0-9]+)\Z")  # Azurite says 0--
 class BlobReads:
     """The reading half of one container.
 
-    :param path: the container's, quoted, as in its URL.
-    :param signature: gives the query that authorises a read, now; it is a secret.
-    :param version: of Azure's protocol.
+    :param blobs: asked with a signature that allows to read.
     :param submit: calls a function in another thread.
     """
 
-    def __init__(
-        self,
-        pool: Pool,
-        path: str,
-        signature: Callable[[], str],
-        version: str,
-        submit: Callable[..., Future[Any]],
-    ):
-        self.pool = pool
+    def __init__(self, blobs: Blobs, submit: Callable[..., Future[Any]]):
         self.submit = submit
-        self._path = path
-        self._signature = signature
-        self._version = version
+        self.read_timeout = blobs.service.pool.read_timeout  # seconds
+        self._blobs = blobs
 
     def stat(self, key: str) -> ObjectInfo:
         """An object's properties.
@@ -80,9 +66,12 @@ class BlobReads:
         :raises ObjectNotFound: there is none.
         :raises BackendError: the backend failed.
         """
-        answer = self._ask("HEAD", key, {})
-        answer.close()
-        return _info(key, answer.headers, answer.headers.get("content-length"), answer.headers.get("content-md5"))
+        return self.stat_with_metadata(key)[0]
+
+    def stat_with_metadata(self, key: str) -> tuple[ObjectInfo, dict[str, str]]:
+        """An object's properties, and the headers that have its metadata; as :meth:`stat` otherwise."""
+        headers = self._blobs.ask(_PROPERTIES, key, {}).headers
+        return _info(key, headers, headers.get("content-length"), headers.get("content-md5")), headers
 
     def read(self, key: str, start: int, stop: int | None, etag: str | None) -> ObjectReader:
         """As of :meth:`kci_storage.drivers.base.Driver.read`."""
@@ -104,7 +93,8 @@ class BlobReads:
         answer = None
         if stop > start:
             with contextlib.suppress(_NotThatRange):
-                answer = self._ask("GET", key, {"x-ms-range": f"bytes={start}-{stop - 1}", **_condition(etag)})
+                headers = {"x-ms-range": f"bytes={start}-{stop - 1}", **_condition(etag)}
+                answer = self._blobs.ask(_CONTENT, key, headers)
         if answer is None:
             info = self.stat(key)
         else:
@@ -132,32 +122,17 @@ class BlobReads:
             raise CorruptObject("the backend sent a damaged object", detail=f"{found.size} of {info.size} B")
         return answer
 
-    def _ask(self, method: str, key: str, headers: Mapping[str, str]) -> Answer:
-        """The answer to a request, which is tried again as long as that is of use, a few times."""
-        for tried in itertools.count():
-            try:
-                answer = self._ask_once(method, key, headers)
-            except Unanswered as exc:
-                if tried == errors.RETRIES:
-                    raise BackendError(exc.message, detail=exc.detail) from None
-            else:
-                if answer.status in (200, 206):
-                    return answer
-                answer.discard()
-                if answer.status not in errors.WORTH_ANOTHER_TRY or tried == errors.RETRIES:
-                    raise _refusal(answer)
-            time.sleep(errors.RETRY_WAIT * random.uniform(0.5, 1.5))
-        raise AssertionError("unreachable")
+    def uncommitted_block_ids(self, key: str) -> list[str]:
+        """The ids of the blocks that were staged for an object and not committed, in base64 (Get Block List).
 
-    def _ask_once(self, method: str, key: str, headers: Mapping[str, str]) -> Answer:
-        target = f"{self._path}/{quote(key, safe='~/')}?{self._signature()}"
-        # The name is what the backend's logs will have of the request.
-        own = {"x-ms-version": self._version, "x-ms-client-request-id": secrets.token_hex(16)}
-        answer = self.pool.ask(method, target, {**own, **headers})
-        if method == "GET" and answer.status in (200, 206) and not _has_its_length(answer):
-            answer.close()
-            raise Unanswered("the backend sent something else than was asked for")
-        return answer
+        :raises ObjectNotFound: there is neither an object nor a block.
+        """
+        query = "comp=blocklist&blocklisttype=uncommitted&"
+        return re.findall("<Name>([^<]+)</Name>", self._blobs.ask(_BLOCK_LIST, key, {}, query=query).decode())
+
+
+class _NotThatRange(Exception):
+    """The version is another one, or there is none; or the range begins beyond the end, which may be 0."""
 
 
 def _has_its_length(answer: Answer) -> bool:
@@ -166,16 +141,18 @@ def _has_its_length(answer: Answer) -> bool:
     return found is not None and answer.length == int(found[2]) - int(found[1]) + 1
 
 
-class _NotThatRange(Exception):
-    """The version is another one, or there is none; or the range begins beyond the end, which may be 0."""
+def _checked_length(answer: Answer) -> Answer:
+    if not _has_its_length(answer):
+        answer.close()
+        raise Unanswered("the backend sent something else than was asked for")
+    return answer
 
 
-def _refusal(answer: Answer) -> Exception:
-    code = answer.headers.get("x-ms-error-code", "")
-    if code in ("ConditionNotMet", "InvalidRange"):
-        return _NotThatRange()
-    detail = f"{answer.status} {code}, request {answer.headers.get('x-ms-request-id')}"
-    return refusal(answer.status, code, detail, answer.headers.get("retry-after"))
+_PROPERTIES = Operation("HEAD", (200,), lambda answer: answer)
+_CONTENT = Operation(
+    "GET", (200, 206), _checked_length, {"ConditionNotMet": _NotThatRange, "InvalidRange": _NotThatRange}
+)
+_BLOCK_LIST = Operation("GET", (200,), Answer.content)
 
 
 class _Reader(ObjectReader):
@@ -210,7 +187,7 @@ class _Reader(ObjectReader):
 
     def _arriving(self, buffer: memoryview) -> Iterator[int]:
         """How many bytes each step puts into the buffer: until it is full, or no more come soon."""
-        deadline = time.monotonic() + self._reads.pool.read_timeout
+        deadline = time.monotonic() + self._reads.read_timeout
         begun = False
         while buffer and self._present():
             size = self._ranges[0].receive_into(buffer)
@@ -356,7 +333,7 @@ class _Range:
         except (BackendTimeout, BackendThrottled, ObjectChanged, CorruptObject):
             raise
         except BackendError:
-            if self._broken == errors.RETRIES:
+            if self._broken == service.RETRIES:
                 raise
             self._break_off()
             return None
@@ -364,7 +341,7 @@ class _Range:
     def _answer(self) -> Answer:
         if self.answer is None:
             if self._asked is None:
-                time.sleep(max(self._broken - 1, 0) * errors.RETRY_WAIT)
+                time.sleep(max(self._broken - 1, 0) * service.RETRY_WAIT)
                 self.answer = self._reads.ask_again(self._info, self._position, self._stop)
             else:
                 asked, self._asked = self._asked, None

@@ -1,27 +1,22 @@
-"""Writing to Azure Blob Storage: Put Blob, Put Block, Put Block List, without the SDK (:mod:`.blob_http` says why).
+"""Writing to Azure Blob Storage: Put Blob, Put Block, Put Block List, without the SDK (:mod:`.http` says why).
 
 Bodies are sent from where they lie, without a copy. So the caller's buffer must not change meanwhile.
 """
 
 from __future__ import annotations
 
-import itertools
-import random
 import secrets
-import time
 from base64 import b64encode
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from email.utils import parsedate_to_datetime
 from urllib.parse import quote, urlencode
 
-from kci_storage.drivers.azure import errors
-from kci_storage.drivers.azure.errors import Unanswered, nonsense, refusal
-from kci_storage.drivers.azure.http import Answer, Pool
-from kci_storage.drivers.azure.reads import pinned
 from kci_storage.drivers.base import Expectation
-from kci_storage.errors import BackendError, PreconditionFailed
-
-_LOST = ("InvalidBlockList", "InvalidBlobOrBlock")
+from kci_storage.drivers.azure.errors import nonsense
+from kci_storage.drivers.azure.http import Answer
+from kci_storage.drivers.azure.reads import pinned
+from kci_storage.drivers.azure.service import Blobs, Operation
+from kci_storage.errors import PreconditionFailed
 
 
 class BlocksLost(Exception):
@@ -31,18 +26,11 @@ class BlocksLost(Exception):
 class BlobWrites:
     """The writing half of one container.
 
-    What fails in a way that may pass is tried again, a few times.
-
-    :param path: the container's, quoted, as in its URL.
-    :param signature: gives the query that authorises a write, now; it is a secret.
-    :param version: of Azure's protocol.
+    :param blobs: asked with a signature that allows to create, write and tag.
     """
 
-    def __init__(self, pool: Pool, path: str, signature: Callable[[], str], version: str):
-        self._pool = pool
-        self._path = path
-        self._signature = signature
-        self._version = version
+    def __init__(self, blobs: Blobs):
+        self._blobs = blobs
 
     def put(self, key: str, body: bytes | memoryview, headers: Mapping[str, str]) -> tuple[str, int]:
         """Make a body an object's content (Put Blob).
@@ -72,31 +60,29 @@ class BlobWrites:
         return _stored(self._ask(key, "comp=blocklist&", block_list(block_ids), headers))
 
     def _ask(self, key: str, query: str, body: bytes | memoryview, headers: Mapping[str, str]) -> Answer:
-        """Have a request done, tried again as long as that is of use."""
-        for tried in itertools.count():
-            last = tried == errors.RETRIES
-            try:
-                answer = self._ask_once(key, query, body, headers)
-            except Unanswered as exc:
-                if last:
-                    raise BackendError(exc.message, detail=exc.detail) from None
-            else:
-                answer.discard()
-                if answer.status == 201:
-                    return answer
-                if answer.status not in errors.WORTH_ANOTHER_TRY or last:
-                    raise _refusal(answer)
-            time.sleep(errors.RETRY_WAIT * random.uniform(0.5, 1.5))
-        raise AssertionError("unreachable")
+        return self._blobs.ask(_WRITE, key, {"Content-Length": str(len(body)), **headers}, body, query)
 
-    def _ask_once(self, key: str, query: str, body: bytes | memoryview, headers: Mapping[str, str]) -> Answer:
-        own = {
-            "x-ms-version": self._version,
-            "x-ms-client-request-id": secrets.token_hex(16),
-            "Content-Length": str(len(body)),
-        }
-        target = f"{self._path}/{quote(key, safe='~/')}?{query}{self._signature()}"
-        return self._pool.ask("PUT", target, {**own, **headers}, body)
+
+def _received(answer: Answer) -> Answer:
+    answer.discard()
+    return answer
+
+
+def _unmet() -> PreconditionFailed:
+    return PreconditionFailed("the stored version is not the expected one")
+
+
+_WRITE = Operation(
+    "PUT",
+    (201,),
+    _received,
+    {
+        "InvalidBlockList": BlocksLost,
+        "InvalidBlobOrBlock": BlocksLost,
+        "ConditionNotMet": _unmet,
+        "BlobAlreadyExists": _unmet,
+    },
+)
 
 
 def new_block_id(size: int) -> str:
@@ -153,12 +139,3 @@ def _stored(answer: Answer) -> tuple[str, int]:
         return answer.headers["etag"].strip('"'), int(modified.timestamp())
     except (KeyError, ValueError) as exc:
         raise nonsense(repr(exc)) from exc
-
-
-def _refusal(answer: Answer) -> Exception:
-    code = answer.headers.get("x-ms-error-code", "")
-    if code in _LOST:
-        return BlocksLost(code)
-    detail = f"{answer.status} {code}, request {answer.headers.get('x-ms-request-id')}"
-    unmet = PreconditionFailed("the stored version is not the expected one")
-    return refusal(answer.status, code, detail, answer.headers.get("retry-after"), unmet)

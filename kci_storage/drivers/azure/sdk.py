@@ -1,0 +1,64 @@
+"""The SDK on this driver's connections: azure-core's transport, made of :class:`~.service.Service`.
+
+The SDK signs requests, and makes and reads XML. Pool, proxies, certificates, time-outs, retries and errors are the
+service's, so its own retry policy is switched off, and an answer that is a refusal never gets as far as the SDK.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from urllib.parse import urlsplit
+
+from azure.core.pipeline.transport import HttpResponse, HttpTransport
+from azure.core.rest import HttpRequest
+from azure.core.utils import case_insensitive_dict
+
+from kci_storage.drivers.azure.http import Answer
+from kci_storage.drivers.azure.service import Operation, Service
+
+_SUCCESS = range(200, 300)
+
+
+class SdkResponse(HttpResponse):
+    """A successful answer as the SDK takes it, with all of its body."""
+
+    def __init__(self, request: Any, answer: Answer):
+        super().__init__(request, answer)
+        self.status_code = answer.status
+        self.headers = case_insensitive_dict(answer.headers)
+        self.content_type = answer.headers.get("content-type")
+        self._content = answer.content()
+
+    def body(self) -> bytes:
+        return self._content
+
+
+class SdkTransport(HttpTransport[HttpRequest, HttpResponse]):
+    """Sends the SDK's requests.
+
+    :param service: whose pool is closed by its owner.
+    """
+
+    def __init__(self, service: Service):
+        self._service = service
+
+    def send(self, request: HttpRequest, **kwargs: Any) -> HttpResponse:
+        """Have a request done.
+
+        :param kwargs: of the SDK's own transport; none of them is needed.
+        :raises StorageError: as of :meth:`.service.Service.ask`.
+        """
+        url = urlsplit(request.url)
+        target = f"{url.path}?{url.query}"
+        operation = Operation(request.method, _SUCCESS, lambda answer: SdkResponse(request, answer))
+        length = {} if request.method in ("GET", "HEAD") else {"Content-Length": "0"}
+        return self._service.ask(operation, lambda: target, length | dict(request.headers))
+
+    def open(self) -> None:
+        """Nothing: connections are made when they are needed."""
+
+    def close(self) -> None:
+        """Nothing: the pool is another's."""
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
