@@ -41,8 +41,8 @@ from kci_storage.errors import (
     WriteConflict,
     meaning,
 )
-from tests.support.azurite import Azurite, running_azurite
 from tests.drivers.contract import KIB, SOME, DriverContract, content_of, digests_of, get, in_pieces, listed, put
+from tests.support.azurite import Azurite, running_azurite
 from tests.support.harness import wait_until
 
 BLOCK = 64 * KIB

@@ -17,10 +17,10 @@ import pytest
 from kci_storage.drivers.azure import service
 from kci_storage.drivers.azure.driver import AzureDriver
 from kci_storage.errors import BackendError, BackendThrottled, BackendTimeout
-from tests.support.azurite import Azurite
 from tests.drivers.contract import KIB, content_of, get, put
-from tests.support.faultproxy import Cut, FaultProxy, Hint, Hold, Refuse, Say, fault_proxy
 from tests.drivers.test_azure import Proxy, closing, proxy, small_sizes
+from tests.support.azurite import Azurite
+from tests.support.faultproxy import Cut, FaultProxy, Hint, Hold, Refuse, Say, fault_proxy
 
 __all__ = ["proxy", "small_sizes"]  # fixtures
 

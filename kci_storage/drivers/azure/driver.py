@@ -36,7 +36,6 @@ from azure.storage.blob import (
 )
 
 from kci_storage.config.settings import AzureConfig, Config
-from kci_storage.drivers.base import Digests, Driver, Expectation, ObjectInfo, ObjectReader, ObjectWriter, Page
 from kci_storage.drivers.azure.connect import Connector
 from kci_storage.drivers.azure.errors import BackendRefusal, nonsense
 from kci_storage.drivers.azure.http import ConnectionPool
@@ -44,6 +43,7 @@ from kci_storage.drivers.azure.reads import BlobReads, valid_sha256
 from kci_storage.drivers.azure.sdk import SdkTransport
 from kci_storage.drivers.azure.service import Blobs, Service
 from kci_storage.drivers.azure.writes import BlobWrites, BlocksLost, condition, new_block_id, properties
+from kci_storage.drivers.base import Digests, Driver, Expectation, ObjectInfo, ObjectReader, ObjectWriter, Page
 from kci_storage.errors import (
     BackendError,
     BadRequest,

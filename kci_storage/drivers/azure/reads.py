@@ -19,10 +19,10 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 
 from kci_storage.drivers.azure import service
-from kci_storage.drivers.base import ObjectInfo, ObjectReader
 from kci_storage.drivers.azure.errors import Unanswered, nonsense, silence
 from kci_storage.drivers.azure.http import Answer, wait_for
 from kci_storage.drivers.azure.service import Blobs, Operation
+from kci_storage.drivers.base import ObjectInfo, ObjectReader
 from kci_storage.errors import (
     BackendError,
     BackendThrottled,

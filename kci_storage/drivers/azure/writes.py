@@ -11,11 +11,11 @@ from collections.abc import Iterable, Mapping
 from email.utils import parsedate_to_datetime
 from urllib.parse import quote, urlencode
 
-from kci_storage.drivers.base import Expectation
 from kci_storage.drivers.azure.errors import nonsense
 from kci_storage.drivers.azure.http import Answer
 from kci_storage.drivers.azure.reads import pinned
 from kci_storage.drivers.azure.service import Blobs, Operation
+from kci_storage.drivers.base import Expectation
 from kci_storage.errors import PreconditionFailed
 
 
