@@ -26,9 +26,11 @@ from azure.storage.blob import BlobBlock, ContainerClient, ContentSettings, gene
 
 from kci_storage.config.settings import Config
 from kci_storage.drivers.azure import driver as azure
-from kci_storage.drivers.azure import reads, service
+from kci_storage.drivers.azure import reads, service, signature
 from kci_storage.drivers.azure.driver import AzureDriver
+from kci_storage.drivers.azure.writer import BLOCKS_IN_FLIGHT
 from kci_storage.drivers.base import Driver, Expectation
+from kci_storage.drivers.guard import GuardedDriver
 from kci_storage.errors import (
     TABLE,
     BackendError,
@@ -293,7 +295,7 @@ def test_blocks_in_flight_are_few(driver, proxy):
             with counting:
                 in_flight.append(request)
                 most.append(len(in_flight))
-            if len(in_flight) == azure.BLOCKS_IN_FLIGHT:
+            if len(in_flight) == BLOCKS_IN_FLIGHT:
                 full.set()
             release.wait(SECONDS)
             with counting:
@@ -308,7 +310,7 @@ def test_blocks_in_flight_are_few(driver, proxy):
     assert upload.is_alive(), "it was not held back"
     release.set()
     upload.join()
-    assert max(most) == azure.BLOCKS_IN_FLIGHT
+    assert max(most) == BLOCKS_IN_FLIGHT
     assert get(driver, "a") == content
 
 
@@ -397,7 +399,7 @@ def test_blocks_with_short_ids_are_in_the_way(driver, other):
 
 def test_a_replayed_content_must_be_whole(driver, other):
     content = content_of(SOME)
-    with driver.writer("a", "text/plain") as writer:
+    with GuardedDriver(driver).writer("a", "text/plain") as writer:
         writer.write(content)
         wait_for_blocks(other, "a", (SOME - 1) // BLOCK)
         stage_and_commit(other, "a", b"other")
@@ -449,8 +451,9 @@ def test_a_stored_encoding_does_not_change_the_content(driver, other):
 def test_invalid_keys_in_the_container_are_not_listed(driver, other):
     for name in ["a//b", "a/", "v1/x", ".kci/x", "upload", "x" * 256, "folder/good", "folder//bad", "good"]:
         other.upload_blob(name, b"")
-    assert listed(driver) == listed(driver, details=False) == ["folder/good", "good"]
-    pages = [driver.list(delimiter="/"), driver.list(prefix="folder/", delimiter="/")]
+    guarded = GuardedDriver(driver)
+    assert listed(guarded) == listed(guarded, details=False) == ["folder/good", "good"]
+    pages = [guarded.list(delimiter="/"), guarded.list(prefix="folder/", delimiter="/")]
     assert [page.folders for page in pages] == [("a/", "folder/"), ()]
 
 
@@ -707,15 +710,15 @@ def sas_token(azurite: Azurite, container: str, permissions: str = "racwdl") -> 
 
 
 def test_reads_are_authorised_for_reading_alone_and_anew_in_time(azurite, monkeypatch):
-    signature = azure._Signature(azurite.settings())
-    token = signature()
+    renewed = signature.RenewedToken(azurite.settings(), "r")
+    token = renewed()
     assert parse_qs(token)["sp"] == ["r"]
     expires = datetime.fromisoformat(parse_qs(token)["se"][0])
-    assert timedelta(0) < expires - datetime.now(UTC) <= timedelta(seconds=azure.SIGNATURE_SECONDS)
-    assert signature() is token
+    assert timedelta(0) < expires - datetime.now(UTC) <= timedelta(seconds=signature.SIGNATURE_SECONDS)
+    assert renewed() is token
     now = time.monotonic()
-    monkeypatch.setattr(azure.time, "monotonic", lambda: now + azure.SIGNATURE_SECONDS / 2 + 1)
-    assert signature() is not token
+    monkeypatch.setattr(signature.time, "monotonic", lambda: now + signature.SIGNATURE_SECONDS / 2 + 1)
+    assert renewed() is not token
 
 
 @pytest.mark.parametrize("mark", ["", "?"])
@@ -744,7 +747,7 @@ def test_no_credential_is_in_any_error_or_log(azurite, proxy, small_sizes, caplo
     caplog.set_level(logging.DEBUG)
     container = azurite.new_container()
     token = sas_token(azurite, container, "r")
-    signature = token.rpartition("sig=")[2].partition("&")[0]
+    secret_part = token.rpartition("sig=")[2].partition("&")[0]
     texts = []
     for endpoint in (azurite.endpoint, proxy.endpoint, "http://127.0.0.1:1/testaccount"):
         proxy.after = lambda request, answer: setattr(answer, "cut", -1)
@@ -759,7 +762,7 @@ def test_no_credential_is_in_any_error_or_log(azurite, proxy, small_sizes, caplo
                         assert not set("?/\n") & set(exc.message)
     texts.append(caplog.text)
     assert len(texts) > 50
-    for secret in (signature, "sig=", "d3Jvbmcga2V5"):
+    for secret in (secret_part, "sig=", "d3Jvbmcga2V5"):
         assert not [text for text in texts if secret in text]
 
 
@@ -812,4 +815,7 @@ def test_it_is_made_from_the_configuration(azurite):
 def test_the_default_endpoint_is_azures_own(azurite):
     settings = azurite.settings(endpoint="", account="someaccount", container="things")
     with closing(AzureDriver(settings)) as driver:
-        assert driver.blob("a b").url == "https://someaccount.blob.core.windows.net/things/a%20b"
+        assert (
+            driver._process.container.get_blob_client("a b").url
+            == "https://someaccount.blob.core.windows.net/things/a%20b"
+        )

@@ -6,13 +6,19 @@ service's, so its own retry policy is switched off, and an answer that is a refu
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
+from azure.core.exceptions import AzureError
 from azure.core.pipeline.transport import HttpResponse, HttpTransport
 from azure.core.rest import HttpRequest
 from azure.core.utils import case_insensitive_dict
+from azure.storage.blob import ContainerClient, LinearRetry
 
+from kci_storage.config.settings import AzureConfig
+from kci_storage.drivers.azure.errors import nonsense
 from kci_storage.drivers.azure.http import Answer
 from kci_storage.drivers.azure.service import Operation, Service
 
@@ -62,3 +68,34 @@ class SdkTransport(HttpTransport[HttpRequest, HttpResponse]):
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+
+def container_client(settings: AzureConfig, endpoint: str, service: Service) -> ContainerClient:
+    """The SDK's client for the configured container.
+
+    :param endpoint: the service's URL.
+    """
+    key = {"account_name": settings.account, "account_key": settings.key}
+    return ContainerClient(
+        endpoint,
+        settings.container,
+        credential=key if settings.key else settings.sastoken,
+        transport=SdkTransport(service),
+        retry_policy=LinearRetry(retry_total=0),
+        permit_redirects=False,
+    )
+
+
+@contextlib.contextmanager
+def sdk_errors() -> Iterator[None]:
+    """The SDK's own errors, which are of answers that it does not understand, become ours.
+
+    Their text would put URLs into the log, with the signature of a SAS token.
+    """
+    try:
+        yield
+    except (AzureError, AttributeError, LookupError, TypeError, ValueError) as exc:
+        error = nonsense(f"{type(exc).__name__}, status {getattr(exc, 'status_code', None)}")
+    else:
+        return
+    raise error from None

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import secrets
 from base64 import b64encode
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
 from email.utils import parsedate_to_datetime
+from typing import Any
 from urllib.parse import quote, urlencode
 
 from kci_storage.drivers.azure.errors import nonsense
@@ -27,9 +29,11 @@ class BlobWrites:
     """The writing half of one container.
 
     :param blobs: asked with a signature that allows to create, write and tag.
+    :param submit: calls a function in another thread.
     """
 
-    def __init__(self, blobs: Blobs):
+    def __init__(self, blobs: Blobs, submit: Callable[..., Future[Any]]):
+        self.submit = submit
         self._blobs = blobs
 
     def put(self, key: str, body: bytes | memoryview, headers: Mapping[str, str]) -> tuple[str, int]:

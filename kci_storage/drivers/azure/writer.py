@@ -1,0 +1,190 @@
+"""An upload to Azure Blob Storage, as it arrives: blocks that are staged meanwhile, and a list of them at the end.
+
+A small one is a single request. Blocks of an upload that was given up cannot be deleted; they are visible to nobody,
+and Azure removes them after a week.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import secrets
+from base64 import b64decode
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future
+
+from kci_storage.drivers.azure.errors import BackendRefusal
+from kci_storage.drivers.azure.reads import BlobReads
+from kci_storage.drivers.azure.writes import BlobWrites, BlocksLost, condition, new_block_id, properties
+from kci_storage.drivers.base import Digests, Expectation, ObjectInfo, ObjectWriter
+from kci_storage.errors import ObjectNotFound, PreconditionFailed, WriteConflict
+
+BLOCKS_IN_FLIGHT = 4  # of one upload; it holds one block more in memory
+BLOCK_ID_SIZE = 48  # bytes; 64 characters of base64, what most other clients use
+
+_UPLOAD_ID = "uploadid"  # metadata: tells a writer whether what is there is its own
+
+
+class AzureWriter(ObjectWriter):
+    """Blocks on their way to the backend, or, up to one block, just bytes in memory.
+
+    A block's buffer is used again once the backend has it: pages that the process has already cost nothing more.
+
+    :param block_size: bytes of one block.
+    :param tags: stored with the object.
+    """
+
+    def __init__(
+        self,
+        reads: BlobReads,
+        writes: BlobWrites,
+        block_size: int,
+        key: str,
+        content_type: str,
+        tags: Mapping[str, str] | None,
+    ):
+        self._reads = reads
+        self._writes = writes
+        self._block_size = block_size
+        self._key = key
+        self._content_type = content_type
+        self._tags = tags
+        self._upload_id = secrets.token_hex(16)
+        self._begin(BLOCK_ID_SIZE)
+
+    def _begin(self, block_id_size: int) -> None:
+        self._block_id_size = block_id_size
+        self._block = io.BytesIO()  # the one that is being filled
+        self._spare: list[io.BytesIO] = []  # whose content the backend has
+        self._block_ids: list[str] = []
+        self._in_flight: deque[Future[io.BytesIO]] = deque()
+        self._lost = False
+
+    def write(self, data: bytes | memoryview) -> None:
+        rest = memoryview(data)
+        while self._block.tell() + len(rest) > self._block_size:
+            room = self._block_size - self._block.tell()
+            self._block.write(rest[:room])
+            rest = rest[room:]
+            self._stage()
+        self._block.write(rest)
+
+    @property
+    def held(self) -> int:
+        return self._block.tell() + self._block_size * (len(self._in_flight) + len(self._spare))
+
+    def flush(self) -> None:
+        if self._block.tell():
+            self._stage()
+        self._settle_all()
+        self._spare.clear()
+        self._block = io.BytesIO()
+
+    def _stage(self) -> None:
+        """Send what is in memory as one block, as soon as few enough others are under way."""
+        while len(self._in_flight) >= BLOCKS_IN_FLIGHT:
+            self._settle()
+        if self._lost:  # then nothing but their size matters
+            self._block.seek(0)
+            return
+        block, self._block = self._block, self._spare.pop() if self._spare else io.BytesIO()
+        self._block_ids.append(new_block_id(self._block_id_size))
+        self._in_flight.append(self._writes.submit(self._send, self._block_ids[-1], block))
+
+    def _send(self, block_id: str, block: io.BytesIO) -> io.BytesIO:
+        """Have the backend take a block; its buffer, which may be filled anew."""
+        with _content(block) as content:
+            self._writes.stage(self._key, block_id, content)
+        block.seek(0)
+        return block
+
+    def _settle(self) -> None:
+        try:
+            self._spare.append(self._in_flight.popleft().result())
+        except BlocksLost:
+            self._lost = True
+
+    def _settle_all(self) -> None:
+        while self._in_flight:
+            self._settle()
+
+    def commit(
+        self,
+        digests: Digests,
+        expected: str | Expectation = Expectation.ANYTHING,
+        replay: Callable[[], Iterable[bytes]] | None = None,
+    ) -> ObjectInfo:
+        conflict = WriteConflict("another upload of this file came in between; try again")
+        for _ in range(3):
+            try:
+                return self._commit(digests, expected)
+            except BlocksLost as exc:
+                if replay is None:
+                    raise conflict from exc
+            self._stage_again(replay)
+        raise conflict
+
+    def _commit(self, digests: Digests, expected: str | Expectation) -> ObjectInfo:
+        try:
+            etag, modified = self._put(digests, expected)
+        except (PreconditionFailed, BlocksLost):
+            landed = self._landed()
+            if landed is None:
+                raise
+            return landed
+        return ObjectInfo(self._key, digests.size, etag, modified, self._content_type, digests.sha256, digests.md5)
+
+    def _put(self, digests: Digests, expected: str | Expectation) -> tuple[str, int]:
+        """Make it the object's content, by one request; its ETag, and when it was modified."""
+        metadata = {"sha256": digests.sha256, _UPLOAD_ID: self._upload_id}
+        headers = properties(self._content_type, digests.md5, metadata, self._tags) | condition(expected)
+        if not self._block_ids and not self._lost:
+            with _content(self._block) as content:
+                return self._writes.put(self._key, content, headers)
+        if self._block.tell():
+            self._stage()
+        self._settle_all()
+        if self._lost:
+            raise BlocksLost
+        return self._writes.commit(self._key, self._block_ids, headers)
+
+    def _landed(self) -> ObjectInfo | None:
+        """The object, if it is of this writer: the answer to a commit may have been lost, and it was tried again."""
+        try:
+            info, headers = self._reads.stat_with_metadata(self._key)
+        except ObjectNotFound:
+            return None
+        return info if headers.get(f"x-ms-meta-{_UPLOAD_ID}") == self._upload_id else None
+
+    def _stage_again(self, replay: Callable[[], Iterable[bytes]]) -> None:
+        self.abort()
+        self._begin(_others_block_id_size(self._reads, self._key) or BLOCK_ID_SIZE)
+        for data in replay():
+            self.write(data)
+
+    def abort(self) -> None:
+        while self._in_flight:
+            self._in_flight.pop().cancel()
+        self._spare.clear()
+        self._block = io.BytesIO()
+
+
+@contextlib.contextmanager
+def _content(block: io.BytesIO) -> Iterator[memoryview]:
+    """What a block's buffer was filled with, during the block of the statement; then it may be filled anew."""
+    with block.getbuffer() as whole, whole[: block.tell()] as content:
+        yield content
+
+
+def _others_block_id_size(reads: BlobReads, key: str) -> int | None:
+    """How many bytes the ids of the blocks have that others have staged for a blob; None: there are none.
+
+    All uncommitted blocks of a blob must have ids of one length. Another program's, given up in mid-upload, stay for
+    a week.
+    """
+    with contextlib.suppress(ObjectNotFound, BackendRefusal, ValueError):
+        ids = reads.uncommitted_block_ids(key)
+        if ids and (size := len(b64decode(ids[0]))) >= 8:  # shorter random ids would meet
+            return size
+    return None
