@@ -21,6 +21,7 @@ from kci_storage.cache.housekeeping import Housekeeper
 from kci_storage.config.reading import load
 from kci_storage.config.settings import Config, ConfigError
 from kci_storage.drivers.base import Driver, LocalObjects, Sweepable
+from kci_storage.drivers.guard import GuardedDriver, GuardedFiles
 from kci_storage.fills.fills import Fills
 from kci_storage.store.negative_cache import Misses
 from kci_storage.store.objects import Objects
@@ -120,16 +121,16 @@ def build_services(config: Config, ledger: Ledger | None = None) -> Services:
     from kci_storage.monitoring.metrics import Metrics
 
     driver = drivers.load(config.driver).from_config(config)
-    local = driver if isinstance(driver, LocalObjects) else None
+    local = GuardedFiles(driver) if isinstance(driver, LocalObjects) else None
     cache = open_cache(config)
     metrics = Metrics(cache, disks(config, local))
     sweep = partial(drivers.sweep, config) if isinstance(driver, Sweepable) else None
     housekeeper = Housekeeper(cache, config.cache, metrics, sweep)
-    measured = MeasuredDriver(driver)
+    guarded = GuardedDriver(MeasuredDriver(driver))
     misses = Misses(config.cache.directory / "uploads")
     server = config.server
     fills = Fills(
-        measured,
+        guarded,
         cache,
         metrics,
         housekeeper.make_room,
@@ -137,7 +138,7 @@ def build_services(config: Config, ledger: Ledger | None = None) -> Services:
         queue_size=server.threads // 2,  # the other half is for those who need not wait
     )
     uploads = Uploads(
-        measured,
+        guarded,
         cache,
         misses,
         metrics,
@@ -147,10 +148,10 @@ def build_services(config: Config, ledger: Ledger | None = None) -> Services:
     )
     return Services(
         config=config,
-        driver=measured,
+        driver=guarded,
         fills=fills,
         objects=Objects(
-            measured,
+            guarded,
             local,
             cache,
             fills,

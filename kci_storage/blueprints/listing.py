@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 
 from flask import Blueprint, Response, request, stream_with_context
 
-from kci_storage import keys
 from kci_storage.blueprints.context import services
 from kci_storage.drivers.base import ObjectInfo, Page
 from kci_storage.http.accept import prefers_json
@@ -46,7 +45,7 @@ def listed(prefix: str, *, details: bool) -> Iterator[Page]:
 def lines(first: Page, others: Iterator[Page], line: Callable[[ObjectInfo], str]) -> Iterator[bytes]:
     """The list, a page at a time."""
     for page in itertools.chain((first,), others):
-        yield "".join(line(info) + "\n" for info in page.objects if keys.is_valid(info.key)).encode()
+        yield "".join(line(info) + "\n" for info in page.objects).encode()
 
 
 def text_line(info: ObjectInfo) -> str:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
-from kci_storage import keys
 from kci_storage.drivers.base import Driver, ObjectInfo
 from kci_storage.errors import ObjectNotFound
 from kci_storage.http import media
@@ -125,8 +124,8 @@ def browse(driver: Driver, prefix: str, marker: str | None) -> Directory:
     :raises BadRequest: there is no such page.
     """
     page = driver.list(prefix, delimiter="/", marker=marker)
-    folders = [Folder(path) for path in page.folders if keys.is_valid(f"{path}x")]
-    files = [File(info) for info in page.objects if keys.is_valid(info.key)]
+    folders = [Folder(path) for path in page.folders]
+    files = [File(info) for info in page.objects]
     if not folders and not files and page.next_marker is None and marker is None:
         raise ObjectNotFound("no such folder" if prefix else "nothing is stored yet")
     next_url = f"{directory_url(prefix)}?marker={quote(page.next_marker, safe='')}" if page.next_marker else None

@@ -1,0 +1,146 @@
+"""What holds for every driver, once around all of them: which keys it is asked for and shows, and how much it stores.
+
+A container may hold what other programs have put there, under names that this server cannot serve, and a client may
+ask for anything. So a driver itself need not know what a key is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from kci_storage.drivers.base import (
+    Digests,
+    Driver,
+    Expectation,
+    LocalObjects,
+    ObjectInfo,
+    ObjectReader,
+    ObjectWriter,
+    Page,
+)
+from kci_storage.errors import BackendError, ObjectNotFound
+from kci_storage.keys import check, is_valid
+
+
+class GuardedDriver(Driver):
+    """A driver around a driver, which shows only valid keys, and asks it for no others."""
+
+    def __init__(self, driver: Driver):
+        self._driver = driver
+        self.wants_md5 = driver.wants_md5
+
+    @classmethod
+    def from_config(cls, config: Any) -> Driver:
+        """It is made around a driver, not from a configuration."""
+        raise TypeError("a GuardedDriver is made around another driver")
+
+    def stat(self, key: str) -> ObjectInfo:
+        _check_readable(key)
+        return self._driver.stat(key)
+
+    def read(self, key: str, start: int = 0, stop: int | None = None, etag: str | None = None) -> ObjectReader:
+        _check_readable(key)
+        return self._driver.read(key, start, stop, etag)
+
+    def writer(self, key: str, content_type: str, tags: Mapping[str, str] | None = None) -> ObjectWriter:
+        """Begin a new version.
+
+        :raises BadKey: the key breaks a rule.
+        """
+        return GuardedWriter(self._driver.writer(check(key), content_type, tags))
+
+    def delete(self, key: str) -> None:
+        _check_readable(key)
+        self._driver.delete(key)
+
+    def list(self, prefix: str = "", delimiter: str = "", marker: str | None = None, details: bool = True) -> Page:
+        if not (is_valid(prefix) or is_valid(prefix + "x")):  # no key starts so
+            return Page(())
+        return _shown(self._driver.list(prefix, delimiter, marker, details))
+
+    def probe(self) -> None:
+        self._driver.probe()
+
+    def close(self) -> None:
+        self._driver.close()
+
+
+class GuardedFiles:
+    """The ability to open objects as local files, around a driver's: invalid keys are not there.
+
+    It is a :class:`~kci_storage.drivers.base.LocalObjects`.
+    """
+
+    def __init__(self, driver: LocalObjects):
+        self._driver = driver
+
+    def open(self, key: str) -> tuple[ObjectInfo, int]:
+        """The object's properties and a descriptor of its content, which the caller closes.
+
+        :raises ObjectNotFound: there is none.
+        """
+        _check_readable(key)
+        return self._driver.open(key)
+
+
+class GuardedWriter(ObjectWriter):
+    """A writer around a writer, which commits nothing but the whole content."""
+
+    def __init__(self, writer: ObjectWriter):
+        self._writer = writer
+        self._size = 0  # bytes written
+
+    @property
+    def held(self) -> int:
+        return self._writer.held
+
+    def flush(self) -> None:
+        self._writer.flush()
+
+    def write(self, data: bytes | memoryview) -> None:
+        self._writer.write(data)
+        self._size += len(data)
+
+    def commit(
+        self,
+        digests: Digests,
+        expected: str | Expectation = Expectation.ANYTHING,
+        replay: Callable[[], Iterable[bytes]] | None = None,
+    ) -> ObjectInfo:
+        _check_size(self._size, digests)
+        return self._writer.commit(digests, expected, None if replay is None else lambda: _whole(replay(), digests))
+
+    def abort(self) -> None:
+        self._writer.abort()
+
+
+def _check_readable(key: str) -> None:
+    if not is_valid(key):
+        raise ObjectNotFound("no such file")
+
+
+def _shown(page: Page) -> Page:
+    """What of a page may be shown: objects with a valid key, and folders below which there can be one."""
+    return Page(
+        tuple(info for info in page.objects if is_valid(info.key)),
+        tuple(folder for folder in page.folders if is_valid(folder + "x")),
+        page.next_marker,
+    )
+
+
+def _whole(pieces: Iterable[bytes], digests: Digests) -> Iterator[bytes]:
+    """The pieces of a content that is sent again.
+
+    :raises BackendError: at their end, if they have another size than before.
+    """
+    size = 0
+    for piece in pieces:
+        size += len(piece)
+        yield piece
+    _check_size(size, digests)
+
+
+def _check_size(size: int, digests: Digests) -> None:
+    if size != digests.size:
+        raise BackendError("not all of the content was written", detail=f"{size} of {digests.size} B")
