@@ -1,7 +1,7 @@
-"""How connections to a service are made: with TLS or without, directly or through an HTTP proxy.
+"""Connections to a service: with or without TLS, directly or through an HTTP proxy.
 
-The environment says which proxy and which certificates, by the variables that requests and curl know. It is asked
-once, when a process makes its connector.
+The proxy and the trusted certificates come from the environment variables that requests and curl know. They are read
+once per process. ``~/.netrc`` is not read.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ class Connector:
 
     @classmethod
     def from_environment(cls, url: str, connect_timeout: float) -> Connector:
-        """A connector to a service by the proxy and with the certificates that the environment names."""
+        """A connector with the proxy and the certificates that the environment names."""
         return cls(url, proxy_for(url), authorities(), connect_timeout)
 
     def connect(self) -> socket.socket:
         """A new connection, on which a request can be sent.
 
         :raises BackendTimeout: it took too long.
-        :raises Unanswered: it was refused, by the service, the proxy, or by us for its certificate.
+        :raises Unanswered: the service or the proxy refused it, or the certificate is not trusted.
         """
         try:
             connection = self._new_connection()
@@ -84,8 +84,9 @@ class Connector:
 
 
 def proxy_for(url: str) -> str | None:
-    """The proxy that the environment names for a URL (``HTTPS_PROXY``, ``HTTP_PROXY``, ``ALL_PROXY``), unless
-    ``NO_PROXY`` covers its host. Lower-case names count before upper-case ones.
+    """The proxy for a URL: ``HTTPS_PROXY``, ``HTTP_PROXY`` or ``ALL_PROXY``, unless ``NO_PROXY`` covers its host.
+
+    Lower-case names have precedence. ``NO_PROXY`` may have host names, domains, ports, addresses and networks.
     """
     parts, proxies = urlsplit(url), getproxies()
     host = parts.hostname or ""
@@ -124,7 +125,7 @@ def _trusting(authorities: str | None) -> ssl.SSLContext:
 
 
 def _authorization(proxy: SplitResult) -> dict[str, str]:
-    """The header by which a proxy knows its client (RFC 9110, 11.7.2)."""
+    """The header that authenticates us to a proxy (RFC 9110, 11.7.2)."""
     if proxy.username is None:
         return {}
     credentials = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}"

@@ -31,10 +31,10 @@ from kci_storage.drivers.base import Driver, ObjectInfo, ObjectReader, ObjectWri
 from kci_storage.errors import BadRequest, ObjectNotFound
 
 BLOCK_SIZE = 8 * 1024 * 1024  # bytes; at most 50,000 blocks make an object, so 390 GiB
-THREADS = 128  # of one process, for blocks and for asking ahead
+THREADS = 128  # of one process, for staging blocks and requesting ranges ahead
 LIST_SIZE, NAMES_SIZE = 1000, 5000  # entries in one page of a listing; 0.2 ms and 0.04 ms of work each
 
-_PROBE_KEY = ".kci/probe"  # not a valid key: never there
+_PROBE_KEY = ".kci/probe"  # not a valid key, so never stored
 _NOT_IN_URLS = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
@@ -42,7 +42,7 @@ class AzureDriver(Driver):
     """Objects as block blobs in one container.
 
     :param settings: account, container, credential and time-outs.
-    :param block_size: bytes of one block of an upload; also the largest upload that is made in one request.
+    :param block_size: bytes of one block of an upload, and of the largest upload in a single request.
     """
 
     wants_md5 = True
@@ -59,7 +59,7 @@ class AzureDriver(Driver):
 
     @property
     def _process(self) -> _Process:
-        """What this process has; made anew after a fork."""
+        """The connections and threads of this process; a forked process makes its own."""
         pid = os.getpid()
         found = self._processes.get(pid)
         return found or self._processes.setdefault(pid, _Process(self._settings))
@@ -100,7 +100,7 @@ class AzureDriver(Driver):
         return container.list_blob_names(name_starts_with=start, results_per_page=NAMES_SIZE)
 
     def probe(self) -> None:
-        """Ask for an object that is never there: any credential that may read may do this."""
+        """Ask for an object that is never there. Any credential that may read may do this."""
         with contextlib.suppress(ObjectNotFound):
             self.stat(_PROBE_KEY)
 
@@ -125,12 +125,12 @@ class _Process:
         self.writes = BlobWrites(self._blobs("cwt"), self._threads.submit)
 
     def _blobs(self, permissions: str) -> Blobs:
-        """The container's blobs, asked with these permissions (read, create, write, tag)."""
+        """The container's blobs, with a signature for these permissions (read, create, write, tag)."""
         path, version = urlsplit(self.container.url).path, self.container.api_version
         return Blobs(self._service, path, version, signature(self._settings, self.container, permissions))
 
     def close(self) -> None:
-        """Let go of both; what is under way ends by itself."""
+        """Close idle connections and end idle threads. Running operations end by themselves."""
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._pool.close()
 
@@ -161,6 +161,6 @@ def _page(items: list[Any], marker: str | None) -> Page:
 
 
 def _quieten(logger: str, level: int) -> None:
-    """Have a library log only from ``level`` on, unless somebody has asked for something else."""
+    """Let a library log only from ``level`` on, unless its level was set before."""
     if logging.getLogger(logger).level == logging.NOTSET:
         logging.getLogger(logger).setLevel(level)

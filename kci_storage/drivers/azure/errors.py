@@ -1,4 +1,4 @@
-"""The backend's refusals and failures as this server's errors."""
+"""The backend's refusals and failures, mapped to the server's errors: for both the SDK and the driver itself."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from kci_storage.errors import (
 
 RETRY_AFTER = 5  # seconds, when a throttling backend does not say it itself
 
-Meanings = Mapping[str, Callable[[], Exception]]  # by the backend's code: what it means for one operation
+Meanings = Mapping[str, Callable[[], Exception]]  # by the backend's error code: what one operation raises for it
 
 
 class Unanswered(BackendError):
-    """There was no connection, or it ended before an answer did: the request may be sent again."""
+    """No connection, or it ended before the whole answer came. The request may be sent again."""
 
 
 class BackendRefusal(BackendError):
-    """The backend's answer is a refusal that has no class of its own.
+    """The backend answered with an error that has no class of its own.
 
-    :param status: the answer's; 0 in a copy that was made for another thread.
+    :param status: of the answer; 0 in a copy that was made for another thread.
     """
 
     def __init__(self, message: str, *, detail: str | None = None, retry_after: int | None = None, status: int = 0):
@@ -34,11 +34,12 @@ class BackendRefusal(BackendError):
 
 
 def refusal(status: int, headers: Mapping[str, str], meanings: Meanings) -> Exception:
-    """The error that an answer is. Its message may go to the client, its detail to the log.
+    """The error for an answer whose status is none of success.
 
-    The backend has a code for each of its errors. Without one, something else answered.
+    The backend sends a code with each of its errors. An answer without one is not the backend's own.
 
-    :param headers: of the answer; their names are in lower case.
+    :param headers: of the answer, with names in lower case.
+    :param meanings: errors for codes that mean something else in this operation.
 
     >>> refusal(404, {"x-ms-error-code": "BlobNotFound"}, {})
     ObjectNotFound('no such file')
@@ -68,15 +69,15 @@ def _seconds(retry_after: str) -> int:
 
 
 def silence(detail: str) -> BackendTimeout:
-    """The error that a missing answer is."""
+    """The error for an answer that did not come in time."""
     return BackendTimeout("the backend did not answer in time", detail=detail)
 
 
 def breakage(detail: str, kind: type[BackendError] = BackendError) -> BackendError:
-    """The error that a connection is which cannot be made, or ends too early."""
+    """The error for a connection that cannot be made, or ends too early."""
     return kind("the backend cannot be reached, or broke off", detail=detail)
 
 
 def nonsense(detail: str) -> BackendError:
-    """The error that an answer is which is none of the backend's."""
+    """The error for an answer that no such backend gives."""
     return BackendError("the backend's answer makes no sense", detail=detail)

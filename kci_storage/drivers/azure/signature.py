@@ -1,4 +1,4 @@
-"""What authorises requests that go past the SDK: a query that is a SAS token."""
+"""Signatures for requests that the driver sends without the SDK: SAS tokens, as part of the query."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from azure.storage.blob import ContainerClient, generate_container_sas
 
 from kci_storage.config.settings import AzureConfig
 
-SIGNATURE_SECONDS = 2 * 60 * 60.0  # for which requests are authorised at a time
+SIGNATURE_SECONDS = 2 * 60 * 60.0  # for which a token is valid
 
 
 def signature(settings: AzureConfig, container: ContainerClient, permissions: str) -> Callable[[], str]:
-    """What gives the query that authorises requests in the container, now.
+    """A function that returns the query to authorise a request in the container now.
 
-    :param permissions: what for, in Azure's letters, in Azure's order; a configured SAS token has its own.
+    :param permissions: in Azure's letters and order; a configured SAS token has its own instead.
     """
     return RenewedToken(settings, permissions) if settings.key else lambda: urlsplit(container.url).query
 
 
 class RenewedToken:
-    """A SAS token that is made of the account key, and renewed in time.
+    """A SAS token, signed with the account key by the SDK and renewed before it expires.
 
-    To sign each request would cost more than the request; and only the SDK knows how.
+    Signing each request would cost more processor time than the request itself.
 
-    :param permissions: what for, in Azure's letters, in Azure's order.
+    :param permissions: in Azure's letters and order.
     """
 
     def __init__(self, settings: AzureConfig, permissions: str):

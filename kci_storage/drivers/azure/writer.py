@@ -1,7 +1,7 @@
-"""An upload to Azure Blob Storage, as it arrives: blocks that are staged meanwhile, and a list of them at the end.
+"""An upload to Azure Blob Storage: blocks are staged while it arrives, and their list is committed at the end.
 
-A small one is a single request. Blocks of an upload that was given up cannot be deleted; they are visible to nobody,
-and Azure removes them after a week.
+A small upload is a single request. The blocks of an upload that was given up cannot be deleted. They are visible to
+nobody, and Azure removes them after a week.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from kci_storage.drivers.azure.writes import BlobWrites, BlocksLost, condition, 
 from kci_storage.drivers.base import Digests, Expectation, ObjectInfo, ObjectWriter
 from kci_storage.errors import ObjectNotFound, PreconditionFailed, WriteConflict
 
-BLOCKS_IN_FLIGHT = 4  # of one upload; it holds one block more in memory
+BLOCKS_IN_FLIGHT = 4  # of one upload; one more block is being filled
 BLOCK_ID_SIZE = 48  # bytes; 64 characters of base64, what most other clients use
 
-_UPLOAD_ID = "uploadid"  # metadata: tells a writer whether what is there is its own
+_UPLOAD_ID = "uploadid"  # metadata by which a writer recognises its own object
 
 
 class AzureWriter(ObjectWriter):
-    """Blocks on their way to the backend, or, up to one block, just bytes in memory.
+    """A new object: blocks on their way to the backend or, up to the size of one block, bytes in memory.
 
-    A block's buffer is used again once the backend has it: pages that the process has already cost nothing more.
+    A block's buffer is reused once the backend has the block, since fresh memory would cost page faults.
 
     :param block_size: bytes of one block.
     :param tags: stored with the object.
@@ -56,7 +56,7 @@ class AzureWriter(ObjectWriter):
     def _begin(self, block_id_size: int) -> None:
         self._block_id_size = block_id_size
         self._block = io.BytesIO()  # the one that is being filled
-        self._spare: list[io.BytesIO] = []  # whose content the backend has
+        self._spare: list[io.BytesIO] = []  # buffers whose content the backend has
         self._block_ids: list[str] = []
         self._in_flight: deque[Future[io.BytesIO]] = deque()
         self._lost = False
@@ -82,10 +82,10 @@ class AzureWriter(ObjectWriter):
         self._block = io.BytesIO()
 
     def _stage(self) -> None:
-        """Send what is in memory as one block, as soon as few enough others are under way."""
+        """Send the block in memory, as soon as few enough others are in flight."""
         while len(self._in_flight) >= BLOCKS_IN_FLIGHT:
             self._settle()
-        if self._lost:  # then nothing but their size matters
+        if self._lost:  # all blocks will be staged again from the replay
             self._block.seek(0)
             return
         block, self._block = self._block, self._spare.pop() if self._spare else io.BytesIO()
@@ -93,7 +93,7 @@ class AzureWriter(ObjectWriter):
         self._in_flight.append(self._writes.submit(self._send, self._block_ids[-1], block))
 
     def _send(self, block_id: str, block: io.BytesIO) -> io.BytesIO:
-        """Have the backend take a block; its buffer, which may be filled anew."""
+        """Stage a block, and return its buffer for reuse."""
         with _content(block) as content:
             self._writes.stage(self._key, block_id, content)
         block.seek(0)
@@ -136,7 +136,7 @@ class AzureWriter(ObjectWriter):
         return ObjectInfo(self._key, digests.size, etag, modified, self._content_type, digests.sha256, digests.md5)
 
     def _put(self, digests: Digests, expected: str | Expectation) -> tuple[str, int]:
-        """Make it the object's content, by one request; its ETag, and when it was modified."""
+        """Commit the content with one request; the object's ETag and time of modification."""
         metadata = {"sha256": digests.sha256, _UPLOAD_ID: self._upload_id}
         headers = properties(self._content_type, digests.md5, metadata, self._tags) | condition(expected)
         if not self._block_ids and not self._lost:
@@ -150,7 +150,7 @@ class AzureWriter(ObjectWriter):
         return self._writes.commit(self._key, self._block_ids, headers)
 
     def _landed(self) -> ObjectInfo | None:
-        """The object, if it is of this writer: the answer to a commit may have been lost, and it was tried again."""
+        """The stored object, if an earlier try of this commit has stored it and only the answer was lost."""
         try:
             info, headers = self._reads.stat_with_metadata(self._key)
         except ObjectNotFound:
@@ -172,19 +172,19 @@ class AzureWriter(ObjectWriter):
 
 @contextlib.contextmanager
 def _content(block: io.BytesIO) -> Iterator[memoryview]:
-    """What a block's buffer was filled with, during the block of the statement; then it may be filled anew."""
+    """A buffer's content, for the duration of a ``with`` statement. The buffer cannot be written meanwhile."""
     with block.getbuffer() as whole, whole[: block.tell()] as content:
         yield content
 
 
 def _others_block_id_size(reads: BlobReads, key: str) -> int | None:
-    """How many bytes the ids of the blocks have that others have staged for a blob; None: there are none.
+    """The length in bytes of the ids of blocks that others have staged for a blob; None: there are none.
 
-    All uncommitted blocks of a blob must have ids of one length. Another program's, given up in mid-upload, stay for
-    a week.
+    All uncommitted blocks of a blob must have ids of the same length. Those of another program's abandoned upload
+    stay for a week.
     """
     with contextlib.suppress(ObjectNotFound, BackendRefusal, ValueError):
         ids = reads.uncommitted_block_ids(key)
-        if ids and (size := len(b64decode(ids[0]))) >= 8:  # shorter random ids would meet
+        if ids and (size := len(b64decode(ids[0]))) >= 8:  # shorter random ids would collide
             return size
     return None

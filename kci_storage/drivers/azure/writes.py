@@ -1,6 +1,6 @@
-"""Writing to Azure Blob Storage: Put Blob, Put Block, Put Block List, without the SDK (:mod:`.http` says why).
+"""Writing to Azure Blob Storage: Put Blob, Put Block, Put Block List, without the SDK.
 
-Bodies are sent from where they lie, without a copy. So the caller's buffer must not change meanwhile.
+Bodies are sent from the caller's buffer, without a copy, so it must not change meanwhile.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from kci_storage.errors import PreconditionFailed
 
 
 class BlocksLost(Exception):
-    """Staged blocks are gone, or are refused beside another client's: they must be staged again."""
+    """Staged blocks are gone, or refused because of another client's blocks. They must be staged again."""
 
 
 class BlobWrites:
     """The writing half of one container.
 
-    :param blobs: asked with a signature that allows to create, write and tag.
+    :param blobs: with a signature that allows creating, writing and tagging.
     :param submit: calls a function in another thread.
     """
 
@@ -40,10 +40,10 @@ class BlobWrites:
         """Make a body an object's content (Put Blob).
 
         :param headers: of :func:`properties` and :func:`condition`.
-        :returns: its ETag, and when it was modified, in seconds since the epoch.
-        :raises PreconditionFailed: something else is there than the headers say; it may be what an earlier try has
-            stored, whose answer was lost.
-        :raises BackendError: the backend failed, or nobody knows.
+        :returns: its ETag, and the time of modification, in seconds since the epoch.
+        :raises PreconditionFailed: another version is there than the headers require. It may be this one, stored by
+            an earlier try whose answer was lost.
+        :raises BackendError: the backend failed, or the outcome is unknown.
         """
         return _stored(self._ask(key, "", body, {"x-ms-blob-type": "BlockBlob", **headers}))
 
@@ -51,8 +51,8 @@ class BlobWrites:
         """Send a block, which is visible to nobody until it is committed (Put Block).
 
         :param block_id: of :func:`new_block_id`.
-        :raises BlocksLost: it is refused beside the blocks that another client has left.
-        :raises BackendError: the backend failed, or nobody knows.
+        :raises BlocksLost: it is refused because of blocks that another client has left.
+        :raises BackendError: the backend failed, or the outcome is unknown.
         """
         self._ask(key, f"comp=block&blockid={quote(block_id, safe='')}&", body, {})
 
@@ -90,9 +90,9 @@ _WRITE = Operation(
 
 
 def new_block_id(size: int) -> str:
-    """A block's id, that no other has, as the protocol has it: base64 of ``size`` bytes.
+    """A random block id in the protocol's form: base64 of ``size`` bytes.
 
-    They are text, since the SDK shows other programs ids that are no text in another way.
+    The bytes are ASCII, since the SDK shows other programs only such ids decoded.
     """
     return b64encode(secrets.token_urlsafe(size)[:size].encode()).decode()
 
@@ -125,7 +125,7 @@ def properties(
 
 
 def condition(expected: str | Expectation) -> dict[str, str]:
-    """What must be there, as headers.
+    """The headers that make a commit conditional.
 
     >>> condition("0x1"), condition(Expectation.NOTHING), condition(Expectation.ANYTHING)
     ({'If-Match': '"0x1"'}, {'If-None-Match': '*'}, {})

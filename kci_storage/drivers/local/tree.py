@@ -14,9 +14,9 @@ import os
 import stat
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from kci_storage.drivers.local.legacy_types import is_hidden
 from kci_storage.files import durable
@@ -30,6 +30,8 @@ SETTLED = 2 * 10**9  # nanoseconds; a younger folder may change once more withou
 # What the system says of a path at which there is nothing: a folder of it is a file, a link leads nowhere, a socket
 # cannot be opened, a name is longer than this file system takes.
 ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.ENAMETOOLONG}
+
+T = TypeVar("T")
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
@@ -45,7 +47,7 @@ class Tree:
         self._prefix = os.fsencode(root) + b"/"
         self._windows = _Windows()
 
-    def call(self, function: Callable[..., Any], key: str, *args: Any) -> Any:
+    def call(self, function: Callable[..., T], key: str, *args: Any) -> T:
         """``function``, which takes a path and ``dir_fd`` like ``os.open`` and ``os.stat``, of ``key``'s file."""
         path = self._prefix + key.encode()
         if len(path) < PATH_MAX:
@@ -137,7 +139,9 @@ class Tree:
             except OSError:
                 return
 
-    def walk(self, prefix: str = "", marker: str = "", grouped: bool = False) -> Iterator[tuple[str, int]]:
+    def walk(
+        self, prefix: str = "", marker: str = "", grouped: bool = False
+    ) -> Generator[tuple[str, int], None, None]:
         """The keys that start with ``prefix`` and come after ``marker``, in the order of their UTF-8 bytes.
 
         :param grouped: whether of a folder below ``prefix`` only the folder is given, with a slash at its end, if it
@@ -166,7 +170,7 @@ class _Walk:
         self._marker = marker
         self._grouped = grouped
 
-    def below(self, fd: int, path: str, above: tuple[tuple[int, int], ...]) -> Iterator[tuple[str, int]]:
+    def below(self, fd: int, path: str, above: tuple[tuple[int, int], ...]) -> Generator[tuple[str, int], None, None]:
         """The wanted keys in one folder and those in it.
 
         :param path: the folder's key with its closing slash, or nothing.
