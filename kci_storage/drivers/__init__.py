@@ -1,7 +1,7 @@
 """Storage backends, found by name.
 
 A package adds one with an entry point in the group ``kci_storage.drivers`` that names its
-:class:`~kci_storage.drivers.base.Driver`; the two of this package are found in the same way.
+:class:`~kci_storage.drivers.base.Driver`. The two drivers of this package are found in the same way.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def load(name: str) -> type[Driver]:
 
 
 def sweep(config: Config) -> int:
-    """Sweep the store of the configured driver, for a process that has no driver yet; how many files were removed."""
+    """Sweep the configured driver's store, in a process that has no driver yet; how many files were removed."""
     driver = load(config.driver).from_config(config)
     return driver.sweep() if isinstance(driver, Sweepable) else 0
 

@@ -3,8 +3,10 @@
 A driver is found by its name through the entry point group ``kci_storage.drivers`` and made once per worker
 process, after the fork. All its methods may be called by many threads at once.
 
-Keys are valid by :mod:`kci_storage.keys` before they get here. Sizes and offsets are bytes; times are seconds since
-the epoch; ETags are opaque and bare, without quotes.
+A guard (:mod:`kci_storage.drivers.guard`) is around every driver. It asks for keys that are valid by
+:mod:`kci_storage.keys`, hides others that a listing has, and commits nothing but the whole content.
+
+Sizes and offsets are bytes; times are seconds since the epoch; ETags are opaque and bare, without quotes.
 
 Errors are those of :mod:`kci_storage.errors`; an SDK's or the system's own never leave a driver. Only the backend's
 own word that an object is missing is :class:`~kci_storage.errors.ObjectNotFound`; a time-out is
@@ -24,7 +26,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from kci_storage.config.settings import Config
 
-PIECE_SIZE = 256 * 1024  # bytes that who iterates over a reader gets at a time, at most
+PIECE_SIZE = 256 * 1024  # bytes, at most, that iterating over a reader gives at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +40,7 @@ class ObjectInfo:
     content_type: str | None = None  # None: the backend knows none
     sha256: str | None = None  # hex, of the whole content; None: the backend knows none
     md5: bytes | None = None  # 16 bytes, of the whole content; None: the backend knows none
-    tags: Mapping[str, str] = field(default_factory=dict, hash=False)  # empty, too, where they must be asked for
+    tags: Mapping[str, str] = field(default_factory=dict, hash=False)  # also empty if they would cost another request
 
     def to_fields(self) -> dict[str, Any]:
         """The properties as plain values that JSON can hold."""
@@ -48,7 +50,7 @@ class ObjectInfo:
     def from_fields(cls, fields: Mapping[str, Any]) -> ObjectInfo:
         """The reverse of :meth:`to_fields`.
 
-        :raises ValueError: they are not such fields.
+        :raises ValueError: these are not such fields.
         """
         try:
             return cls(**{**fields, "md5": bytes.fromhex(fields["md5"]) if fields["md5"] else None})
@@ -62,27 +64,27 @@ class Page:
 
     objects: tuple[ObjectInfo, ...]
     folders: tuple[str, ...] = ()  # with a delimiter: the common prefixes, ending in it
-    next_marker: str | None = None  # what gets the next page; None: this was the last one
+    next_marker: str | None = None  # gets the next page; None: this is the last one
 
 
 @dataclass(frozen=True, slots=True)
 class Digests:
-    """What the server computed over an upload while it passed."""
+    """What the server computes over an upload while it arrives."""
 
     size: int  # bytes
     sha256: str  # hex
-    md5: bytes | None = None  # None: the driver did not ask for it
+    md5: bytes | None = None  # None: the driver does not want it
 
 
 class Expectation(enum.Enum):
-    """What must be stored under a key at the moment of a commit, where it is no certain version."""
+    """What must be stored under a key at the moment of a commit, if not a particular version."""
 
     ANYTHING = enum.auto()
     NOTHING = enum.auto()
 
 
 class ObjectReader(ABC):
-    """The content of one version, or a range of it, as it arrives. Closing it early gives the rest up."""
+    """The content of one version, or a range of it, as it arrives. Closing it early abandons the rest."""
 
     info: ObjectInfo  # of the whole object, whatever the range
 
@@ -94,7 +96,7 @@ class ObjectReader(ABC):
 
         :param buffer: not empty, writable, of bytes.
         :returns: how many; 0: that was all.
-        :raises BackendError: the backend failed; what was given so far is right.
+        :raises BackendError: the backend failed; the bytes given so far are right.
         """
 
     def __iter__(self) -> Iterator[bytes]:
@@ -105,7 +107,7 @@ class ObjectReader(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of the connection. Idempotent."""
+        """Release the connection. Idempotent."""
 
     def __enter__(self) -> ObjectReader:
         return self
@@ -115,30 +117,30 @@ class ObjectReader(ABC):
 
 
 class ObjectWriter(ABC):
-    """A new version of an object on its way in: visible to nobody before :meth:`commit` returns.
+    """A new version of an object while it is uploaded: visible to nobody before :meth:`commit`.
 
-    Used as a context manager, it is aborted at the end of the block unless it was committed.
+    As a context manager, it is aborted at the end of the block unless it was committed.
     """
 
     @property
     def held(self) -> int:
-        """Bytes that it keeps in memory until the commit, however long that takes."""
+        """Bytes that it keeps in memory while it waits for more data."""
         return 0
 
     @abstractmethod
     def flush(self) -> None:
-        """Hand to the backend what is held in memory, even if that makes the commit cost more.
+        """Send the bytes in memory to the backend, even if that makes the commit cost more.
 
-        :raises BackendError: the backend failed. The writer is then of no more use.
+        :raises BackendError: the backend failed. The writer cannot be used any more.
         """
 
     @abstractmethod
     def write(self, data: bytes | memoryview) -> None:
-        """Append ``data``, of any size; it is the caller's again afterwards, to be overwritten.
+        """Append ``data``, of any size. The caller may overwrite its buffer afterwards.
 
-        It may return before the backend has it, and blocks when too much waits.
+        It may return before the backend has the data, and blocks while too much of it is waiting.
 
-        :raises BackendError: the backend failed, maybe on an earlier piece. The writer is then of no more use.
+        :raises BackendError: the backend failed, maybe on an earlier piece. The writer cannot be used any more.
         :raises InsufficientStorage: this server's disk is full, and the driver stores there.
         """
 
@@ -149,22 +151,21 @@ class ObjectWriter(ABC):
         expected: str | Expectation = Expectation.ANYTHING,
         replay: Callable[[], Iterable[bytes]] | None = None,
     ) -> ObjectInfo:
-        """Make what was written the object's content, at once and durably, replacing the previous version.
+        """Make the written data the object's content, atomically and durably, replacing the previous version.
 
-        :param digests: of all that was written; stored with the object where the backend can.
+        :param digests: of all the data, whose size is right; stored with the object where the backend can.
         :param expected: the ETag of the version that must be there now, or an :class:`Expectation`.
         :param replay: gives the whole content again, for a driver that must send it once more.
-        :raises PreconditionFailed: something else than ``expected`` is there; nothing has changed, and commit may
+        :raises PreconditionFailed: another version than ``expected`` is there; nothing has changed, and commit may
             be called again with another expectation.
         :raises KeyConflict: the backend cannot hold this key beside one that it has.
         :raises WriteConflict: another machine's writer came in between.
-        :raises BackendError: it failed, or nobody knows whether it did (a time-out); or ``digests`` are of another
-            size than what was written, and nothing has changed.
+        :raises BackendError: it failed, or the outcome is unknown (a time-out).
         """
 
     @abstractmethod
     def abort(self) -> None:
-        """Throw away what was written. Idempotent, nothing after a commit, and it never raises."""
+        """Discard the data. Idempotent; does nothing after a commit; never raises."""
 
     def __enter__(self) -> ObjectWriter:
         return self
@@ -181,7 +182,7 @@ class Driver(ABC):
     @classmethod
     @abstractmethod
     def from_config(cls, config: Config) -> Driver:
-        """A driver made from the configuration. It may check its settings, but asks the backend nothing.
+        """A driver made from the configuration. It may check its settings, but does not contact the backend.
 
         :raises ConfigError: a setting is missing or impossible.
         """
@@ -195,30 +196,30 @@ class Driver(ABC):
 
     @abstractmethod
     def read(self, key: str, start: int = 0, stop: int | None = None, etag: str | None = None) -> ObjectReader:
-        """Bytes ``start`` up to, not including, ``stop`` (None, or beyond the end: the end) of one version.
+        """Read bytes ``start`` up to, not including, ``stop`` (None, or beyond the end: the end) of one version.
 
-        A ``start`` at or beyond the end, or at ``stop``, gives no bytes; it is no error.
+        A ``start`` at or beyond the end, or at ``stop``, gives no bytes; it is not an error.
 
-        The backend has answered when this returns: the reader's ``info`` is known. Every later request that the
-        reader makes is pinned to that version.
+        The backend has answered when this returns, so the reader's ``info`` is known. All later requests of the
+        reader are pinned to that version.
 
-        :param etag: the only version wanted; None: the present one.
+        :param etag: the only version wanted; None: the current one.
         :raises ObjectNotFound: there is no such object.
-        :raises ObjectChanged: the present version is not ``etag``.
+        :raises ObjectChanged: the current version is not ``etag``.
         """
 
     @abstractmethod
     def writer(self, key: str, content_type: str, tags: Mapping[str, str] | None = None) -> ObjectWriter:
-        """Begin a new version. It asks the backend nothing yet.
+        """Begin a new version, without contacting the backend yet.
 
-        :param tags: stored with the object, in the request that commits it, for what tidies up the backend (who owns
-            the object, how long it is kept). Names and values are ASCII letters, digits, blanks and ``+-./:=_``.
+        :param tags: stored with the object, in the request that commits it: its owner, how long it is kept. Names
+            and values are ASCII letters, digits, blanks and ``+-./:=_``.
         :raises InsufficientStorage: this server's disk is full, and the driver stores there.
         """
 
     @abstractmethod
     def delete(self, key: str) -> None:
-        """Delete the object; a read that has begun may end or fail, but never mixes versions.
+        """Delete the object. A read that has begun may complete or fail, but never mixes versions.
 
         :raises ObjectNotFound: there is none.
         """
@@ -227,32 +228,32 @@ class Driver(ABC):
     def list(self, prefix: str = "", delimiter: str = "", marker: str | None = None, details: bool = True) -> Page:
         """One page of the objects whose key starts with ``prefix``, as plain text.
 
-        What the driver keeps for itself, and keys under ``.kci/``, are not shown. A page may be empty and yet have
-        a successor. An object that is there all the while is listed exactly once over all pages.
+        The driver's own files are not listed. A page may be empty and yet have a successor. An object that is there
+        all the time is listed exactly once over all pages.
 
         :param delimiter: ``"/"`` to get one level: keys with a further delimiter are given once, as a folder.
-        :param marker: the previous page's ``next_marker``; another string gives a page or raises BadRequest.
-        :param details: False: only keys are asked for, which can be far cheaper; sizes and ETags may be made up.
+        :param marker: the previous page's ``next_marker``; any other string gives a page or raises BadRequest.
+        :param details: False: only keys are wanted, which can be far cheaper; sizes and ETags may be made up.
         """
 
     @abstractmethod
     def probe(self) -> None:
-        """Ask the backend the cheapest question that shows it can serve.
+        """Make the cheapest request that shows that the backend can serve.
 
         :raises BackendError: it cannot.
         """
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of connections and threads. Idempotent."""
+        """Release connections and threads. Idempotent."""
 
 
 @runtime_checkable
 class LocalObjects(Protocol):
-    """Optional ability: objects are files on this machine, and are served from where they lie, without a cache."""
+    """Optional ability: objects are files on this machine, and are served directly, without a cache."""
 
     def open(self, key: str) -> tuple[ObjectInfo, int]:
-        """The object's properties and a descriptor of its content, of one and the same version.
+        """The object's properties and a descriptor of its content, both of the same version.
 
         The caller closes the descriptor.
 
@@ -262,10 +263,10 @@ class LocalObjects(Protocol):
 
 @runtime_checkable
 class Sweepable(Protocol):
-    """Optional ability: a crash may leave files behind, and the driver can tell them from those in use."""
+    """Optional ability: a crash may leave files behind, and the driver can tell them from files in use."""
 
     def sweep(self) -> int:
-        """Remove what writers that died have left; safe while others write.
+        """Remove the files of writers that died. Safe while others write.
 
         :returns: how many files were removed.
         """

@@ -1,7 +1,7 @@
-"""What holds for every driver, once around all of them: which keys it is asked for and shows, and how much it stores.
+"""Checks that are the same for every driver: which keys it may be asked for and may list, and the size of a commit.
 
-A container may hold what other programs have put there, under names that this server cannot serve, and a client may
-ask for anything. So a driver itself need not know what a key is.
+Other programs may store objects under names that this server cannot serve, and a client may ask for any name. Since
+the guard is around every driver, a driver itself need not know which keys are valid.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from kci_storage.keys import check, is_valid
 
 
 class GuardedDriver(Driver):
-    """A driver around a driver, which shows only valid keys, and asks it for no others."""
+    """A driver around another one, which asks it for valid keys only, and lists no others."""
 
     def __init__(self, driver: Driver):
         self._driver = driver
@@ -32,7 +32,7 @@ class GuardedDriver(Driver):
 
     @classmethod
     def from_config(cls, config: Any) -> Driver:
-        """It is made around a driver, not from a configuration."""
+        """Not possible: it is made around a driver."""
         raise TypeError("a GuardedDriver is made around another driver")
 
     def stat(self, key: str) -> ObjectInfo:
@@ -67,9 +67,9 @@ class GuardedDriver(Driver):
 
 
 class GuardedFiles:
-    """The ability to open objects as local files, around a driver's: invalid keys are not there.
+    """The ability of a driver to open objects as local files, for valid keys only.
 
-    It is a :class:`~kci_storage.drivers.base.LocalObjects`.
+    It implements :class:`~kci_storage.drivers.base.LocalObjects`.
     """
 
     def __init__(self, driver: LocalObjects):
@@ -85,7 +85,7 @@ class GuardedFiles:
 
 
 class GuardedWriter(ObjectWriter):
-    """A writer around a writer, which commits nothing but the whole content."""
+    """A writer around another one, which commits only the whole content."""
 
     def __init__(self, writer: ObjectWriter):
         self._writer = writer
@@ -121,7 +121,7 @@ def _check_readable(key: str) -> None:
 
 
 def _shown(page: Page) -> Page:
-    """What of a page may be shown: objects with a valid key, and folders below which there can be one."""
+    """A page without invalid keys, and without folders that can have no valid key below them."""
     return Page(
         tuple(info for info in page.objects if is_valid(info.key)),
         tuple(folder for folder in page.folders if is_valid(folder + "x")),
@@ -130,9 +130,9 @@ def _shown(page: Page) -> Page:
 
 
 def _whole(pieces: Iterable[bytes], digests: Digests) -> Iterator[bytes]:
-    """The pieces of a content that is sent again.
+    """The pieces of a replayed content.
 
-    :raises BackendError: at their end, if they have another size than before.
+    :raises BackendError: after the last piece, if their size is not that of the upload.
     """
     size = 0
     for piece in pieces:

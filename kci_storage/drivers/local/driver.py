@@ -1,4 +1,4 @@
-"""The embedded default: objects are plain files at their key under one folder, so that an operator can look at them.
+"""The local driver: objects are plain files under one folder, at the path of their key, for an operator to look at.
 
 A file put there by hand is an object too. The properties that a file does not have by itself (content type, digests,
 ETag) are its record (:mod:`kci_storage.drivers.local.properties`), which belongs to one version of the file. A file
@@ -37,8 +37,8 @@ from kci_storage.files import durable
 from kci_storage.files.locks import KeyLocks
 
 PAGE_SIZE = 1000  # objects and folders
-TRIES = 20  # how often to begin again when somebody else comes in between, each time
-LOCK_TIMEOUT = 30  # seconds; a commit holds its lock for some flushes of the disk
+TRIES = 20  # how often to start over when another process changes the files meanwhile
+LOCK_TIMEOUT = 30  # seconds; a commit holds its lock while the disk is flushed a few times
 
 _READ = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC  # O_NONBLOCK: opening a named pipe waits for its writer
 
@@ -46,7 +46,7 @@ _READ = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC  # O_NONBLOCK: opening a name
 class LocalDriver(Driver):
     """Objects as files under one folder.
 
-    :param storage_path: the folder; made with the first upload.
+    :param storage_path: the folder; the first upload creates it.
     """
 
     def __init__(self, storage_path: Path):
@@ -60,9 +60,9 @@ class LocalDriver(Driver):
         return cls(config.local.storage_path)
 
     def open(self, key: str) -> tuple[ObjectInfo, int]:
-        """The object's properties and its file, as :class:`~kci_storage.drivers.base.LocalObjects` says.
+        """The object's properties and its open file, see :class:`~kci_storage.drivers.base.LocalObjects`.
 
-        On the path of every download: one open, one fstat, and a look into memory.
+        Every download does this, so it costs one open, one fstat and a look-up in memory.
         """
         _check_visible(key)
         for _ in range(TRIES):
@@ -100,8 +100,8 @@ class LocalDriver(Driver):
     def writer(self, key: str, content_type: str, tags: Mapping[str, str] | None = None) -> ObjectWriter:
         """Begin a new version.
 
-        :raises KeyConflict: a file or folder is in the way; said before the body is sent.
-        :raises BadKey: it is among the side files.
+        :raises KeyConflict: a file or folder is in the way. This is raised before the body is received.
+        :raises BadKey: it is in the folder of an earlier server's files.
         """
         if legacy_types.is_hidden(key):
             raise BadKey(f'"{legacy_types.FOLDER}/" is reserved, for what an earlier server has left there')
@@ -133,10 +133,10 @@ class LocalDriver(Driver):
             self._locks.prove()
 
     def close(self) -> None:
-        """Nothing: no file is kept open."""
+        """Nothing to do: no file is kept open."""
 
     def sweep(self) -> int:
-        """Remove temporary files and locks whose holder died, and records of content that is not there."""
+        """Remove temporary files and locks whose holder died, and records without content."""
         removed = 0
         with _own_errors():
             for directory in (self._temporary, self._lock_directory):
@@ -154,10 +154,10 @@ class LocalDriver(Driver):
     def _identity_text(self, key: str) -> str:
         return str(self._identity(key)) if key else ""
 
-    # What a file is
+    # Describing files
 
     def _describe(self, key: str, fd: int, remember: bool = True) -> ObjectInfo | None:
-        """The properties of an open file; None when it has been replaced since, so look again."""
+        """The properties of an open file; None: it has been replaced meanwhile."""
         identity = _identity_of(os.fstat(fd))
         info = self._records.remembered(key, identity)
         if info is not None:
@@ -168,14 +168,14 @@ class LocalDriver(Driver):
         return info
 
     def _describe_plain(self, key: str, identity: Identity) -> ObjectInfo | None:
-        """The properties of a file without a record; None when it was replaced: the record may have gone with it."""
+        """The properties of a file without a record; None: it has been replaced, and its record removed."""
         if self._identity(key) != identity:
             return None
         content_type = legacy_types.content_type(self._tree.root, key)
         return ObjectInfo(key, identity.size, str(identity), identity.mtime_ns // 10**9, content_type)
 
     def _identity(self, key: str) -> Identity | None:
-        """The identity of the file at ``key``; None when there is none."""
+        """The identity of the file at ``key``; None: there is none."""
         try:
             status = self._tree.call(os.stat, key)
         except OSError as exc:
@@ -209,10 +209,10 @@ class LocalDriver(Driver):
         return ()
 
     def _look_at(self, key: str, identity: Identity, name: bytes, folder_fd: int) -> ObjectInfo | None:
-        """The properties of a listed file. They are not remembered: that would drive out what downloads need."""
+        """The properties of a listed file. Remembering them would evict those that downloads need."""
         try:
             fd = os.open(name, _READ, dir_fd=folder_fd)
-        except PermissionError:  # one such file does not keep the others from being listed
+        except PermissionError:  # the other files must be listed all the same
             return self._describe_plain(key, identity)
         try:
             return self._describe(key, fd, remember=False)
@@ -227,7 +227,7 @@ class LocalDriver(Driver):
 
     @contextlib.contextmanager
     def _locked(self, key: str) -> Iterator[None]:
-        """Nobody else on this machine commits or deletes ``key`` during the block."""
+        """Lock ``key`` during the block, against commits and deletions of all processes on this machine."""
         with self._locks.hold(_digest(key), LOCK_TIMEOUT):
             yield
 
@@ -237,7 +237,7 @@ class LocalDriver(Driver):
             raise KeyConflict(obstacle)
 
     def _commit(self, file: durable.NewFile, info: ObjectInfo, expected: str | Expectation) -> ObjectInfo:
-        """Make a temporary file the content of an object; its time in ``info`` is still to be filled in."""
+        """Make a temporary file the content of an object; ``info`` lacks only the time of modification."""
         with _own_errors(_write_error), self._locked(info.key):
             previous = self._identity(info.key)
             self._check_expectation(info.key, previous, expected)
@@ -250,10 +250,10 @@ class LocalDriver(Driver):
         return info
 
     def _place(self, file: durable.NewFile, record: NewRecord | None, key: str) -> None:
-        """Give an object's record, if it has one of its own, and its content their names, for good.
+        """Rename an object's record, if it is a file, and its content to their final names, durably.
 
-        In this order, in which the disk keeps them too: no file system that has a journal lets a later change of
-        names outlive a loss of power without an earlier one. So one wait is enough for both.
+        The order matters: a journalling file system never keeps a later rename without an earlier one over a loss of
+        power. So one flush at the end is enough for both.
         """
         if record is not None:
             record.take_name()
@@ -267,17 +267,19 @@ class LocalDriver(Driver):
             raise
 
     def _place_content(self, file: durable.NewFile, record: NewRecord | None, key: str) -> None:
-        """Rename the content to its key, making the folders it needs; then wait for the disk."""
+        """Rename the content to its key, create the folders that it needs, and wait for the disk."""
         folder, _, name = key.rpartition("/")
         for _ in range(TRIES):
             with contextlib.ExitStack() as stack:
                 try:
                     fd = stack.enter_context(self._tree.folder(folder, make=True))
                     file.take_name(name.encode(), fd)
-                except FileNotFoundError:  # a deletion of the last file in a folder removed it
+                except (
+                    FileNotFoundError
+                ):  # another process has deleted the last file in the folder, and so the folder
                     continue
                 except (IsADirectoryError, NotADirectoryError):
-                    self._check_place(key)  # removes empty folders that are in the way
+                    self._check_place(key)  # which removes empty folders
                     continue
                 if record is not None:
                     durable.sync_directory_fd(record.folder_fd)
@@ -294,7 +296,7 @@ class LocalDriver(Driver):
 
 
 class _Reader(ObjectReader):
-    """Bytes of a file that is open. An upload replaces the file, and leaves this one as it is."""
+    """Bytes of an open file. An upload replaces the file, and does not change the open one."""
 
     def __init__(self, info: ObjectInfo, file: io.FileIO, start: int, stop: int):
         self.info = info
@@ -318,7 +320,7 @@ class _Reader(ObjectReader):
 
 
 class _Writer(ObjectWriter):
-    """A temporary file that becomes the object's."""
+    """A temporary file that becomes the object."""
 
     def __init__(
         self, driver: LocalDriver, key: str, content_type: str, tags: Mapping[str, str], file: durable.NewFile
@@ -330,7 +332,7 @@ class _Writer(ObjectWriter):
         self._file = file
 
     def flush(self) -> None:
-        """Nothing is held in memory."""
+        """Nothing to do: nothing is held in memory."""
 
     def write(self, data: bytes | memoryview) -> None:
         with _own_errors(_write_error):
@@ -357,9 +359,9 @@ class _Writer(ObjectWriter):
 def _etag(sha256: str, content_type: str) -> str:
     """The ETag of an upload.
 
-    Made from the content, so it is strong (RFC 9110 section 8.8.1) and the same upload made again leaves clients'
-    copies valid; and from the type, since a copy of another type is not the same representation. 128 bits of SHA-256
-    do not meet by chance.
+    It is made from the content, so it is strong (RFC 9110 section 8.8.1), and after the same upload again clients'
+    copies are still valid; and from the type, since another type is another representation. 128 bits of SHA-256 do
+    not collide by chance.
     """
     return hashlib.sha256(f"{sha256} {content_type}".encode()).hexdigest()[:32]
 
@@ -386,7 +388,7 @@ def _failure(exc: OSError) -> BackendError:
 
 @contextlib.contextmanager
 def _own_errors(error: Callable[[OSError], StorageError] = _read_error) -> Iterator[None]:
-    """The system's errors become ours."""
+    """Translate the system's errors into the server's."""
     try:
         yield
     except OSError as exc:
@@ -399,9 +401,9 @@ def _check_visible(key: str) -> None:
 
 
 def _identity_of(status: os.stat_result) -> Identity:
-    """The identity of a file that was looked at.
+    """The identity of a file, from its status.
 
-    :raises ObjectNotFound: it is no regular one, so no object.
+    :raises ObjectNotFound: it is not a regular file, so not an object.
     """
     if not stat.S_ISREG(status.st_mode):
         raise _not_found()

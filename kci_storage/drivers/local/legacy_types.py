@@ -1,8 +1,8 @@
-"""What an earlier storage server of KernelCI wrote beside the files of its local driver: their content types.
+"""Content types that an earlier storage server of KernelCI recorded for the files of its local driver.
 
-Each file may have one ``.metadata/<SHA-512 of its key, in hex>.headers``, of lines ``name:value``. They are read and
-never written: an upload through this server has a record of its own, which counts before them. All of ``.metadata``
-is hidden, since the lines say who uploaded what, too.
+A file may have a side file ``.metadata/<SHA-512 of its key, in hex>.headers`` with lines ``name:value``. Side files
+are read and never written: an upload through this server has a record of its own, which takes precedence. The folder
+``.metadata`` is hidden, since the lines also name the uploaders.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 from pathlib import Path
 
 FOLDER = ".metadata"
-LONGEST = 64 * 1024  # bytes; a file has some hundred
+LONGEST = 64 * 1024  # bytes of a side file that are read; it usually has a few hundred
 
 
 def is_hidden(path: str) -> bool:
@@ -26,7 +26,7 @@ def is_hidden(path: str) -> bool:
 
 
 def content_type(root: Path, key: str) -> str | None:
-    """The content type that was recorded for a key; None: there is none, or it cannot be read.
+    """The content type recorded for a key; None: there is none, or it cannot be read.
 
     :param root: the folder of the objects.
     """

@@ -1,9 +1,9 @@
 """A folder of plain files, addressed by keys: the paths of the local driver.
 
-A key of 1,024 characters can be 4,096 bytes, more than the system takes as one path. Such a file is reached in steps,
-folder by folder; every other one by its path in one call, since that is how each download begins.
+A key of 1,024 characters can be 4,096 bytes, more than the system accepts as one path. Such a file is reached folder
+by folder. Every other file is reached by its path in one call, since each download begins with that.
 
-Keys are valid by :mod:`kci_storage.keys`, so no path leads out of the folder but by an operator's own link.
+Keys are valid by :mod:`kci_storage.keys`, so a path leaves the folder only through a link that the operator has made.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from kci_storage.keys import is_valid
 PATH_MAX = 4096  # bytes, with the NUL that ends it (limits.h)
 WINDOW = 10_000  # names of one folder that a listing holds at a time
 WINDOWS_KEPT = 8  # for the next pages of listings
-SETTLED = 2 * 10**9  # nanoseconds; a younger folder may change once more without a change of its time
+SETTLED = 2 * 10**9  # nanoseconds; a younger folder may change again without a new time of modification
 
-# What the system says of a path at which there is nothing: a folder of it is a file, a link leads nowhere, a socket
-# cannot be opened, a name is longer than this file system takes.
+# The system's errors for a path at which there is no file: a folder in it is a file, a link is broken, a socket
+# cannot be opened, a name is longer than the file system accepts.
 ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.ENAMETOOLONG}
 
 T = TypeVar("T")
@@ -37,7 +37,7 @@ _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
 
 class Tree:
-    """The files below one folder, which need not be there.
+    """The files below one folder, which need not exist.
 
     Its methods raise OSError, as the system does.
     """
@@ -48,7 +48,7 @@ class Tree:
         self._windows = _Windows()
 
     def call(self, function: Callable[..., T], key: str, *args: Any) -> T:
-        """``function``, which takes a path and ``dir_fd`` like ``os.open`` and ``os.stat``, of ``key``'s file."""
+        """Call ``function`` for a key's file; it takes a path and ``dir_fd``, as ``os.open`` and ``os.stat`` do."""
         path = self._prefix + key.encode()
         if len(path) < PATH_MAX:
             return function(path, *args)
@@ -58,9 +58,9 @@ class Tree:
 
     @contextlib.contextmanager
     def folder(self, path: str, make: bool = False) -> Iterator[int]:
-        """A descriptor of a folder, ``""`` being the uppermost, open during the block.
+        """A descriptor of a folder (``""``: the root), open during the block.
 
-        :param make: whether it is made where it is missing, in such a way that it outlives a loss of power.
+        :param make: whether to create it if it is missing, durably.
         """
         fd = self._open_folder(path, make)
         try:
@@ -89,7 +89,7 @@ class Tree:
         return fd
 
     def obstacle(self, key: str) -> str | None:
-        """What keeps a file from being put at ``key``, as a sentence; None: nothing."""
+        """Why no file can be stored at ``key``, as a sentence; None: it can."""
         try:
             kind = self._kind(key)
         except NotADirectoryError:
@@ -114,7 +114,7 @@ class Tree:
             return None
 
     def remove_if_empty(self, folder: str) -> bool:
-        """Remove a folder that holds no file at any depth; whether it is gone."""
+        """Remove a folder if there is no file in it at any depth; whether it is gone."""
         try:
             if not stat.S_ISDIR(self.call(os.lstat, folder).st_mode):
                 return False  # a link to a folder
@@ -144,9 +144,9 @@ class Tree:
     ) -> Generator[tuple[str, int], None, None]:
         """The keys that start with ``prefix`` and come after ``marker``, in the order of their UTF-8 bytes.
 
-        :param grouped: whether of a folder below ``prefix`` only the folder is given, with a slash at its end, if it
-            holds any key.
-        :returns: each key, and a descriptor of the folder that it is in, open until the next one is asked for.
+        :param grouped: whether a folder below ``prefix`` is given as one name that ends in a slash, if there is any
+            key in it.
+        :returns: each key, and a descriptor of its folder, open until the next key is requested.
         """
         folder, slash, _ = prefix.rpartition("/")
         if slash and not is_valid(f"{folder}/x"):
@@ -162,7 +162,7 @@ class Tree:
 
 
 class _Walk:
-    """One listing: what is wanted of the tree."""
+    """One listing."""
 
     def __init__(self, windows: _Windows, prefix: str, marker: str, grouped: bool):
         self._windows = windows
@@ -171,10 +171,10 @@ class _Walk:
         self._grouped = grouped
 
     def below(self, fd: int, path: str, above: tuple[tuple[int, int], ...]) -> Generator[tuple[str, int], None, None]:
-        """The wanted keys in one folder and those in it.
+        """The wanted keys in one folder and in the folders below it.
 
-        :param path: the folder's key with its closing slash, or nothing.
-        :param above: device and inode of the folders that lead here; a link to one of them would never end.
+        :param path: the folder's path with its closing slash; empty: the root.
+        :param above: device and inode of the folders on the way here; a link back to one of them is not followed.
         """
         identity = _identity(fd)
         if identity in above:
@@ -208,26 +208,26 @@ class _Walk:
                     yield name
 
     def _lowest(self, path: str) -> str:
-        """The first name in a folder that the marker leaves to be listed."""
+        """The first name in a folder that comes after the marker."""
         if not self._marker.startswith(path):
             return ""
         name, slash, _ = self._marker[len(path) :].partition("/")
         if slash and not self._grouped:
-            return name + slash  # the marker is in that folder, or is its end
+            return name + slash  # the marker is in that folder, or is the folder itself
         return _successor(name + slash)
 
 
 class _Windows:
-    """The names in folders, in order, some thousands at a time: a folder may hold more than fits into memory.
+    """The names in folders, sorted, some thousands at a time: a folder may hold more than fits into memory.
 
-    The latest windows of large folders are kept, so that each page of a listing does not read the folder anew.
+    The latest windows of large folders are kept, so that not every page of a listing reads the folder again.
     """
 
     def __init__(self) -> None:
         self._latest: dict[tuple[int, int], tuple[int, str, list[str]]] = {}  # by folder: its mtime, low, the names
 
     def get(self, fd: int, low: str) -> tuple[list[str], str | None]:
-        """The names in a folder from ``low`` on, and where the next ones begin; None: these were the last."""
+        """The names in a folder from ``low`` on, and where the next ones begin; None: these are the last."""
         status = os.fstat(fd)
         folder = status.st_dev, status.st_ino
         mtime_ns, lowest, names = self._latest.get(folder, (None, "", []))
@@ -259,7 +259,7 @@ def _window(fd: int, low: str) -> list[str]:
 
 
 def _successor(name: str) -> str:
-    """The text that comes right after a name; no name is it, or lies between."""
+    """The text that sorts right after a name, with no other name in between."""
     return name + "\0"
 
 
@@ -275,7 +275,7 @@ def _enter(fd: int, name: bytes, make: bool) -> int:
 
 @contextlib.contextmanager
 def _inner_folder(fd: int, name: str) -> Iterator[int | None]:
-    """A folder in another, open during the block; None when it is gone meanwhile, or not ours to look into."""
+    """A subfolder, open during the block; None: it is gone, or the server may not read it."""
     try:
         inner = os.open(name[:-1].encode(), _FOLDER, dir_fd=fd)
     except (FileNotFoundError, NotADirectoryError, PermissionError):  # the last: lost+found of a file system
@@ -288,7 +288,7 @@ def _inner_folder(fd: int, name: str) -> Iterator[int | None]:
 
 
 def _entries(fd: int) -> Iterator[str]:
-    """The names in a folder that could be part of a key, as they come; those of folders end in a slash."""
+    """The names in a folder that could be part of a key, unsorted; those of folders end in a slash."""
     with os.scandir(fd) as entries:
         for entry in entries:
             with contextlib.suppress(OSError, UnicodeDecodeError):  # a loop of links; a name that is not UTF-8
@@ -300,7 +300,7 @@ def _entries(fd: int) -> Iterator[str]:
 
 
 def _is_listed(path: str) -> bool:
-    """Whether it is a key, or a folder in which there can be keys.
+    """Whether it is a valid key, or a folder in which there can be valid keys.
 
     >>> _is_listed("a.txt"), _is_listed("upload"), _is_listed("upload/")
     (True, False, True)
@@ -316,7 +316,7 @@ def _identity(fd: int) -> tuple[int, int]:
 
 
 def _folders_above(key: str) -> Iterator[str]:
-    """The folders that a key is in, the innermost first.
+    """The folders above a key, the innermost first.
 
     >>> list(_folders_above("a/b/c"))
     ['a/b', 'a']
