@@ -18,7 +18,7 @@ from kci_storage.drivers.azure import service
 from kci_storage.drivers.azure.driver import AzureDriver
 from kci_storage.errors import BackendError, BackendThrottled, BackendTimeout
 from tests.drivers.contract import KIB, content_of, get, put
-from tests.drivers.test_azure import Proxy, closing, proxy, small_sizes
+from tests.drivers.test_azure import Answer, Proxy, closing, proxy, small_sizes
 from tests.support.azurite import Azurite
 from tests.support.faultproxy import Cut, FaultProxy, Hint, Hold, Refuse, Say, fault_proxy
 
@@ -141,8 +141,6 @@ def test_a_listing_that_breaks_off_is_asked_for_again(
 
 
 def test_something_that_is_no_listing_is_an_error(driver: AzureDriver, proxy: Proxy, azurite: Azurite) -> None:
-    from tests.drivers.test_azure import Answer
-
     proxy.before = lambda request: Answer(200, [("Content-Type", "text/html")], b"<html>Log in here</html>")
     with closing(AzureDriver(azurite.settings(endpoint=proxy.endpoint))) as other:
         for name in ("list", "list names", "list a folder", "delete"):

@@ -74,7 +74,7 @@ class Service:
 class Blobs:
     """Requests about the blobs of one container, without the SDK.
 
-    The SDK's pipeline needs 1 ms of processor time a request, five times as much as a small read needs here.
+    The SDK's pipeline costs about 1 ms of processor time a request, several times as much as a small read.
 
     :param path: the path of the container's URL, quoted.
     :param version: the protocol's (``x-ms-version``).
