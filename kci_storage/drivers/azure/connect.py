@@ -60,13 +60,11 @@ class Connector:
         try:
             connection = self._new_connection()
             connection.connect()
+            _keep_alive(connection.sock)
         except TimeoutError:
             raise silence("no connection") from None
         except (OSError, http.client.HTTPException, ValueError) as exc:
             raise breakage(repr(exc), Unanswered) from exc
-        connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for option, value in KEEPALIVE.items():
-            connection.sock.setsockopt(socket.IPPROTO_TCP, option, value)
         return connection.sock
 
     def _new_connection(self) -> http.client.HTTPConnection:
@@ -116,6 +114,12 @@ def authorities() -> str | None:
     if not named and (os.environ.get("SSL_CERT_FILE") or os.environ.get("SSL_CERT_DIR")):
         return None
     return named or certifi.where()
+
+
+def _keep_alive(sock: socket.socket) -> None:
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in KEEPALIVE.items():
+        sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 def _trusting(authorities: str | None) -> ssl.SSLContext:
