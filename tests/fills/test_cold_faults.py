@@ -267,7 +267,7 @@ def test_who_takes_over_looks_whether_it_is_what_his_clients_read(tmp_path: Path
     left = cache.new_part("key", new.generation)
     left.write(b"con")
     left.close()
-    with Claim.at(fill.slot) as claim:
+    with Claim.at(fill.location) as claim:
         assert claim.try_lock()
         claim.write(new)
         with pytest.raises(FillLost):
