@@ -64,6 +64,8 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
 
 # Servers
 
+OPTIONS = ("environ", "arguments", "wrapper")
+
 
 @pytest.fixture
 def start_server(
@@ -71,7 +73,7 @@ def start_server(
 ) -> Iterator[Callable[..., Server]]:
     """Starts a server for this test alone: ``start_server("azure", server={"workers": 3}, users=[…])``.
 
-    Keyword arguments are the configuration's top-level keys and sections; ``environ`` and ``arguments`` are
+    Keyword arguments are the configuration's top-level keys and sections; those in ``OPTIONS`` are
     :class:`~tests.support.harness.Server`'s. The server is stopped and must be clean at the end of the test.
     """
     with ExitStack() as stack:
@@ -86,11 +88,11 @@ def start_server(
 
 
 def _server_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: options[name] for name in ("environ", "arguments") if name in options}
+    return {name: options[name] for name in OPTIONS if name in options}
 
 
 def _document(driver: str, request: pytest.FixtureRequest, options: Mapping[str, Any]) -> dict[str, Any]:
-    document = {name: value for name, value in options.items() if name not in ("environ", "arguments")}
+    document = {name: value for name, value in options.items() if name not in OPTIONS}
     if driver == "azure":
         document["azure"] = {**_container(request), **document.get("azure", {})}
     return {"driver": driver, **document}

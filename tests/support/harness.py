@@ -91,6 +91,7 @@ class Server:
     :param document: what to configure beside the bind, the secret and the folders, as TOML's own structure.
     :param environ: what to add to the environment.
     :param arguments: what to pass on to gunicorn.
+    :param wrapper: a command that becomes the server's, such as prlimit(1).
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class Server:
         document: Mapping[str, Any],
         environ: Mapping[str, str] | None = None,
         arguments: Iterable[str] = (),
+        wrapper: Iterable[str] = (),
     ):
         self.folder = folder
         self.config_path = folder / "config.toml"
@@ -115,6 +117,7 @@ class Server:
         self.secret: str = self.document["jwt_secret"]
         self._environ = environ or {}
         self._arguments = list(arguments)
+        self._wrapper = list(wrapper)
         self._process: subprocess.Popen[bytes] | None = None
 
     def _complete(self, document: Mapping[str, Any]) -> dict[str, Any]:
@@ -131,12 +134,14 @@ class Server:
     def start(self) -> None:
         """Write the configuration and start; back when every worker is there and one has answered."""
         self.config_path.write_text(toml(self.document))
-        command = [sys.executable, "-m", "kci_storage.cli", "serve"]
-        if self._arguments:
-            command += ["--", *self._arguments]
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(
-                command, cwd=self.folder, env=self._environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                self._command(),
+                cwd=self.folder,
+                env=self._environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
             )
         try:
             wait_until(self._is_up, START_SECONDS, "the server's start")
@@ -144,6 +149,25 @@ class Server:
             exc.add_note(self.log())
             self.kill()
             raise
+
+    def try_to_start(self) -> subprocess.CompletedProcess[str]:
+        """Write the configuration and start a server that is expected to refuse that; what came of it."""
+        self.config_path.write_text(toml(self.document))
+        self._reserved.close()
+        return subprocess.run(
+            self._command(),
+            cwd=self.folder,
+            env=self._environment(),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=START_SECONDS,
+            check=False,
+        )
+
+    def _command(self) -> list[str]:
+        command = [*self._wrapper, sys.executable, "-m", "kci_storage.cli", "serve"]
+        return [*command, "--", *self._arguments] if self._arguments else command
 
     def _environment(self) -> dict[str, str]:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(_ENVIRONMENT)}
