@@ -1,3 +1,3 @@
-"""gunicorn's settings for ``gunicorn wsgi:app``: all of them come from kci_storage.server.settings."""
+"""gunicorn's settings for ``gunicorn wsgi:app``: all of them come from kci_storage.server.hooks."""
 
-from kci_storage.server.settings import *  # noqa: F403
+from kci_storage.server.hooks import *  # noqa: F403

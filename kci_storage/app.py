@@ -13,7 +13,7 @@ from kci_storage.blueprints.context import KeyConverter
 from kci_storage.config.reading import wants_debug
 from kci_storage.config.settings import Config
 from kci_storage.monitoring import logs
-from kci_storage.net import memory
+from kci_storage.net.threads import give_back_memory
 from kci_storage.services import Services, build_services, inherited_services
 from kci_storage.wsgi.admission import Guard
 from kci_storage.wsgi.downloads import Downloads
@@ -49,7 +49,7 @@ def middleware(app: Callable[..., Any], services: Services) -> Callable[..., Any
     def finished(exchange: Exchange) -> None:
         services.metrics.request_finished(exchange)
         logs.log_access(exchange)
-        memory.give_back(max(exchange.sent, exchange.body.received))
+        give_back_memory(max(exchange.sent, exchange.body.received))
 
     downloading = Downloads(app, services.objects, services.responder)
     guard = Guard(downloading, services.policies, services.metrics.refused, services.metrics.challenged)

@@ -22,7 +22,8 @@ from kci_storage.archives.unpacking import Limits, Piece, TarReader, decompresse
 from kci_storage.errors import BadArchive, BadForm, BadKey, InsufficientStorage, Overloaded
 from kci_storage.events import Events
 from kci_storage.http.multipart import Body, form_events
-from kci_storage.net import memory, slots
+from kci_storage.net import slots
+from kci_storage.net.threads import give_back_memory
 from kci_storage.store.form_receiver import LONGEST_PATH_FIELD
 from kci_storage.store.uploads import Uploads
 
@@ -53,7 +54,7 @@ class Archives:
             try:
                 return self._store(body, boundary, ArchiveFiles(self.uploader, plan, spool))
             finally:
-                memory.give_back(spool.size)
+                give_back_memory(spool.size)
 
     def _store(self, body: Body, boundary: bytes, files: ArchiveFiles) -> ArchiveReport:
         with Staging(files) as staging:

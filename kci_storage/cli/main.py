@@ -23,7 +23,7 @@ from kci_storage.config.reading import CONFIG_VARIABLE, load
 from kci_storage.config.settings import ConfigError
 from kci_storage.server import preflight
 
-GUNICORN = ("gunicorn", "-c", "python:kci_storage.server.settings", "kci_storage.app:create_app()")
+GUNICORN = ("gunicorn", "-c", "python:kci_storage.server.hooks", "kci_storage.app:create_app()")
 MOST_DAYS = 36_500
 
 
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def serve(arguments: argparse.Namespace) -> NoReturn:
-    """Become gunicorn, which reads the same configuration again in :mod:`kci_storage.server.settings`."""
+    """Become gunicorn, which reads the same configuration again in :mod:`kci_storage.server.hooks`."""
     config = preflight.usable(arguments.config)
     os.environ[CONFIG_VARIABLE] = str(config.path)
     name, *options, application = GUNICORN

@@ -66,6 +66,12 @@ class ServerConfig:
     )
     workers: int = _setting(0, "worker processes; 0: one per core", minimum=0, maximum=1024)
     threads: int = _setting(64, "threads per worker, each serves one request at a time", minimum=1, maximum=10_000)
+    connections: int = _setting(
+        0,
+        "connections per worker; 0: as many as the limit of open files allows, up to 10000",
+        minimum=0,
+        maximum=1_000_000,
+    )
     max_upload_bytes: int = _setting(
         10_737_418_240, "the largest upload request", unit="bytes", minimum=1, maximum=_MOST_BYTES
     )

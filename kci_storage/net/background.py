@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import queue
 import selectors
 import socket
 import threading
@@ -13,7 +12,9 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
+from kci_storage import logfmt
 from kci_storage.net.client_socket import ClientSocket
+from kci_storage.net.mailbox import Mailbox
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +31,7 @@ class Task(Protocol):
 
     sock: socket.socket
     event: int  # of the selectors module
+    request_id: str  # for the log
 
     def go_on(self) -> bool:
         """The socket is ready: do what is possible without waiting; whether there is more to do.
@@ -45,49 +47,46 @@ class Task(Protocol):
 
 
 class Background:
-    """One thread for the tasks of all connections."""
+    """One thread for the tasks of all connections. It outlives whatever goes wrong in one of them."""
 
     def __init__(self) -> None:
-        self._new: queue.SimpleQueue[Task] = queue.SimpleQueue()
+        self._new: Mailbox[Task] = Mailbox()
         self._selector = selectors.DefaultSelector()
-        self._wake_reader, self._wake_writer = socket.socketpair()
-        self._wake_reader.setblocking(False)
-        self._wake_writer.setblocking(False)
-        self._selector.register(self._wake_reader, selectors.EVENT_READ)
+        self._selector.register(self._new, selectors.EVENT_READ)
         self._tasks: set[Task] = set()
+        self._look_at = 0.0  # on the monotonic clock
         threading.Thread(target=self._run, name="background", daemon=True).start()
 
     def add(self, task: Task) -> None:
         """Take over a connection. Any thread may call this."""
         self._new.put(task)
-        with contextlib.suppress(BlockingIOError):  # it has been woken often enough
-            self._wake_writer.send(b"x")
 
     def _run(self) -> None:
-        looked = time.monotonic()
         while True:
-            for key, _ in self._selector.select(TICK_SECONDS):
-                if key.data is None:
-                    self._take_new()
-                else:
-                    self._go_on(key.data)
-            if time.monotonic() - looked >= TICK_SECONDS:
-                looked = time.monotonic()
-                for task in tuple(self._tasks):
-                    if not _look(task):
-                        self._end(task, complete=False)
+            try:
+                self._turn()
+            except Exception:
+                log.exception("event=background_failed")
+                time.sleep(TICK_SECONDS)  # it may fail again at once
 
-    def _take_new(self) -> None:
-        self._wake_reader.recv(4096)
-        with contextlib.suppress(queue.Empty):
-            while True:
-                self._begin(self._new.get_nowait())
+    def _turn(self) -> None:
+        for key, _ in self._selector.select(TICK_SECONDS):
+            if key.data is not None:
+                self._go_on(key.data)
+        for task in self._new.take():
+            self._begin(task)
+        now = time.monotonic()
+        if now >= self._look_at:
+            self._look_at = now + TICK_SECONDS
+            for task in tuple(self._tasks):
+                if not self._attempt(task, task.look):
+                    self._end(task, complete=False)
 
     def _begin(self, task: Task) -> None:
         try:
             self._selector.register(task.sock, task.event, task)
-        except (OSError, ValueError):  # closed meanwhile
-            task.end(complete=False)
+        except (OSError, ValueError, KeyError):  # closed meanwhile, or the system has no means for it
+            self._finish(task, complete=False)
             return
         self._tasks.add(task)
         self._go_on(task)
@@ -95,26 +94,31 @@ class Background:
     def _go_on(self, task: Task) -> None:
         if task not in self._tasks:
             return  # it ended while its event was on the way
+        goes_on = self._attempt(task, task.go_on)
+        if not goes_on:
+            self._end(task, complete=goes_on is not None)
+
+    def _attempt(self, task: Task, step: Callable[[], bool]) -> bool | None:
+        """What a step of a task says; None: the connection is broken, or the step failed."""
         try:
-            if not task.go_on():
-                self._end(task, complete=True)
+            return step()
         except OSError:
-            self._end(task, complete=False)
+            return None
+        except Exception:
+            log.exception(logfmt.line(event="background_failed", request_id=task.request_id or None))
+            return None
 
     def _end(self, task: Task, complete: bool) -> None:
         self._tasks.discard(task)
-        self._selector.unregister(task.sock)
+        with contextlib.suppress(KeyError, ValueError, OSError):
+            self._selector.unregister(task.sock)
+        self._finish(task, complete)
+
+    def _finish(self, task: Task, complete: bool) -> None:
         try:
             task.end(complete)
-        except Exception:  # the thread is for all connections
-            log.exception("event=background_failed")
-
-
-def _look(task: Task) -> bool:
-    try:
-        return task.look()
-    except OSError:
-        return False
+        except Exception:
+            log.exception(logfmt.line(event="background_failed", request_id=task.request_id or None))
 
 
 class Lingering:
@@ -122,12 +126,17 @@ class Lingering:
 
     If it were closed while the client still sends, it would be reset, and the client might lose the answer that tells
     it why. So only our side is closed at first, and what still comes is thrown away for a while.
+
+    :param closed: called by the background's thread at the end.
+    :raises OSError: the client has closed the connection already.
     """
 
     event = selectors.EVENT_READ
+    request_id = ""  # the request is over
 
-    def __init__(self, sock: socket.socket):
+    def __init__(self, sock: socket.socket, closed: Callable[[], None]):
         self.sock = sock
+        self._closed = closed
         self._deadline = time.monotonic() + LINGER_SECONDS
         self._drained = 0  # bytes
         sock.setblocking(False)
@@ -145,21 +154,26 @@ class Lingering:
         return time.monotonic() < self._deadline
 
     def end(self, complete: bool) -> None:
-        self.sock.close()
+        try:
+            self.sock.close()
+        finally:
+            self._closed()
 
 
 class Sending:
     """Sends what is left of a file to a reader that is slower than the file.
 
     :param patience: seconds for which the reader may take nothing.
+    :param request_id: of the request that is answered so.
     :param done: called with whether all was sent, by the background's thread.
     """
 
     event = selectors.EVENT_WRITE
 
-    def __init__(self, sock: ClientSocket, patience: float, done: Callable[[bool], None]):
+    def __init__(self, sock: ClientSocket, patience: float, request_id: str, done: Callable[[bool], None]):
         assert sock.rest is not None
         self.sock = sock
+        self.request_id = request_id
         self._file = sock.rest.file
         self._patience = patience
         self._done = done

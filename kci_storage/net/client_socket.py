@@ -1,8 +1,7 @@
 """A client's socket: it tries first, then waits, and knows how slow its client is.
 
-gunicorn reads and writes blocking sockets with a time-out. Here that time-out is always for the next *progress*: with
-``sendall`` Python would count it over all of the data, and a socket becomes writable only when a third of its buffer
-is free, which a reader of 20 KiB/s takes a minute for.
+Its time-out is always for the next *progress*: with ``sendall`` Python would count it over all of the data, and a
+socket becomes writable only when a third of its buffer is free, which a reader of 20 KiB/s takes a minute for.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from kci_storage.net import slots
 from kci_storage.net.bodies import SentFile, SentSegments
 
 if TYPE_CHECKING:
-    from kci_storage.net.threads import Pool
+    from kci_storage.net.threads import Threads
 
 SLOW_SECONDS = 0.05  # who lets a thread wait longer than this is slow,
 QUICK_RATE = 1024 * 1024  # unless it has brought so many bytes a second for that
@@ -98,21 +97,20 @@ class Rest:
 class ClientSocket(socket.socket):
     """A socket that never blocks in the kernel; its methods wait for the client as a blocking one's do.
 
-    A client that stands still counts as one that reset the connection: gunicorn would log a ``TimeoutError`` with a
-    traceback, as an error of ours.
+    A client that stands still counts as one that reset the connection.
 
     :param patience: seconds that a client may stand still.
-    :param pool: whose threads wait for it.
+    :param threads: which wait for it.
     """
 
-    def __init__(self, sock: socket.socket, patience: float, pool: Pool):
+    def __init__(self, sock: socket.socket, patience: float, threads: Threads):
         super().__init__(fileno=sock.detach())
         super().setblocking(False)
-        self._patience = self._time_out = patience
-        self._pool = pool
+        self._patience = patience
+        self._threads = threads
         self._gone = 0  # bytes handed to the kernel or got from it
         self._queued = array.array("i", [0])
-        self._allowance = SLOW_SECONDS  # seconds for which a thread may yet wait for it at its place
+        self._allowance = SLOW_SECONDS  # seconds for which a thread may yet wait for it in its slot
         self._allowed_at = 0  # bytes that had gone then
         self._awaits_input = False
         self.pace = Pace(min(GRACE_SECONDS, patience))
@@ -127,18 +125,7 @@ class ClientSocket(socket.socket):
         """Whether there is something to receive that the kernel does not know of."""
         return False
 
-    # What gunicorn does to a socket
-
-    def setblocking(self, flag: bool) -> None:
-        """Without effect: it waits by itself."""
-
-    def settimeout(self, value: float | None) -> None:
-        """How long the client may stand still; None: the usual patience."""
-        self._time_out = self._patience if value is None else value
-
-    def gettimeout(self) -> float:
-        """How long the client may stand still, in seconds."""
-        return self._time_out
+    # As a blocking socket does
 
     def recv(self, size: int, flags: int = 0) -> bytes:
         """As of a blocking socket."""
@@ -332,16 +319,16 @@ class ClientSocket(socket.socket):
         if self._is_ready_soon(event):
             return
         self.begin_waiting(for_input=event == select.POLLIN)
-        with self._pool.lend(self):
-            while not self.is_ready(event, self._time_out / LOOKS):
-                if self.look() >= self._time_out:
+        with self._threads.released_for(self):
+            while not self.is_ready(event, self._patience / LOOKS):
+                if self.look() >= self._patience:
                     raise _stalled()
             self.look()
 
     def _is_ready_soon(self, event: int) -> bool:
         """Whether the client lets itself be waited for no longer than a quick one; else it is slow."""
         earned = (self._gone - self._allowed_at) / QUICK_RATE
-        allowance = min(SLOW_SECONDS, self._time_out, self._allowance + earned)
+        allowance = min(SLOW_SECONDS, self._patience, self._allowance + earned)
         started = time.monotonic()
         ready = self.is_ready(event, allowance)
         self._allowance = max(0.0, allowance - (time.monotonic() - started))

@@ -12,39 +12,51 @@ loop over. A request that blocks without having said so is noticed at the worker
 
 from __future__ import annotations
 
+import logging
 import select
 import threading
 import time
 from collections.abc import Callable
 
+from kci_storage import logfmt
 from kci_storage.net import slots
 from kci_storage.net.connection import Connection
+from kci_storage.net.threads import Threads
+
+log = logging.getLogger(__name__)
 
 STAY_SECONDS = 0.05  # for which a connection stays without a request, at least
 LOOK_SECONDS = 0.01  # between two looks at whether a request holds up the others
+WAIT_SECONDS = 0.02  # for which a thread waits for the next request before it is free for other connections
+RETRY_SECONDS = 0.1  # after which the loop goes on when something has gone wrong in it
 
 
-class Lane:
-    """The connections, and who runs it.
+class FastLoop:
+    """The connections, and the thread that runs it.
 
     :param size: how many connections there may be.
-    :param answer: answers the request of which something has come on a connection; sets its ``keep``, and returns
-        whether it may stay.
-    :param left: called with a connection that goes, when there is no request of it.
-    :param run: called when somebody has to call :meth:`run`.
+    :param threads: one of which runs it.
+    :param answer: answers the request whose head is there, and sets the connection's ``keep``.
+    :param done: called, by any thread, with a connection that no thread has any more.
+    :param is_stopping: whether clients in a hurry are to be left to the main loop, which closes their connections.
+    :param started: called, by any thread, when it begins to run: :meth:`look` is to be called from now on.
     """
 
     def __init__(
         self,
         size: int,
-        answer: Callable[[Connection], bool],
-        left: Callable[[Connection], object],
-        run: Callable[[], object],
+        threads: Threads,
+        answer: Callable[[Connection], None],
+        done: Callable[[Connection], object],
+        is_stopping: Callable[[], bool],
+        started: Callable[[], object],
     ):
         self._size = size
+        self._threads = threads
         self._answer = answer
-        self._left = left
-        self._run = run
+        self._done = done
+        self._is_stopping = is_stopping
+        self._started = started
         self._epoll = select.epoll()
         self._lock = threading.Lock()
         self._connections: dict[int, Connection] = {}  # by descriptor
@@ -53,31 +65,76 @@ class Lane:
         self._runner: int | None = None  # the thread
         self._serving: int | None = None  # the descriptor of the connection whose request it answers
         self._begun = self._seen = 0  # requests, until now and until the last look
-        self.is_running = False  # whether somebody answers, or is going to
-
-    def __len__(self) -> int:
-        return len(self._connections)
+        self._look_at = 0.0  # on the monotonic clock
+        self.is_running = False  # whether a thread answers, or is going to
 
     @property
-    def has_room(self) -> bool:
-        """Whether there may be one more connection."""
-        return len(self._connections) < self._size
+    def threads_saved(self) -> int:
+        """How many more threads these connections would take without it."""
+        return len(self._connections) - self.is_running
 
-    def join(self, conn: Connection) -> bool:
-        """Have a connection's next requests answered here; whether the caller has to call :meth:`run` for that."""
+    # On any thread: one connection
+
+    def serve(self, conn: Connection) -> None:
+        """Answer a connection's request, and then what its client sends next, as long as it is in a hurry.
+
+        A client in a hurry sends the next request as soon as it has the answer. If the last one was quick, the loop
+        spares it the way over the main loop; else this thread waits for it, while there are threads enough.
+        """
+        try:
+            self._answer(conn)
+        except Exception:
+            _log_failure(conn)
+            conn.keep = False
+        self._go_on(conn)
+
+    def _go_on(self, following: Connection | None) -> None:
+        """Answer the next requests of a connection; None: of those of the loop, and there are no more."""
+        conn = following
+        try:
+            while conn is not None and conn.keep and conn.sock.rest is None and not self._is_stopping():
+                if not (slots.may_have_blocked() or conn.has_more) and len(self._connections) < self._size:
+                    conn = self._run() if self._join(conn) else None
+                elif self._next_has_come(conn):
+                    self._answer(conn)
+                else:
+                    break
+        except Exception:
+            _log_failure(conn)
+            if conn is not None:
+                conn.keep = False
+        if conn is not None:
+            self._done(conn)
+
+    def _next_has_come(self, conn: Connection) -> bool:
+        """Whether this thread may as well answer the next request, which spares the way over the main loop.
+
+        Else those come first that have waited for a thread, and not a client that sends one request after the other.
+        """
+        if not self._threads.has_plenty:
+            return False
+        if not conn.has_begun and conn.sock.is_ready(select.POLLIN, WAIT_SECONDS):
+            conn.keep = conn.receive()
+        return conn.keep and conn.has_begun and conn.has_head
+
+    def _join(self, conn: Connection) -> bool:
+        """Have a connection's next requests answered by the loop; whether the caller has to run it."""
         fd = conn.sock.fileno()
         with self._lock:
+            self._epoll.register(fd, select.EPOLLIN)
             self._connections[fd] = conn
             self._busy.add(fd)
-            self._epoll.register(fd, select.EPOLLIN)
             was_running, self.is_running = self.is_running, True
         return not was_running
 
-    def run(self) -> Connection | None:
-        """Answer requests until nobody is here any more, or until the caller has been left alone with a connection.
+    # On the thread that runs it
+
+    def _run(self) -> Connection | None:
+        """Answer requests until no connection is left, or until the caller has been left alone with one.
 
         That one's request has been answered then, too.
         """
+        self._started()
         self._runner = threading.get_ident()
         slots.serve(self)
         try:
@@ -87,18 +144,22 @@ class Lane:
 
     def _serve_all(self) -> Connection | None:
         while True:
-            for fd, _ in self._epoll.poll(STAY_SECONDS):
-                conn = self._connections.get(fd)
-                if conn is not None and not self._serve(fd, conn):
-                    return conn
-            if not self._sweep():
-                return None
+            try:
+                for fd, _ in self._epoll.poll(STAY_SECONDS):
+                    conn = self._connections.get(fd)
+                    if conn is not None and not self._serve(fd, conn):
+                        return conn
+                if not self._sweep():
+                    return None
+            except Exception:  # the thread is for all connections
+                _log_failure(None)
+                time.sleep(RETRY_SECONDS)
 
     def _serve(self, fd: int, conn: Connection) -> bool:
         """Answer a request; False: the caller has been left alone with it."""
         self._begun += 1
         self._serving = fd
-        stays = self._answer(conn)
+        stays = self._stays(conn)
         with self._lock:
             if not self._is_runner():
                 return False
@@ -107,8 +168,22 @@ class Lane:
             if not stays:
                 self._remove(fd)
         if not stays:
-            self._left(conn)
+            self._done(conn)
         return True
+
+    def _stays(self, conn: Connection) -> bool:
+        """Something has come: answer it; whether the connection may stay here."""
+        try:
+            conn.keep = conn.receive()
+            if not conn.keep or not conn.has_begun:
+                return conn.keep
+            if not conn.has_head:
+                return False
+            self._answer(conn)
+        except Exception:
+            _log_failure(conn)
+            conn.keep = False
+        return conn.keep and not conn.has_more and conn.sock.rest is None and not self._is_stopping()
 
     def _is_runner(self) -> bool:
         return self._runner == threading.get_ident()
@@ -119,20 +194,13 @@ class Lane:
             if self._is_runner():
                 self._leave()
 
-    def look(self) -> None:
-        """To be called every ``LOOK_SECONDS`` while the lane runs: nobody holds up the others for much longer."""
-        with self._lock:
-            if self._serving is not None and self._begun == self._seen:
-                self._leave()
-            self._seen = self._begun
-
     def _leave(self) -> None:
         assert self._serving is not None
         self._remove(self._serving)
         self._runner = self._serving = None
         self.is_running = bool(self._connections)
         if self.is_running:
-            self._run()
+            self._threads.submit(lambda: self._go_on(self._run()))
 
     def _remove(self, fd: int) -> None:
         del self._connections[fd]
@@ -140,7 +208,7 @@ class Lane:
         self._epoll.unregister(fd)
 
     def _sweep(self) -> bool:
-        """Have those go who have had no request for a while; False: nobody is here any more."""
+        """Have those go that have had no request for a while; False: no connection is left."""
         now = time.monotonic()
         if now < self._sweep_at:
             return True
@@ -152,5 +220,25 @@ class Lane:
             self._busy.clear()
             self.is_running = bool(self._connections)
         for _, conn in idle:
-            self._left(conn)
+            self._done(conn)
         return bool(self.is_running)
+
+    # On the main loop
+
+    def look(self, now: float) -> None:
+        """To be called every :data:`LOOK_SECONDS` while it runs: no request holds up the others for much longer.
+
+        :param now: on the monotonic clock.
+        """
+        if not self.is_running or now < self._look_at:
+            return
+        self._look_at = now + LOOK_SECONDS
+        with self._lock:
+            if self._serving is not None and self._begun == self._seen:
+                self._leave()
+            self._seen = self._begun
+
+
+def _log_failure(conn: Connection | None) -> None:
+    request_id = conn.request_id or None if conn is not None else None
+    log.exception(logfmt.line(event="fast_loop_failed", request_id=request_id))

@@ -1,8 +1,9 @@
-"""The threads that answer requests."""
+"""The threads that answer requests, and the memory that they leave behind."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import queue
 import threading
@@ -17,10 +18,15 @@ log = logging.getLogger(__name__)
 SLOW_PER_THREAD = 4  # threads that wait for slow clients, for each of those that work: beyond, the slowest have to go
 
 
-class Pool:
+LARGE_TRANSFER = 16 * 1024 * 1024  # bytes; what is smaller leaves little memory behind
+
+_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; others keep less
+
+
+class Threads:
     """Threads that work, so many at a time, and beside them those that wait for slow clients, or for other requests.
 
-    A thread that waits for its client does nothing else, and needs no processor: it lends its place to another one,
+    A thread that waits for its client does nothing else, and needs no processor: it gives its slot to another one,
     and takes it back when the client has moved. So clients that are slow by intent or by their link hold up nobody
     else. There may be as many as connections: with a limit of their own, a worker that has reached it would hold the
     requests that it has accepted, while another one has threads to spare.
@@ -28,20 +34,20 @@ class Pool:
     A thread that waits for another request or a fill (:func:`.slots.released`) gives its slot away too. The number of
     such waits is limited where they can be refused, since nobody drops their clients.
 
-    :param size: how many work at a time.
-    :param changed: called by any thread when a place has become free, or is no longer.
+    :param size: how many work at a time: the slots.
+    :param changed: called by any thread when a slot has become free, or is no longer.
     """
 
     def __init__(self, size: int, changed: Callable[[], None]):
         self.size = size
-        self.lent = 0  # threads that wait, for a client, for another request or for a fill
+        self.released_slots = 0  # of threads that wait, for a client, for another request or for a fill
         self._changed = changed
         self._queue: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._threads = 0
         self._spare = 0  # idle threads; below zero: calls that wait for one
         self._waiting: set[Any] = set()  # the clients for whom threads wait
-        self._aside = 0  # threads that wait, and could have been refused that
+        self._bounded = 0  # threads that wait, and could have been refused that
 
     def submit(self, function: Callable[[], None]) -> None:
         """Have a function called by a thread, as soon as one is free."""
@@ -51,12 +57,12 @@ class Pool:
             self._fill()
 
     @contextlib.contextmanager
-    def lend(self, client: Any) -> Iterator[None]:
+    def released_for(self, client: Any) -> Iterator[None]:
         """The calling thread does nothing but wait for a client during the block."""
         with self._lock:
             self._waiting.add(client)
         try:
-            with self._place_lent():
+            with self._slot_released():
                 yield
         finally:
             with self._lock:
@@ -70,32 +76,32 @@ class Pool:
         :raises Overloaded: too many do of those that can.
         """
         with self._lock:
-            if bounded and self._aside >= slots.MAX_RELEASED:
+            if bounded and self._bounded >= slots.MAX_RELEASED:
                 raise Overloaded("too many requests wait for others to end; try later", retry_after=5)
-            self._aside += bounded
+            self._bounded += bounded
         try:
-            with self._place_lent():
+            with self._slot_released():
                 yield
         finally:
             with self._lock:
-                self._aside -= bounded
+                self._bounded -= bounded
 
     @contextlib.contextmanager
-    def _place_lent(self) -> Iterator[None]:
+    def _slot_released(self) -> Iterator[None]:
         with self._lock:
-            self.lent += 1
+            self.released_slots += 1
             self._fill()
         self._changed()
         try:
             yield
         finally:
             with self._lock:
-                self.lent -= 1
+                self.released_slots -= 1
 
     @property
     def has_plenty(self) -> bool:
         """Whether no more than half of the threads are at work, or wait for work that is sure to come."""
-        return 2 * (self._threads - self._spare - self.lent) <= self.size
+        return 2 * (self._threads - self._spare - self.released_slots) <= self.size
 
     @property
     def is_crowded(self) -> bool:
@@ -107,12 +113,9 @@ class Pool:
         with self._lock:
             return list(self._waiting)
 
-    def shutdown(self, wait: bool = True) -> None:
-        """What gunicorn calls at the end: its own requests have been answered, or given up."""
-
     def _fill(self) -> None:
-        """Start a thread if one is wanted and there is a place for it."""
-        if self._spare < 0 and self._threads - self.lent < self.size:
+        """Start a thread if one is wanted and there is a slot for it."""
+        if self._spare < 0 and self._threads - self.released_slots < self.size:
             try:
                 threading.Thread(target=self._run, name="request", daemon=True).start()
             except RuntimeError:  # the system has none to give; those that are there go on
@@ -124,9 +127,23 @@ class Pool:
     def _run(self) -> None:
         slots.occupy(self)
         while True:
-            self._queue.get()()
+            call = self._queue.get()
+            try:
+                call()
+            except BaseException:  # the thread is for all calls
+                log.exception("event=call_failed")
             with self._lock:
-                if self._threads - self.lent > self.size:  # it came for one that waited, and that is back
+                if self._threads - self.released_slots > self.size:  # it came for one that waited, and that is back
                     self._threads -= 1
                     return
                 self._spare += 1
+
+
+def give_back_memory(transferred: int) -> None:
+    """After a transfer of so many bytes: return to the system what it has left (malloc_trim(3)).
+
+    Pieces of large transfers pass through many threads, and glibc keeps for each thread what it has freed. So a
+    worker would stay as large as its busiest moment was.
+    """
+    if _trim is not None and transferred >= LARGE_TRANSFER:
+        _trim(0)

@@ -28,7 +28,7 @@ from kci_storage.server import preflight, rehearsal
 
 log = logging.getLogger(__name__)
 
-AT_START = frozenset({"server.bind", "server.workers", "server.threads", "server.send_timeout"})
+AT_START = frozenset({"server.bind", "server.workers", "server.threads", "server.connections", "server.send_timeout"})
 LOOK_SECONDS = 0.5  # between a worker's looks whether there is a new configuration
 
 
@@ -73,6 +73,9 @@ class Master:
             self.prepare(config)
         except (ConfigError, OSError) as exc:  # as for a certificate that is being replaced just now
             log.error(logfmt.line(event="reload_refused", reason=exc))
+            return
+        except Exception:
+            log.exception("event=reload_failed")
             return
         self.config = config
         self.edition += 1
@@ -143,5 +146,7 @@ class Follower:
             self._apply(config)
         except (ConfigError, OSError) as exc:  # it was changed again since the master read it
             log.error(logfmt.line(event="reload_refused", reason=exc))
+        except Exception:  # the thread is for all configurations to come
+            log.exception("event=reload_failed")
         else:
             log.info(logfmt.line(event="rules_renewed"))

@@ -1,74 +1,240 @@
-"""A request as gunicorn reads it, and as WSGI has it; what is the same for a connection's next one is kept."""
+"""Answering one request: its head is parsed, the application is asked, and the connection may be kept or not."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
+import logging
+import os
+import sys
+from collections.abc import Callable
 from typing import Any
+from urllib.parse import unquote_to_bytes, urlsplit
 
-from gunicorn import util
-from gunicorn.http import message, wsgi
+from kci_storage import logfmt
+from kci_storage.net import slots
+from kci_storage.net.client_socket import ClientSocket
+from kci_storage.net.connection import Connection
+from kci_storage.net.received import ChunkedBody, LengthBody, Received
+from kci_storage.server.gunicorn_parts import MalformedRequest, ParsedRequest, RequestSettings, parse
+from kci_storage.server.refusals import internal_error, refusal
+from kci_storage.server.response import SERVER, Response, WrappedFile
+from kci_storage.wsgi.exchange import CONNECTION, REQUEST_ID
 
-# What of an environ is a connection's and a server's; the rest is the request's.
-OF_CONNECTION = (
-    "wsgi.errors",
-    "wsgi.version",
-    "wsgi.multiprocess",
-    "wsgi.run_once",
-    "wsgi.file_wrapper",
-    "wsgi.input_terminated",
-    "SERVER_SOFTWARE",
-    "SERVER_NAME",
-    "SERVER_PORT",
-    "REMOTE_ADDR",
-    "REMOTE_PORT",
-    "SCRIPT_NAME",
-)
+log = logging.getLogger(__name__)
 
+Environ = dict[str, Any]
+Body = LengthBody | ChunkedBody | io.BytesIO
 
-class Request(message.Request):
-    """gunicorn's, which believes nobody's ``X-Forwarded-*``: that is for ``trusted_proxies`` to say."""
-
-    def _peer_is_trusted_proxy(self) -> bool:
-        return False
+# A key of 1,024 characters has up to 12 KiB when percent-encoded.
+LONGEST_TARGET = 16 * 1024  # characters
+GONE = (ConnectionError, TimeoutError)  # what an operation on a client's socket raises when the client is no more
+MOUNT_VARIABLE = "SCRIPT_NAME"  # of the process's environment: the path below which the application is mounted
 
 
-class Environs:
-    """Makes the environs of a connection's requests.
+class Requests:
+    """Answers requests.
 
-    The first is gunicorn's own, and what it says of the connection is kept. A server on a Unix socket gets its name
-    from each request, so there, and where the application is mounted below a path, all are gunicorn's.
+    :param settings: gunicorn's.
+    :param application: gives the WSGI application.
+    :param may_keep: whether connections may be kept at all.
     """
 
-    def __init__(self) -> None:
-        self._kept: dict[str, Any] = {}
+    def __init__(self, settings: Any, application: Callable[[], Callable[..., Any]], may_keep: Callable[[], bool]):
+        self._settings = RequestSettings(settings)
+        self._application = application
+        self._may_keep = may_keep
 
-    def make(self, request: Any, conn: Any, response: type[wsgi.Response]) -> tuple[wsgi.Response, dict[str, Any]]:
-        """The response, to be begun, and the environ (PEP 3333)."""
-        if self._kept:
-            return response(request, conn.sock, conn.cfg), {**self._kept, **_of_request(request)}
-        made, environ = wsgi.create(request, conn.sock, conn.client, conn.server, conn.cfg, response)
-        environ["wsgi.multithread"] = True
-        if not isinstance(conn.server, str) and not environ["SCRIPT_NAME"]:
-            self._kept = {name: environ[name] for name in (*OF_CONNECTION, "wsgi.multithread") if name in environ}
-        return made, environ
+    def answer(self, conn: Connection) -> None:
+        """Answer the request whose head is there. The connection's ``keep`` then says whether it can be kept."""
+        conn.keep = False
+        slots.begin_request()
+        try:
+            conn.keep = self._answer(conn)
+        except GONE:
+            log.debug("event=client_gone request_id=%s", conn.request_id)
+        except BaseException:  # the thread goes on, and the connection must not be forgotten
+            log.exception(logfmt.line(event="request_failed", request_id=conn.request_id or None))
+
+    def _answer(self, conn: Connection) -> bool:
+        received = Received(conn.sock, conn.take_head())
+        try:
+            request = self._parsed(received)
+            environ = make_environ(conn, request)
+            body = _body(request, environ, received)
+        except MalformedRequest as exc:
+            conn.sock.sendall(refusal(exc.status, conn.client, exc.reason))
+            return False
+        keep = self._may_keep() and wants_to_stay(request, environ.get("HTTP_CONNECTION", ""))
+        response = Response(conn.sock, request.method, request.version, keep)
+        environ["wsgi.input"] = body
+        environ[CONNECTION] = Channel(conn.sock, body, response, _expects_continue(request, environ))
+        self._respond(conn, environ, response)
+        conn.head = received.take()
+        return response.keep and (isinstance(body, io.BytesIO) or body.is_read)
+
+    def _parsed(self, received: Received) -> ParsedRequest:
+        request = parse(self._settings, received)
+        if len(request.target) > LONGEST_TARGET:
+            raise MalformedRequest(414, "LongTarget")
+        return request
+
+    def _respond(self, conn: Connection, environ: Environ, response: Response) -> None:
+        try:
+            body = self._application()(environ, response.start_response)
+            try:
+                response.send(body)
+            finally:
+                if hasattr(body, "close"):
+                    body.close()
+        except GONE:
+            raise
+        except Exception:
+            if not response.headers_sent:
+                with contextlib.suppress(OSError):
+                    conn.sock.sendall(internal_error(environ.get(REQUEST_ID, "")))
+            raise
+        finally:
+            conn.request_id = environ.get(REQUEST_ID, "")
 
 
-def _of_request(request: Any) -> dict[str, Any]:
+class Channel:
+    """What the application may do to its connection (:class:`kci_storage.wsgi.exchange.Connection`)."""
+
+    def __init__(self, sock: ClientSocket, body: Body, response: Response, expects_continue: bool):
+        self._sock = sock
+        self._body = body
+        self._response = response
+        self._expects_continue = expects_continue
+
+    def continue_body(self) -> None:
+        """Send 100 Continue if the client waits for it (RFC 9110, 10.1.1)."""
+        if self._expects_continue:
+            self._expects_continue = False
+            self._sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def receive_into(self, buffer: memoryview) -> int:
+        """Put the next bytes of the body at the beginning of the buffer; how many; 0: no more come."""
+        return self._body.readinto(buffer)
+
+    def close_afterwards(self) -> None:
+        """Say ``Connection: close`` and mean it."""
+        self._response.force_close()
+
+
+def wants_to_stay(request: ParsedRequest, connection: str) -> bool:
+    """Whether the client will wait for the answer to another request (RFC 9112, 9.3).
+
+    :param connection: its header.
+    """
+    if request.method == "CONNECT":
+        return False  # what follows is for somebody else (RFC 9110, 9.3.6)
+    if not connection:
+        return request.version > (1, 0)
+    options = {option.strip(" \t").lower() for option in connection.split(",")}
+    return "close" not in options and (request.version > (1, 0) or "keep-alive" in options)
+
+
+def _body(request: ParsedRequest, environ: Environ, received: Received) -> Body:
+    """The parser has seen to it that a request has no more than one of the headers that tell where it ends."""
+    if coding := environ.get("HTTP_TRANSFER_ENCODING"):
+        if coding.lower() != "chunked":
+            raise MalformedRequest(501, "UnsupportedTransferCoding")
+        return ChunkedBody(request.body)
+    length = int(environ.get("CONTENT_LENGTH", 0))
+    return LengthBody(received, length) if length else io.BytesIO()
+
+
+def _expects_continue(request: ParsedRequest, environ: Environ) -> bool:
+    """The parser has refused other expectations; an old client means nothing by it (RFC 9110, 10.1.1)."""
+    return "HTTP_EXPECT" in environ and request.version > (1, 0)
+
+
+# The environ
+
+
+def make_environ(conn: Connection, request: ParsedRequest) -> Environ:
+    """What the application is told of a request (PEP 3333), but for its body.
+
+    What is the same for all requests of a connection is kept with it. A server on a Unix socket has the name by which
+    its client calls it.
+
+    :raises MalformedRequest: the application is mounted below another path.
+    """
+    if not conn.environ:
+        conn.environ = _of_connection(conn)
+    path, query = split_target(request.target)
     major, minor = request.version
-    path = request.path
-    environ: dict[str, Any] = {
-        "wsgi.input": request.body,
-        "wsgi.url_scheme": request.scheme,
+    environ = {
+        **conn.environ,
         "REQUEST_METHOD": request.method,
-        "QUERY_STRING": request.query,
-        "RAW_URI": request.uri,
+        "QUERY_STRING": query,
+        "RAW_URI": request.target,
         "SERVER_PROTOCOL": f"HTTP/{major}.{minor}",
-        "PATH_INFO": util.unquote_to_wsgi_str(path) if "%" in path else path,
+        "PATH_INFO": unquote_to_bytes(path).decode("latin-1") if "%" in path else path,
     }
     for name, value in request.headers:
         key = _variable(name)
         environ[key] = f"{environ[key]},{value}" if key in environ else value
+    if conn.environ["SCRIPT_NAME"]:
+        _mount(environ, path)
+    if "SERVER_NAME" not in environ:
+        host = environ.get("HTTP_HOST", "")
+        environ["SERVER_NAME"], environ["SERVER_PORT"] = _called(host, environ["wsgi.url_scheme"])
     return environ
+
+
+def _of_connection(conn: Connection) -> Environ:
+    environ: Environ = {
+        "wsgi.errors": sys.stderr,
+        "wsgi.version": (1, 0),
+        "wsgi.multithread": True,
+        "wsgi.multiprocess": True,
+        "wsgi.run_once": False,
+        "wsgi.file_wrapper": WrappedFile,
+        "wsgi.input_terminated": True,
+        "wsgi.url_scheme": "https" if conn.sock.is_secure else "http",
+        "SERVER_SOFTWARE": SERVER,
+        "SCRIPT_NAME": os.environ.get(MOUNT_VARIABLE, ""),
+    }
+    if isinstance(conn.server, tuple):
+        environ |= {"SERVER_NAME": conn.server[0], "SERVER_PORT": str(conn.server[1])}
+    if isinstance(conn.client, tuple):
+        return {**environ, "REMOTE_ADDR": conn.client[0], "REMOTE_PORT": str(conn.client[1])}
+    return {**environ, "REMOTE_ADDR": ""}
+
+
+def split_target(target: str) -> tuple[str, str]:
+    """A request's path, percent-encoded, and its query (RFC 9112, 3.2).
+
+    >>> split_target("/a//b?c?d#e"), split_target("//a"), split_target("http://host?a"), split_target("*")
+    (('/a//b', 'c?d'), ('//a', ''), ('/', 'a'), ('*', ''))
+    """
+    if target.startswith("/"):
+        path, _, query = target.partition("#")[0].partition("?")
+        return path, query
+    parts = urlsplit(target)
+    return parts.path or "/", parts.query
+
+
+def _mount(environ: Environ, path: str) -> None:
+    below = environ["SCRIPT_NAME"]
+    if not path.startswith(below):
+        raise MalformedRequest(400, "NotMounted")
+    environ["PATH_INFO"] = unquote_to_bytes(path.removeprefix(below)).decode("latin-1")
+
+
+def _called(host: str, scheme: str) -> tuple[str, str]:
+    """The server's name and port, as a client has them in its ``Host``.
+
+    >>> _called("storage:8080", "http"), _called("[::1]", "https"), _called("storage", "http")
+    (('storage', '8080'), ('[::1]', '443'), ('storage', '80'))
+    """
+    name, colon, port = host.rpartition(":")
+    if colon and port.isdecimal():
+        return name, port
+    return host, "443" if scheme == "https" else "80"
 
 
 @functools.lru_cache(256)

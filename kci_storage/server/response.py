@@ -1,4 +1,4 @@
-"""How a response leaves: gunicorn's own class, without what a small file need not pay for.
+"""How a response leaves: what the application says becomes what HTTP/1.1 has it (RFC 9112), at little cost.
 
 - Headers that were found right once are not checked again, and their lines are kept.
 - A small file leaves together with its head, in one system call; a large one by ``sendfile``.
@@ -7,86 +7,202 @@
 from __future__ import annotations
 
 import functools
+import os
+import re
 import time
-from typing import Any, NamedTuple
-
-from gunicorn import util
-from gunicorn.http import wsgi
+from collections.abc import Callable, Iterable, Iterator
+from email.utils import formatdate
+from typing import Any, NamedTuple, Protocol
 
 from kci_storage.net.bodies import SentFile
 from kci_storage.wsgi.exchange import is_content_length
 
 Header = tuple[str, str]
 
+SERVER = "gunicorn"
 REMEMBERED_HEADERS = 16_384  # that were found right; about 300 bytes each
 REMEMBERED_HEADS = 4096  # all headers of a response; about 2 KiB each
 UNIQUE = "X-Request-ID"  # the last one; never the same twice, and right since it was made or matched by us
+PIECE_SIZE = 64 * 1024  # bytes that are read at a time of a file that does not leave by sendfile
+
+_STATUS = re.compile(r"[1-9][0-9]{2}(?: [\t\x20-\x7e\x80-\xff]*)?")
+_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")  # a token (RFC 9110, 5.6.2)
+_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")  # RFC 9110, 5.5
+# What is between this server and its peer, and what it says itself; the application's are dropped.
+_OWN = frozenset(
+    {
+        "connection", "date", "keep-alive", "proxy-authenticate", "proxy-authorization", "server", "te", "trailer",
+        "trailers", "transfer-encoding", "upgrade",
+    }
+)  # fmt: skip
+
+
+class Socket(Protocol):
+    """A client's socket."""
+
+    def sendall(self, data: Any, flags: int = 0) -> None:
+        """Send all of it; a client that stands still counts as one that is gone."""
+
+    def sendfile(self, file: Any, offset: int = 0, count: int | None = None) -> int:
+        """Send a part of a file; how much of it went out, or will."""
 
 
 class Checked(NamedTuple):
     """The headers of a response that go out."""
 
-    headers: tuple[Header, ...]
     length: int | None  # bytes of the body
     lines: str  # the headers as they are sent
+    without_length: str  # the same for a response that must not have one
 
 
-class Response(wsgi.Response):
-    """A response of gunicorn's."""
+class WrappedFile:
+    """What ``wsgi.file_wrapper`` makes of a file: a body that is sent by ``sendfile`` where it can (PEP 3333)."""
 
-    _lines: str | None = None  # of the headers, as they are sent; None: they are to be made of them
+    def __init__(self, filelike: Any, block_size: int = PIECE_SIZE):
+        self.filelike = filelike
+        self._block_size = block_size
 
-    def process_headers(self, headers: list[Header]) -> None:
-        """Check and take the application's headers; gunicorn drops those that are between it and its peer."""
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(functools.partial(self.filelike.read, self._block_size), b"")
+
+    def close(self) -> None:
+        """Close the file, where it can be closed."""
+        if hasattr(self.filelike, "close"):
+            self.filelike.close()
+
+
+class Response:
+    """A response, as WSGI has it.
+
+    :param sock: the client's.
+    :param method: of the request.
+    :param version: of the request's HTTP.
+    :param keep: whether the connection may be kept after it.
+    """
+
+    def __init__(self, sock: Socket, method: str, version: tuple[int, int], keep: bool):
+        self._sock = sock
+        self._is_head = method == "HEAD"
+        self._version = version
+        self._keep = keep
+        self._status = ""
+        self._headers = Checked(None, "", "")
+        self._unique = ""  # a header's line
+        self._has_body = self._is_chunked = False
+        self._sent = 0  # bytes of the body
+        self.headers_sent = False
+
+    @property
+    def keep(self) -> bool:
+        """Whether the connection can be kept."""
+        return self._keep
+
+    def force_close(self) -> None:
+        """The connection is not kept."""
+        self._keep = False
+
+    # What the application says
+
+    def start_response(self, status: str, headers: list[Header], exc_info: Any = None) -> Callable[[bytes], None]:
+        """Take the status and the headers (PEP 3333).
+
+        :raises ValueError: one of them would break the response; the message has a header's name, but no value.
+        """
+        if exc_info and self.headers_sent:
+            raise exc_info[1].with_traceback(exc_info[2])
+        if self._status and not exc_info:
+            raise AssertionError("the response has begun already")
+        if not _STATUS.fullmatch(status):
+            raise ValueError(f"not a status: {status!r}")
+        self._status = status
         unique = headers[-1:] if headers and headers[-1][0] == UNIQUE else []
-        checked = _checked(tuple(headers[: len(headers) - len(unique)]))
-        self.headers = [*checked.headers, *unique]
-        self.response_length = checked.length
-        self._lines = checked.lines + _lines(unique)
+        self._headers = _checked(tuple(headers[: len(headers) - len(unique)]))
+        self._unique = _lines(unique)
+        self._frame(int(status[:3]))
+        return self.write
 
-    def start_response(self, status: str, headers: list[Header], exc_info: Any = None) -> Any:
-        """As gunicorn's, which may take a header away again."""
-        write = super().start_response(status, headers, exc_info)
-        if self.status_code < 200 or self.status_code == 204:
-            self._lines = None
-        return write
+    def _frame(self, status: int) -> None:
+        """How the client will know where the body ends (RFC 9112, 6.3)."""
+        if status < 200 or status == 204:
+            self._headers = Checked(None, self._headers.without_length, self._headers.without_length)
+        self._has_body = not (self._is_head or status < 200 or status in (204, 304))
+        self._is_chunked = self._has_body and self._headers.length is None and self._version > (1, 0)
+        if self._has_body and self._headers.length is None and not self._is_chunked:
+            self._keep = False  # it ends with the connection
 
-    def sendfile(self, respiter: Any) -> bool:
-        """Send the head and the file; False when the body must be read instead."""
-        file = respiter.filelike
-        if self.cfg.is_ssl or self._omits_body or not isinstance(file, SentFile) or self.response_length is None:
-            return bool(super().sendfile(respiter))
-        self.headers_sent = True
-        file.send_to(self.sock, self._head(), self.response_length)
+    # What the client gets
+
+    def send(self, body: Iterable[bytes]) -> None:
+        """Send all of it."""
+        if isinstance(body, WrappedFile) and self._send_file(body.filelike):
+            return
+        for data in body:
+            self.write(data)
+        self._end()
+
+    def _send_file(self, file: Any) -> bool:
+        """Send what is a file, or knows how to send itself; False when it must be read instead."""
+        length = self._headers.length
+        if not self._has_body:
+            self._send_head()
+        elif length is None:
+            return False
+        elif isinstance(file, SentFile):
+            self.headers_sent = True
+            file.send_to(self._sock, self._head(), length)  # type: ignore[arg-type]
+        elif not _has_descriptor(file):
+            return False
+        else:
+            self._send_head()
+            self._sent = self._sock.sendfile(file, os.lseek(file.fileno(), 0, os.SEEK_CUR), length)
+            self._keep = self._keep and self._sent == length
         return True
 
-    def send_headers(self) -> None:
-        """Send the head, unless that has been done."""
+    def write(self, data: bytes) -> None:
+        """Send a piece of the body, but no more of it in all than was announced."""
+        self._send_head()
+        if self._headers.length is not None:
+            data = data[: self._headers.length - self._sent]
+        if data and self._has_body:
+            self._sent += len(data)
+            self._sock.sendall(b"%x\r\n%b\r\n" % (len(data), data) if self._is_chunked else data)
+
+    def _end(self) -> None:
+        self._send_head()
+        if self._is_chunked:
+            self._sock.sendall(b"0\r\n\r\n")
+        elif self._has_body and self._sent != self._headers.length:
+            self._keep = False  # something is missing
+
+    def _send_head(self) -> None:
         if not self.headers_sent:
-            self.sock.sendall(self._head())
             self.headers_sent = True
+            self._sock.sendall(self._head())
 
     def _head(self) -> bytes:
-        lines = _lines(self.headers) if self._lines is None else self._lines
-        return f"{''.join(self.default_headers())}{lines}\r\n".encode("latin-1")
+        assert self._status, "the application has not begun a response"
+        connection = "keep-alive" if self._keep else "close"
+        major, minor = self._version
+        framing = "Transfer-Encoding: chunked\r\n" if self._is_chunked else ""
+        return (
+            f"HTTP/{major}.{minor} {self._status}\r\nServer: {SERVER}\r\nDate: {_date(int(time.time()))}\r\n"
+            f"Connection: {connection}\r\n{framing}{self._headers.lines}{self._unique}\r\n"
+        ).encode("latin-1")
 
-    def default_headers(self) -> list[str]:
-        """As gunicorn's, but the date is not worked out anew for each response of a second."""
-        major, minor = self.req.version
-        connection = "close" if self.should_close() else "keep-alive"
-        framing = "Transfer-Encoding: chunked\r\n" if self.chunked else ""
-        return [
-            f"HTTP/{major}.{minor} {self.status}\r\nServer: {self.version}\r\nDate: {_date(int(time.time()))}\r\n",
-            f"Connection: {connection}\r\n{framing}",
-        ]
+
+def _has_descriptor(file: Any) -> bool:
+    try:
+        return bool(file.fileno() >= 0)
+    except (AttributeError, OSError):
+        return False
 
 
 @functools.lru_cache(2)
 def _date(seconds: int) -> str:
-    return util.http_date(seconds)
+    return formatdate(seconds, usegmt=True)
 
 
-def _lines(headers: list[Header]) -> str:
+def _lines(headers: Iterable[Header]) -> str:
     return "".join(f"{name}: {value}\r\n" for name, value in headers)
 
 
@@ -94,15 +210,17 @@ def _lines(headers: list[Header]) -> str:
 def _checked(headers: tuple[Header, ...]) -> Checked:
     length = next((int(value) for name, value in headers if is_content_length(name)), None)
     kept = [header for header in headers if is_content_length(header[0]) or _may_be_sent(*header)]
-    return Checked(tuple(kept), length, _lines(kept))
+    return Checked(length, _lines(kept), _lines(header for header in kept if not is_content_length(header[0])))
 
 
 @functools.lru_cache(REMEMBERED_HEADERS)
 def _may_be_sent(name: str, value: str) -> bool:
-    """Whether a header of the application's goes out; gunicorn has some of its own.
+    """Whether a header of the application's goes out.
 
-    :raises gunicorn.http.errors.InvalidResponseHeader: it would break the response.
+    :raises ValueError: it would break the response.
     """
-    response = wsgi.Response(None, None, None)
-    response.process_headers([(name, value)])
-    return bool(response.headers)
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"not a header's name: {name!r}")
+    if not _VALUE.fullmatch(value):
+        raise ValueError(f"a header's value that cannot be sent: {name}")
+    return name.lower() not in _OWN

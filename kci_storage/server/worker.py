@@ -1,26 +1,22 @@
-"""gunicorn's threaded worker, with what this server needs of the connection.
+"""The worker: a process that accepts connections and answers their requests.
 
-It leans on gunicorn's internals, so gunicorn is pinned to a minor version in setup.cfg.
-
-- ``100 Continue`` is sent when the application first reads the body, not before it runs: a refused upload of 4 GiB is
-  refused before a byte of it was sent.
-- The application can close a connection (its ``Connection`` header is dropped by gunicorn), so that the rest of a
-  body that was refused is not taken for the next request.
 - A connection costs a thread only while something is done for it. Its request's head is collected by the main loop
   (:class:`~kci_storage.net.connection.Connection`), the end of a file goes to a slow reader from the background
   (:class:`~kci_storage.net.background.Sending`), connections are closed there too, and a thread that has to wait for
-  a slow client lends its place to another one (:class:`~kci_storage.net.threads.Pool`).
-- Clients who ask again at once share a thread (:class:`~kci_storage.net.fast_loop.Lane`).
+  a slow client gives its slot to another one (:class:`~kci_storage.net.threads.Threads`).
+- Clients that ask again at once share a thread (:class:`~kci_storage.net.fast_loop.FastLoop`).
 - A client that stands still for ``send_timeout`` seconds is dropped. One that is slow is served, unless there
   are too many of them (:class:`~kci_storage.net.client_socket.Pace`).
-- A connection is accepted only while a thread is free for it: another worker may have a free one.
-- What is no HTTP is answered and logged like every other error. gunicorn would quote it, and so could show a token.
+- A connection is accepted only while a thread is free for it, as another worker may have a free one, and only while
+  the worker may have one more.
+- Whatever fails costs the connection for which it was done, and nothing else: slots, loops and threads live on.
 """
 
 from __future__ import annotations
 
 import contextlib
-import select
+import logging
+import os
 import selectors
 import signal
 import socket
@@ -31,132 +27,202 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from gunicorn.errors import AppImportError, HaltServer
-from gunicorn.http import errors, message, wsgi
-from gunicorn.http.body import LengthReader
-from gunicorn.workers.gthread import PollableMethodQueue, ThreadWorker
-
+from kci_storage import logfmt
 from kci_storage.config.settings import ConfigError
-from kci_storage.monitoring import logs
-from kci_storage.net import slots
+from kci_storage.net import fast_loop
+from kci_storage.net.acceptor import Acceptor
 from kci_storage.net.background import Background, Sending
 from kci_storage.net.client_socket import ClientSocket
-from kci_storage.net.connection import Connection, Waiting, WorkerConnection
-from kci_storage.net.fast_loop import LOOK_SECONDS, Lane
-from kci_storage.net.threads import Pool
+from kci_storage.net.connection import Connection
+from kci_storage.net.fast_loop import FastLoop
+from kci_storage.net.mailbox import Mailbox
+from kci_storage.net.threads import Threads
 from kci_storage.net.tls import TlsSocket
-from kci_storage.server.response import Response
-from kci_storage.wsgi.exchange import CONNECTION, new_request_id
+from kci_storage.net.waiting import Waiting
+from kci_storage.server import gunicorn_parts
+from kci_storage.server.refusals import refusal
+from kci_storage.server.request import Requests
 
-# A key of 1,024 characters has up to 12 KiB when percent-encoded; gunicorn would cap its own setting at 8,190.
-LONGEST_REQUEST_LINE = 16 * 1024
-message.MAX_REQUEST_LINE = LONGEST_REQUEST_LINE
-
-_STATUSES: dict[type[Exception], int] = {
-    errors.LimitRequestLine: 414,
-    errors.LimitRequestHeaders: 431,
-    errors.ExpectationFailed: 417,
-    errors.UnsupportedTransferCoding: 501,
-    errors.ParseException: 400,
-}
-_REFUSALS = {
-    400: ("Bad Request", "this is not HTTP/1.1"),
-    408: ("Request Timeout", "the request's head took too long"),
-    414: ("URI Too Long", "the path is too long"),
-    417: ("Expectation Failed", "the only expectation that can be met is 100-continue"),
-    431: ("Request Header Fields Too Large", "the headers are too long"),
-    501: ("Not Implemented", "the only transfer coding is chunked"),
-}
+log = logging.getLogger(__name__)
 
 HEAD_SECONDS = 10.0  # from a request's first byte until its head must be there
-STAY_SECONDS = 0.02  # for which a thread waits for the next request before it is free for other connections
 LONGEST_HEAD = 64 * 1024  # bytes
+TURN_SECONDS = 1.0  # the longest turn of the main loop
+IDLE_SECONDS = 1.0  # for which a connection has been idle before it makes room for a new client
+RETRY_SECONDS = 0.1  # after which the main loop goes on when something has gone wrong in it
+STOP_SECONDS = 2.0  # for which a worker that stops waits for requests that may be on their way
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGABRT)
 
+Step = Callable[..., object]  # of the main loop; its first argument is the connection that it is for
 
-class Worker(ThreadWorker):
+
+class Worker(gunicorn_parts.Worker):
     """The worker class of this server."""
 
-    send_timeout: float = 60  # seconds; set before the workers are forked
+    send_timeout = 60.0  # seconds; this and the next are set before the workers are forked
+    connections = 1000  # how many it may have, those included that are being closed
     number: int  # the master's, which no other worker has that lives
     tls: ssl.SSLContext | None = None  # for connections from now on; set by the master, and when that is reloaded
+    unusable = (ConfigError,)
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.method_queue = _MethodQueue()
-        self._idle = Waiting(self.cfg.keepalive)  # nothing of a request has come
+    def begin(self) -> None:
+        """Start what must not be shared with the process that this one was forked from."""
+        self._calls: Mailbox[tuple[Connection, Step]] = Mailbox()  # what other threads want done by the main loop
+        self._threads = Threads(self.settings.threads, changed=self._calls.wake)
+        self._background = Background()
+        self._requests = Requests(self.settings, lambda: self.application, self._may_keep)
+        self._fast_loop = FastLoop(
+            self.connections // 2,
+            self._threads,
+            answer=self._requests.answer,
+            done=self._hand_back,
+            is_stopping=lambda: self.is_stopping,
+            started=self._calls.wake,
+        )
+        self._acceptor = Acceptor(self._drop_oldest_idle)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._calls, selectors.EVENT_READ, self._heed_calls)
+        self._accepts = False  # whether the selector has the listeners
+        # Each connection is in the first of these, and in one of the others.
+        self._connections: set[Connection] = set()
+        self._keepalive: float = self.settings.keepalive  # seconds; looked up for each request
+        self._idle = Waiting(self._keepalive)  # nothing of a request has come
         self._heads = Waiting(min(HEAD_SECONDS, self.send_timeout))  # a part of its head has come
         self._ready: deque[Connection] = deque()  # a request's head is there, and no thread has it yet
+        self._working: set[Connection] = set()  # a thread has it
         self._sending: set[Connection] = set()  # the rest of a response goes out in the background
-        self._shed_at = self._look_at = 0.0  # on the monotonic clock
+        self._lingering: set[Connection] = set()  # it is being closed in the background
+        self._shed_at = 0.0  # on the monotonic clock
+        for listener in self.listeners:
+            self._notice_the_vanished(listener)
 
-    # The main loop: connections that need no thread
+    def _notice_the_vanished(self, listener: Any) -> None:
+        """The kernel notices a client that vanishes without a word; accepted sockets inherit this."""
+        if listener.family in (socket.AF_INET, socket.AF_INET6):
+            milliseconds = int(self.send_timeout * 1000)
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
 
-    @property
-    def worker_connections(self) -> int:
-        """So many connections that a thread is free for one more: another worker may have a free one."""
-        return self.nr_conns + 1 if self._has_free_thread() and self._has_room() else 0
-
-    @worker_connections.setter
-    def worker_connections(self, value: int) -> None:
-        pass  # gunicorn's own number, which counts connections that wait for a thread
-
-    def _has_free_thread(self) -> bool:
-        """Whether fewer requests are at work, or wait for a thread, than may be at work."""
-        without_thread = len(self._idle) + len(self._heads) + len(self._ready) + len(self._sending) + self.tpool.lent
-        in_lane = len(self._lane) - self._lane.is_running  # they share one thread
-        return self.nr_conns - without_thread - in_lane < self.tpool.size
-
-    def _has_room(self) -> bool:
-        """Whether there may be one more connection, if need be in the place of one that waits."""
-        return bool(self.nr_conns < self.cfg.worker_connections or self._idle or self._heads)
-
-    def init_process(self) -> None:
-        """Start what must not be shared with a forked process, then serve."""
-        self.cfg = _Settings(self.cfg)
-        self._background = Background()
-        left = partial(self.method_queue.defer, self._answered)
-        self._lane = Lane(self.cfg.worker_connections // 2, self._answer_in_turn, left, self._have_lane_run)
-        super().init_process()
-
-    def load_wsgi(self) -> None:
-        """Make the application.
-
-        :raises AppImportError: that cannot be, by the configuration; gunicorn prints the line and ends the server.
-        """
-        try:
-            super().load_wsgi()
-        except ConfigError as exc:
-            raise AppImportError(f"kci-storage: {exc}") from exc
-
-    def init_signals(self) -> None:
-        """From now on the worker heeds signals; those that came since the fork are delivered here."""
-        super().init_signals()
+    def heed_signals(self) -> None:
+        """From now on signals are heeded, and wake the main loop; those since the fork are delivered here."""
+        signal.set_wakeup_fd(self._calls.writer, warn_on_full_buffer=False)
         release_signals()
 
-    def get_thread_pool(self) -> Pool:
-        """The threads."""
-        return Pool(self.cfg.threads, changed=lambda: self.method_queue.defer(_nothing))
+    # The main loop
 
-    def accept(self, listener: Any) -> bool:
-        """Accept a connection, which costs a thread only once a request's head has come; whether there was one."""
+    def serve(self) -> None:
+        """Answer requests until a signal says otherwise or the master is gone; then end what has begun."""
+        while not self.is_stopping and os.getppid() == self.master:
+            self._turn()
+        self._stop()
+
+    def _turn(self, accepting: bool = True) -> None:
+        """One turn, which the loop outlives whatever it brings."""
         try:
-            sock, address = listener.accept()
-        except ConnectionAbortedError:
-            return True
-        except BlockingIOError:
+            self._do_turn(accepting)
+        except Exception:
+            log.exception("event=main_loop_failed")
+            time.sleep(RETRY_SECONDS)  # it may fail again at once
+
+    def _do_turn(self, accepting: bool) -> None:
+        """Accept, collect, dispatch, expire, shed, look.
+
+        Those requests get a thread for which there was one before; the others wait here, and not for a thread.
+
+        So each time that one is free, a new client is let in first.
+        """
+        self.beat()
+        now = time.monotonic()
+        has_thread = self._has_free_thread()
+        self._listen(accepting and has_thread and self._has_room(now) and now >= self._acceptor.paused_until)
+        for key, _ in self._selector.select(self._seconds_to_wait(now, has_thread)):
+            key.data(key.fileobj)  # accepts a connection, collects a head, or heeds calls
+        if has_thread:
+            self._dispatch()
+        now = time.monotonic()
+        self._expire(now)
+        self._shed(now)
+        self._fast_loop.look(now)
+
+    def _seconds_to_wait(self, now: float, has_thread: bool) -> float:
+        if has_thread and self._ready:
+            return 0.0
+        seconds = TURN_SECONDS
+        if self._fast_loop.is_running:
+            seconds = fast_loop.LOOK_SECONDS
+        if now < self._acceptor.paused_until:
+            seconds = min(seconds, self._acceptor.paused_until - now)
+        if self.is_stopping and (oldest := self._idle.oldest()) is not None:
+            seconds = min(seconds, oldest.deadline - now)
+        return max(0.0, seconds)
+
+    def _stop(self) -> None:
+        """Whoever has come is served; whoever comes is not left waiting for as long as that takes.
+
+        A port that nobody holds open any more refuses them, and a balancer asks another server at once.
+        """
+        self._listen(False)
+        for listener in self.listeners:
+            while len(self._connections) < self.connections and self._accept(listener):
+                pass
+            listener.close()
+        self._idle.shorten(STOP_SECONDS)
+        deadline = time.monotonic() + self.settings.graceful_timeout
+        while len(self._connections) > len(self._lingering) and time.monotonic() < deadline:
+            self._turn(accepting=False)
+
+    def _may_keep(self) -> bool:
+        return self._keepalive > 0 and not self.is_stopping
+
+    # Accept
+
+    def _has_free_thread(self) -> bool:
+        """Whether fewer requests are at work than may be."""
+        at_work = len(self._working) - self._threads.released_slots - self._fast_loop.threads_saved
+        return at_work < self._threads.size
+
+    def _has_room(self, now: float) -> bool:
+        """Whether there may be one more connection, if need be in the place of an idle one."""
+        return len(self._connections) < self.connections or self._idle.oldest_age(now) >= IDLE_SECONDS
+
+    def _listen(self, accepts: bool) -> None:
+        if accepts == self._accepts:
+            return
+        self._accepts = accepts
+        for listener in self.listeners:
+            if accepts:
+                listener.setblocking(False)
+                self._selector.register(listener, selectors.EVENT_READ, self._accept)
+            else:
+                self._selector.unregister(listener)
+
+    def _accept(self, listener: Any) -> bool:
+        """Accept a connection, which costs a thread only once a request's head has come; whether there was one."""
+        accepted = self._acceptor.accept(listener)
+        if accepted is None:
             return False
-        self.nr_conns += 1
-        if self.nr_conns > self.cfg.worker_connections and (waiting := self._idle or self._heads):
-            self._drop(waiting.oldest())
-        sock = self._client_socket(sock)
-        self._await_request(Connection(self.cfg, sock, address, listener.getsockname(), self._background))
+        if len(self._connections) >= self.connections:
+            self._drop_oldest_idle()
+        try:
+            client = self._client_socket(accepted[0])
+            conn = Connection(client, accepted[1], listener.getsockname(), self._background)
+        except Exception:
+            log.exception("event=accept_failed")
+            accepted[0].close()
+            return True
+        self._connections.add(conn)
+        self._try(conn, self._await_request)
         return True
 
     def _client_socket(self, sock: socket.socket) -> ClientSocket:
         if self.tls is None:
-            return ClientSocket(sock, self.send_timeout, self.tpool)
-        return TlsSocket(self.tls, sock, self.send_timeout, self.tpool)
+            return ClientSocket(sock, self.send_timeout, self._threads)
+        return TlsSocket(self.tls, sock, self.send_timeout, self._threads)
+
+    def _drop_oldest_idle(self) -> None:
+        if (oldest := self._idle.oldest()) is not None:
+            self._drop(oldest)
+
+    # Collect
 
     def _await_request(self, conn: Connection) -> None:
         """Have the next request collected, of which there may be something."""
@@ -166,12 +232,14 @@ class Worker(ThreadWorker):
             self._ready.append(conn)
             return
         (self._heads if conn.has_begun else self._idle).add(conn)
-        self.poller.register(conn.sock, selectors.EVENT_READ, partial(self._collect, conn))
+        self._selector.register(conn.sock, selectors.EVENT_READ, partial(self._something_came, conn))
 
-    def _collect(self, conn: Connection, _: Any) -> None:
+    def _something_came(self, conn: Connection, _: Any) -> None:
+        if conn in self._idle or conn in self._heads:  # else it was dropped while the event was on its way
+            self._try(conn, self._collect)
+
+    def _collect(self, conn: Connection) -> None:
         """Something has come on a connection that waits."""
-        if conn not in self._idle and conn not in self._heads:
-            return  # it was dropped while the event was on its way
         if not conn.receive():
             self._drop_or_explain(conn)
         elif conn.has_head:
@@ -180,10 +248,10 @@ class Worker(ThreadWorker):
         elif len(conn.head) > LONGEST_HEAD:
             self._refuse(conn, 431)
         elif conn in self._idle and conn.has_begun:
-            self._idle.remove(conn)
+            self._idle.discard(conn)
             self._heads.add(conn)
         elif conn in self._heads and not conn.has_begun:  # it has shaken hands, and may take its time now
-            self._heads.remove(conn)
+            self._heads.discard(conn)
             self._idle.add(conn)
 
     def _drop_or_explain(self, conn: Connection) -> None:
@@ -193,14 +261,14 @@ class Worker(ThreadWorker):
             self._drop(conn)
 
     def _stop_waiting(self, conn: Connection) -> None:
-        self.poller.unregister(conn.sock)
-        self._idle.remove(conn)
-        self._heads.remove(conn)
+        self._selector.unregister(conn.sock)
+        self._idle.discard(conn)
+        self._heads.discard(conn)
 
     def _drop(self, conn: Connection) -> None:
         """Close a connection that waits."""
         self._stop_waiting(conn)
-        self.nr_conns -= 1
+        self._connections.discard(conn)
         conn.close()
 
     def _refuse(self, conn: Connection, status: int, text: str = "") -> None:
@@ -209,242 +277,96 @@ class Worker(ThreadWorker):
         answer = refusal(status, conn.client, text=text)
         with contextlib.suppress(OSError):  # also if there is no room: the main loop waits for nobody
             conn.sock.answer_now(answer)
-        self.nr_conns -= 1
-        conn.close(graceful=True)
+        self._linger(conn)
 
-    def wait_for_and_dispatch_events(self, timeout: float) -> None:
-        """As gunicorn's; then those requests get a thread for which there was one before.
+    # Dispatch
 
-        The others wait here, and not for a thread: each time that one is free, a new client is let in first.
-        A worker that stops does not keep its clients longer than it has to.
-        """
-        free = self._has_free_thread()
-        if free and self._ready:
-            timeout = 0.0
-        elif not self.alive and self._idle:
-            timeout = max(0.0, min(timeout, self._idle.oldest().timeout - time.monotonic()))
-        if self._lane.is_running:
-            timeout = min(timeout, LOOK_SECONDS)
-        super().wait_for_and_dispatch_events(timeout)
-        while free and self._ready:
-            self.enqueue_req(self._ready.popleft())
-            free = self._has_free_thread()
-        self._look_at_lane()
+    def _dispatch(self) -> None:
+        """Have threads answer requests that are there."""
+        while self._ready and self._has_free_thread():
+            conn = self._ready.popleft()
+            self._working.add(conn)
+            self._threads.submit(partial(self._fast_loop.serve, conn))
 
-    def _look_at_lane(self) -> None:
-        if self._lane.is_running and (now := time.monotonic()) >= self._look_at:
-            self._look_at = now + LOOK_SECONDS
-            self._lane.look()
+    def _hand_back(self, conn: Connection) -> None:
+        """On any thread: it is done with the connection."""
+        self._calls.put((conn, self._answered))
 
-    def murder_keepalived(self, force: bool = False) -> None:
-        """Close those that have been waited for in vain."""
-        now = float("inf") if force else time.monotonic()
-        for conn in self._idle.expired(now):
-            self._drop(conn)
-        for conn in self._heads.expired(now):
-            self._refuse(conn, 408)
-
-    def murder_pending(self) -> None:
-        """Drop those who are too slow, if there are too many of them."""
-        now = time.monotonic()
-        full = self.tpool.is_crowded or not self._has_room()
-        if full and now >= self._shed_at:
-            self._shed_at = now + 1
-            for sock in (*self.tpool.waited_for(), *(conn.sock for conn in self._sending)):
-                if sock.is_behind():
-                    sock.give_up()
-
-    def _cap_keepalive(self, deadline: float) -> None:
-        """The worker stops: who has come is served, who comes is not left waiting for as long as that takes.
-
-        A port that nobody holds open any more refuses them, and a balancer asks another server at once.
-        """
-        for listener in self.sockets:
-            while self.accept(listener):
-                pass
-            listener.close()
-        self._idle.shorten(deadline - time.monotonic())
-
-    # Requests, on threads
-
-    def enqueue_req(self, conn: Connection) -> None:
-        """Have a thread answer the request."""
-        self.tpool.submit(partial(self._answer, conn))
-
-    def _answer(self, conn: Connection) -> None:
-        self._handle(conn)
-        self._go_on(conn)
-
-    def _handle(self, conn: Connection) -> None:
-        """Answer the request that is there; then, the connection's ``keep`` says whether there may be a next one."""
-        conn.keep = False
-        slots.begin_request()
-        try:
-            conn.keep = self.handle(conn)
-        except BaseException:  # the thread goes on, and the connection must not be forgotten
-            self.log.exception("Error handling request")
-
-    def _go_on(self, conn: Connection | None) -> None:
-        """What a thread does when it has answered a connection's request.
-
-        A client in a hurry sends the next one as soon as it has the answer. If the last one was as quick, the lane
-        spares it the way over the main loop; else this thread waits for it, while there are threads enough.
-
-        :param conn: None: the requests were those of the lane, and there are no more.
-        """
-        while conn is not None and conn.keep and self.alive and conn.sock.rest is None:
-            conn.take_unread()
-            if not (slots.may_have_blocked() or conn.has_more) and self._lane.has_room:
-                conn = self._run_lane() if self._lane.join(conn) else None
-            elif self._next_has_come(conn):
-                self._handle(conn)
-            else:
-                break
-        if conn is not None:
-            self.method_queue.defer(self._answered, conn)
-
-    def _run_lane(self) -> Connection | None:
-        self.method_queue.defer(_nothing)  # the main loop is to look from now on
-        return self._lane.run()
-
-    def _have_lane_run(self) -> None:
-        self.tpool.submit(lambda: self._go_on(self._run_lane()))
-
-    def _answer_in_turn(self, conn: Connection) -> bool:
-        """In the lane: something has come; whether the connection may stay there."""
-        conn.keep = conn.receive()
-        if not conn.keep or not conn.has_begun:
-            return conn.keep
-        if not conn.has_head:
-            return False
-        self._handle(conn)
-        conn.take_unread()
-        return conn.keep and self.alive and not conn.has_more
-
-    def _next_has_come(self, conn: Connection) -> bool:
-        """Whether this thread may as well answer the next request, which spares the way over the main loop.
-
-        Else those come first who have waited for a thread, and not who sends one request after the other.
-        """
-        if not self.tpool.has_plenty:
-            return False
-        if not conn.has_begun and conn.sock.is_ready(select.POLLIN, STAY_SECONDS):
-            conn.keep = conn.receive()
-        return conn.keep and conn.has_begun and conn.has_head
+    def _heed_calls(self, _: Any) -> None:
+        for conn, step in self._calls.take():
+            self._try(conn, step)
 
     def _answered(self, conn: Connection) -> None:
-        """On the main loop: a request's thread is done with it."""
+        """A thread is done with the connection's request."""
+        self._working.discard(conn)
         if conn.sock.rest is not None:
             self._sending.add(conn)
-            done = partial(self.method_queue.defer, self._sent, conn)
-            self._background.add(Sending(conn.sock, self.send_timeout, done))
-        elif conn.keep:
-            conn.take_unread()
-            self._await_request(conn)
+            self._background.add(Sending(conn.sock, self.send_timeout, conn.request_id, partial(self._sent, conn)))
         else:
-            self.nr_conns -= 1
-            conn.close(graceful=True)
+            self._go_on(conn)
 
     def _sent(self, conn: Connection, complete: bool) -> None:
-        """On the main loop: the rest of a response has gone out, or never will."""
-        self._sending.discard(conn)
+        """On the background's thread: the rest of a response has gone out, or never will."""
         conn.keep = conn.keep and complete
-        self._answered(conn)
+        self._calls.put((conn, self._end_sending))
 
-    def handle_request(self, req: Any, conn: Any) -> bool:
-        """Answer a request, on a thread of the pool; whether there may be another one on the connection.
+    def _end_sending(self, conn: Connection) -> None:
+        self._sending.discard(conn)
+        self._go_on(conn)
 
-        As gunicorn's, but with our response, and without hooks and log lines that nobody here wants.
-        """
-        connection = WorkerConnection(req, conn.sock, req._expected_100_continue)
-        req._expected_100_continue = False
-        response, environ = conn.environs.make(req, conn, Response)
-        environ[CONNECTION] = connection
-        if conn.sock.is_secure:
-            environ["wsgi.url_scheme"] = "https"
-        if not self.alive or not self.cfg.keepalive:
-            response.force_close()
-        try:
-            self._respond(response, self.wsgi(environ, response.start_response))
-        except OSError:
-            raise
-        except Exception:
-            if response.headers_sent:
-                self.log.exception("Error handling request")
-                return False  # too late for an error's status
-            raise
-        return not response.should_close()
+    def _go_on(self, conn: Connection) -> None:
+        if conn.keep:
+            self._await_request(conn)
+        else:
+            self._linger(conn)
 
-    @staticmethod
-    def _respond(response: Response, body: Any) -> None:
-        try:
-            if isinstance(body, wsgi.FileWrapper):
-                response.write_file(body)
-            else:
-                for data in body:
-                    response.write(data)
-            response.close()
-        finally:
-            if hasattr(body, "close"):
-                body.close()
+    def _linger(self, conn: Connection) -> None:
+        """Close a connection so that its client gets all that was sent to it."""
+        self._lingering.add(conn)
+        if not conn.linger(closed=lambda: self._calls.put((conn, self._forget))):
+            self._forget(conn)
 
-    def _keepalive_after(self, conn: Any, keepalive: bool) -> bool:
-        """Whether the connection can be reused; gunicorn would look for the rest of a body that there was none of."""
-        body = conn.parser.mesg.body.reader
-        if keepalive and isinstance(body, LengthReader) and body.length == 0:
-            conn.parser.mesg = None  # nor is it looked for before the next request
-            return True
-        return bool(super()._keepalive_after(conn, keepalive))
+    def _forget(self, conn: Connection) -> None:
+        self._lingering.discard(conn)
+        self._connections.discard(conn)
 
-    def handle_error(self, req: Any, client: Any, addr: Any, exc: BaseException) -> None:
-        """Answer what never became a request; the connection is closed then."""
-        status = next((found for kind, found in _STATUSES.items() if isinstance(exc, kind)), None)
-        if status is None:
-            super().handle_error(req, client, addr, exc)
+    # Expire, shed
+
+    def _expire(self, now: float) -> None:
+        """Close those that have been waited for in vain."""
+        for conn in self._idle.expired(now):
+            self._try(conn, self._drop)
+        for conn in self._heads.expired(now):
+            self._try(conn, partial(self._refuse, status=408))
+
+    def _shed(self, now: float) -> None:
+        """Drop clients that are too slow, if there are too many of them."""
+        if now < self._shed_at or not (self._threads.is_crowded or not self._has_room(now)):
             return
+        self._shed_at = now + 1
+        for sock in (*self._threads.waited_for(), *(conn.sock for conn in self._sending)):
+            if sock.is_behind():
+                sock.give_up()
+
+    # Failures
+
+    def _try(self, conn: Connection, step: Step) -> None:
+        """Do something for a connection; should that fail, it costs the connection and nothing else."""
+        try:
+            step(conn)
+        except Exception:
+            log.exception(logfmt.line(event="connection_failed", request_id=conn.request_id or None))
+            self._abandon(conn)
+
+    def _abandon(self, conn: Connection) -> None:
+        with contextlib.suppress(KeyError, ValueError, OSError):
+            self._selector.unregister(conn.sock)
+        for waiting in (self._idle, self._heads, self._working, self._sending, self._lingering, self._connections):
+            waiting.discard(conn)
+        with contextlib.suppress(ValueError):
+            self._ready.remove(conn)
         with contextlib.suppress(OSError):
-            # The class says enough; the message quotes the client, maybe a header with a token in it.
-            client.sendall(refusal(status, addr, type(exc).__name__))
-
-
-class _Settings:
-    """gunicorn's settings, of which it looks up many for each request. In a worker they do not change any more."""
-
-    def __init__(self, settings: Any):
-        self._settings = settings
-
-    def __getattr__(self, name: str) -> Any:
-        value = self.__dict__[name] = getattr(self._settings, name)
-        return value
-
-
-class _MethodQueue(PollableMethodQueue):
-    """What threads want to be done by the main loop, and how they wake it.
-
-    It stays open at the end of the loop: threads whose requests were given up may yet call, and would write into
-    whatever file has got the pipe's number by then.
-    """
-
-    def close(self) -> None:
-        """Nothing; the process ends."""
-
-
-def refusal(status: int, address: Any, reason: str = "IncompleteHead", text: str = "") -> bytes:
-    """The answer to what never became a request; it is logged.
-
-    :param address: the client's, as of ``accept``.
-    :param reason: for the log: the class of what is wrong.
-    :param text: what the answer says; empty: what is usual for the status.
-    """
-    title, usual = _REFUSALS[status]
-    text = text or usual
-    request_id, body = new_request_id(), f"{text}\n"
-    head = (
-        f"HTTP/1.1 {status} {title}\r\nConnection: close\r\nContent-Type: text/plain; charset=utf-8\r\n"
-        f"Content-Length: {len(body)}\r\nX-Content-Type-Options: nosniff\r\nX-Request-ID: {request_id}\r\n\r\n"
-    )
-    logs.log_refusal(address[0] if address else "", status, len(body), request_id, f"{text}: {reason}")
-    return (head + body).encode()
+            conn.sock.close()
 
 
 def hold_signals() -> None:
@@ -455,17 +377,3 @@ def hold_signals() -> None:
 def release_signals() -> None:
     """Deliver what has waited."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
-
-
-def stop_workers(stop: Callable[[bool], None], graceful: bool = True) -> None:
-    """Stop the workers, as gunicorn does; the server may be ending because one of them could not start.
-
-    Then most often the next one could not either, and gunicorn, which reaps it here, would end with a traceback.
-    """
-    while True:
-        with contextlib.suppress(HaltServer):
-            return stop(graceful)
-
-
-def _nothing() -> None:
-    """Only to wake the main loop."""

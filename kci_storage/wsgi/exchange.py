@@ -19,6 +19,7 @@ from kci_storage.errors import ClientDisconnected, StorageError, meaning
 from kci_storage.net.bodies import SentFile, SentSegments, cut_short
 
 EXCHANGE = "kci_storage.exchange"  # the environ's key for it
+REQUEST_ID = "kci_storage.request_id"  # the environ's key for the request's ID, also when the exchange is over
 CONNECTION = "kci_storage.connection"  # the environ's key for what the worker lets us do to the connection
 FIRST_READ_SIZE = 1024  # bytes of a chunked body; gunicorn waits for all, and these say what may be refused
 SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:+/=-]{1,128}")
@@ -47,7 +48,7 @@ class Exchange:
         self.environ = environ
         self.started = time.time()
         self.begun = time.monotonic()  # in seconds
-        self.request_id = _request_id(environ.get("HTTP_X_REQUEST_ID"))
+        self.request_id = environ[REQUEST_ID] = _request_id(environ.get("HTTP_X_REQUEST_ID"))
         self.body = RequestBody(environ)
         self.status = 0
         self.promised = 0  # body bytes, by Content-Length

@@ -61,6 +61,7 @@ def test_the_defaults_are_the_contracts():
         "bind": "127.0.0.1:3000",
         "workers": 0,
         "threads": 64,
+        "connections": 0,
         "max_upload_bytes": 10737418240,
         "lock_timeout": 30,
         "trusted_proxies": 0,
@@ -101,6 +102,7 @@ def test_every_key_can_be_set(write, tmp_path):
             bind = "[::1]:8080"
             workers = 3
             threads = 8
+            connections = 1000
             max_upload_bytes = 1
             lock_timeout = 0.5
             trusted_proxies = 2
@@ -399,6 +401,10 @@ def test_impossible_binds(write, bind):
         # bounds
         (f"{LOCAL}[server]\nworkers = -1", "server.workers: expected a whole number from 0 to 1024, got -1"),
         (f"{LOCAL}[server]\nthreads = 0", "server.threads: expected a whole number from 1 to 10000, got 0"),
+        (
+            f"{LOCAL}[server]\nconnections = -1",
+            "server.connections: expected a whole number from 0 to 1000000, got -1",
+        ),
         (
             f"{LOCAL}[server]\nmax_upload_bytes = 0",
             "server.max_upload_bytes: expected a whole number of bytes from 1",

@@ -24,13 +24,12 @@ TURNS = 3
 SETTINGS = """
 import pathlib, threading, time
 import kci_storage.net.fast_loop
-import kci_storage.server.worker
-from kci_storage.server.settings import *
-from kci_storage.server.settings import post_worker_init as begin
+from kci_storage.server.hooks import *
+from kci_storage.server.hooks import post_worker_init as begin
 
 folder = pathlib.Path({folder!r})
-kci_storage.server.worker.LOOK_SECONDS = {look_seconds}
-kci_storage.server.worker.STAY_SECONDS = kci_storage.net.fast_loop.STAY_SECONDS = 1
+kci_storage.net.fast_loop.LOOK_SECONDS = {look_seconds}
+kci_storage.net.fast_loop.WAIT_SECONDS = kci_storage.net.fast_loop.STAY_SECONDS = 1
 
 def post_worker_init(worker):
     begin(worker)

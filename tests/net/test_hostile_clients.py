@@ -322,7 +322,7 @@ def test_a_head_without_an_end_is_refused(scene: Scene):
 
 def test_who_has_waited_longest_makes_room(start_server: Callable[..., Server]):
     """More connections than a worker may have: those that wait for nothing are closed, the oldest first."""
-    server = start_server(server={"workers": 1, "threads": 2}, arguments=["--worker-connections", "8"])
+    server = start_server(server={"workers": 1, "threads": 2, "connections": 8})
     put(server, "a", b"content")
     with ExitStack() as stack:
         wires = [stack.enter_context(Wire(server)) for _ in range(20)]

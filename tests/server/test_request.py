@@ -1,4 +1,4 @@
-"""A request's environ is gunicorn's, also from a connection's second request on (kci_storage/server/request.py)."""
+"""A request's environ is as gunicorn would have it, also from a connection's second request on."""
 
 from __future__ import annotations
 
@@ -8,62 +8,138 @@ from typing import Any
 import pytest
 from gunicorn.config import Config
 from gunicorn.http import wsgi
-from gunicorn.http.parser import RequestParser
+from gunicorn.http.message import Request
 
-from kci_storage.server.request import Environs, Request
-from kci_storage.server.response import Response
+from kci_storage.net.connection import Connection
+from kci_storage.net.received import ChunkedBody, LengthBody, Received
+from kci_storage.server.gunicorn_parts import MalformedRequest, ParsedRequest, RequestSettings, parse
+from kci_storage.server.request import MOUNT_VARIABLE, make_environ, wants_to_stay
 
 ADDRESS = "192.0.2.1", 12345
 SERVER = "127.0.0.1", 3000
-ONE_EACH = {"wsgi.errors", "wsgi.input", "wsgi.multithread"}  # each request's own, and what the worker says
-UNUSED = {"gunicorn.socket", "wsgi.early_hints"}  # what nothing here asks for
+# Each request's own, what the worker says, and what nothing here asks for.
+LEFT_OUT = {
+    "wsgi.errors", "wsgi.input", "wsgi.multithread", "wsgi.multiprocess", "wsgi.file_wrapper", "SERVER_SOFTWARE",
+    "gunicorn.socket", "wsgi.early_hints",
+}  # fmt: skip
+HEADS = {
+    "plain": b"GET / HTTP/1.1\r\nHost: storage\r\n\r\n",
+    "escaped": b"GET /a%20b/%E6%96%87%2F?x=%20&y HTTP/1.1\r\nHost: storage:80\r\nUser-Agent: curl\r\n\r\n",
+    "doubled": b"GET //a//b HTTP/1.1\r\nHost: storage\r\n\r\n",
+    "old": b"HEAD /a?b#c HTTP/1.0\r\n\r\n",
+    "repeated": b"GET http://other/a HTTP/1.1\r\nHost: other\r\nX-A: 1\r\nX-B: \r\nX-A: 2\r\nX-A:3\r\n\r\n",
+    "body": b"PUT /a HTTP/1.1\r\nHost: storage\r\nContent-Type: text/plain\r\nContent-Length: 0\r\n\r\n",
+    "latin": b"GET /a HTTP/1.1\r\nHost: storage\r\nX-E: \xe9\r\n\r\n",
+    "any": b"OPTIONS * HTTP/1.1\r\nHost: storage\r\n\r\n",
+}
 
 
-def connection(address: Any = ADDRESS, server: Any = SERVER) -> SimpleNamespace:
-    return SimpleNamespace(client=address, server=server, cfg=Config(), sock=None)
+def connection(address: Any = ADDRESS, server: Any = SERVER) -> Connection:
+    sock: Any = SimpleNamespace(is_secure=False)
+    background: Any = None
+    return Connection(sock, address, server, background)
 
 
-def parsed(head: bytes, conn: SimpleNamespace) -> Request:
-    parser = RequestParser(conn.cfg, iter([head]), conn.client)
-    parser.mesg_class = Request
-    request: Request = next(parser)
-    return request
+def received(data: bytes) -> Received:
+    sock: Any = SimpleNamespace(recv=lambda size: b"", recv_into=lambda buffer: 0)
+    return Received(sock, data)
 
 
-def gunicorns(head: bytes, conn: SimpleNamespace) -> dict[str, Any]:
-    _, environ = wsgi.create(parsed(head, conn), None, conn.client, conn.server, conn.cfg)
-    return without(environ, ONE_EACH | UNUSED)
+def parsed(head: bytes) -> ParsedRequest:
+    return parse(RequestSettings(Config()), received(head))
 
 
-def without(environ: dict[str, Any], names: set[str]) -> dict[str, Any]:
-    return {name: value for name, value in environ.items() if name not in names}
+def gunicorns(head: bytes, conn: Connection) -> dict[str, Any]:
+    request = Request(Config(), received(head), conn.client)
+    return without(wsgi.create(request, None, conn.client, conn.server, Config())[1])
+
+
+def without(environ: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in environ.items() if name not in LEFT_OUT}
 
 
 @pytest.mark.parametrize("server", [SERVER, "/run/socket"], ids=["tcp", "unix"])
-@pytest.mark.parametrize(
-    "head",
-    [
-        b"GET / HTTP/1.1\r\nHost: storage\r\n\r\n",
-        b"GET /a%20b/%E6%96%87%2F?x=%20&y HTTP/1.1\r\nHost: storage:80\r\nUser-Agent: curl\r\n\r\n",
-        b"HEAD /a?b#c HTTP/1.0\r\n\r\n",
-        b"GET http://other/a HTTP/1.1\r\nHost: other\r\nX-A: 1\r\nX-B: \r\nX-A: 2\r\nX-A:3\r\n\r\n",
-        b"PUT /a HTTP/1.1\r\nHost: storage\r\nContent-Type: text/plain\r\nContent-Length: 0\r\n\r\n",
-        b"GET /a HTTP/1.1\r\nHost: storage\r\nX-E: \xe9\r\n\r\n",
-    ],
-    ids=["plain", "escaped", "old", "repeated", "body", "latin"],
-)
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
 def test_each_environ_is_gunicorns(head: bytes, server: Any):
     conn = connection(server=server)
-    environs = Environs()
-    environs.make(parsed(b"POST /first HTTP/1.1\r\nHost: first\r\nX-First: 1\r\n\r\n", conn), conn, Response)
+    make_environ(conn, parsed(b"POST /first HTTP/1.1\r\nHost: first\r\nX-First: 1\r\n\r\n"))
     expected = gunicorns(head, conn)
+    if server != SERVER and b"Host" not in head:
+        expected["SERVER_NAME"], expected["SERVER_PORT"] = "", "80"  # gunicorn says the socket's path
     for _ in range(2):
-        _, environ = environs.make(parsed(head, conn), conn, Response)
-        assert without(environ, ONE_EACH | UNUSED) == expected
+        assert without(make_environ(conn, parsed(head))) == expected
 
 
+def test_an_absolute_target_without_a_path_is_the_root():
+    assert make_environ(connection(), parsed(b"GET http://storage HTTP/1.1\r\n\r\n"))["PATH_INFO"] == "/"
+
+
+def test_an_application_may_be_mounted_below_a_path(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(MOUNT_VARIABLE, "/files")
+    head = b"GET /files/a%20b HTTP/1.1\r\nHost: storage\r\n\r\n"
+    environ = make_environ(connection(), parsed(head))
+    assert without(environ) == gunicorns(head, connection())
+    with pytest.raises(MalformedRequest):
+        make_environ(connection(), parsed(b"GET /a HTTP/1.1\r\n\r\n"))
+
+
+@pytest.mark.parametrize(
+    "header", ["X-Forwarded-Proto: https", "X-Forwarded-Ssl: on", "Script_Name: /a", "Path_Info: /a"]
+)
 @pytest.mark.parametrize("address", [ADDRESS, ""], ids=["tcp", "unix"])
-def test_nobody_is_believed_by_gunicorn(address: Any):
+def test_no_proxy_is_believed_here(address: Any, header: str):
     """Not a neighbour on a Unix socket either, whom gunicorn itself believes."""
-    head = b"GET / HTTP/1.1\r\nHost: storage\r\nX-Forwarded-Proto: https\r\nX-Forwarded-Ssl: on\r\n\r\n"
-    assert parsed(head, connection(address)).scheme == "http"
+    environ = make_environ(connection(address), parsed(f"GET /x HTTP/1.1\r\n{header}\r\n\r\n".encode()))
+    assert (environ["wsgi.url_scheme"], environ["SCRIPT_NAME"], environ["PATH_INFO"]) == ("http", "", "/x")
+
+
+@pytest.mark.parametrize(
+    ("method", "version", "header", "stays"),
+    [
+        ("GET", (1, 1), "", True),
+        ("GET", (1, 1), "close", False),
+        ("GET", (1, 1), "TE, Close", False),
+        ("GET", (1, 1), "keep-alive", True),
+        ("GET", (1, 0), "", False),
+        ("GET", (1, 0), "Keep-Alive", True),
+        ("GET", (1, 0), "keep-alive, close", False),
+        ("CONNECT", (1, 1), "keep-alive", False),
+    ],
+)
+def test_who_stays(method: str, version: tuple[int, int], header: str, stays: bool):
+    body: Any = None
+    assert wants_to_stay(ParsedRequest(method, "/", version, [], body), header) is stays
+
+
+# Bodies
+
+
+def chunked(data: bytes) -> tuple[ChunkedBody, Received]:
+    source = received(b"PUT / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n" + data)
+    return ChunkedBody(parse(RequestSettings(Config()), source).body), source
+
+
+def test_a_body_of_known_length_ends_where_the_next_request_begins():
+    source = received(b"0123456789GET /")
+    body = LengthBody(source, 10)
+    assert (body.read(4), body.is_read) == (b"0123", False)
+    buffer = bytearray(20)
+    assert (body.readinto(buffer), buffer[:6], body.is_read) == (6, b"456789", True)
+    assert (body.read(), body.readinto(buffer), source.take()) == (b"", 0, b"GET /")
+
+
+def test_a_body_that_is_cut_short_is_not_read_to_its_end():
+    body = LengthBody(received(b"0123"), 10)
+    assert (body.read(), body.is_read, body.readinto(bytearray(9)), body.is_read) == (b"0123", False, 0, False)
+
+
+def test_a_chunked_body_ends_where_the_next_request_begins():
+    body, source = chunked(b"4\r\n0123\r\n2\r\n45\r\n0\r\n\r\nGET /")
+    assert (body.read(6), body.is_read) == (b"012345", False)
+    assert (body.read(1), body.is_read, source.take()) == (b"", True, b"GET /")
+
+
+def test_lines_can_be_read_of_a_body():
+    """As the bodies of other WSGI servers can (PEP 3333)."""
+    for body in (LengthBody(received(b"a\nbc\nd"), 6), chunked(b"6\r\na\nbc\nd\r\n0\r\n\r\n")[0]):
+        assert (body.readline(), list(body), body.is_read) == (b"a\n", [b"bc\n", b"d"], True)

@@ -18,7 +18,7 @@ from tests.support.wire import SECONDS, Wire, new_folder, request, wait_until_ti
 # gunicorn's settings as they are, but a worker that is forked later waits before it does anything.
 SETTINGS = """
 import pathlib, time
-from kci_storage.server.settings import *
+from kci_storage.server.hooks import *
 
 folder = pathlib.Path({folder!r})
 
