@@ -51,6 +51,8 @@ def serve(arguments: argparse.Namespace) -> NoReturn:
     """Become gunicorn, which reads the same configuration again in :mod:`kci_storage.server.hooks`."""
     config = preflight.usable(arguments.config)
     os.environ[CONFIG_VARIABLE] = str(config.path)
+    # At SIGUSR2 gunicorn starts anew as a script in its own folder, whose `http` would hide Python's.
+    os.environ["PYTHONSAFEPATH"] = "1"
     name, *options, application = GUNICORN
     os.execv(sys.executable, [sys.executable, "-m", name, *options, *arguments.passed_on, application])
 

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import platform
-import struct
+import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,12 +20,11 @@ import psutil
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
-from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_flask_exporter import PrometheusMetrics
 
 from kci_storage.errors import TABLE, WriteConflict, label
+from kci_storage.monitoring import multiprocess
 from kci_storage.monitoring.machine import gauge, machine_metrics, mounts
-from kci_storage.monitoring.multiprocess import DIRECTORY_VARIABLE
 
 if TYPE_CHECKING:
     from kci_storage.cache.directory import Cache
@@ -34,8 +32,10 @@ if TYPE_CHECKING:
     from kci_storage.wsgi.exchange import Exchange
 
 
+_VERSION = re.compile(r"[0-9]{1,3}(\.[0-9]{1,3}){2}", re.ASCII)  # of a format
+
 METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS")
-STARTING_SECONDS = 1  # a worker takes microseconds to fill a file that it has made
+SCRAPE_TRIES = 3  # while files vanish
 CHALLENGES = ("shown", "solved", "passed", "slowed")
 RULES = ("useragent", "subnet", "rate", "concurrency")
 DURATIONS = (0.005, 0.02, 0.1, 0.5, 2, 10, 60, 300, 1800)  # seconds; a root file system on a slow link takes minutes
@@ -208,17 +208,13 @@ class Metrics:
         """The metrics of all workers and of the machine, and their content type."""
         registry = CollectorRegistry()
         registry.register(self)  # type: ignore[arg-type]
-        if DIRECTORY_VARIABLE in os.environ:
-            MultiProcessCollector(registry)
-        encode, content_type = choose_encoder(accept or "")
-        deadline = time.monotonic() + STARTING_SECONDS
-        while True:
-            try:
+        registry.register(multiprocess.Counted())  # type: ignore[arg-type]
+        encode, content_type = _encoder(accept or "")
+        for _ in range(SCRAPE_TRIES - 1):
+            multiprocess.settle()
+            with contextlib.suppress(FileNotFoundError):
                 return encode(registry), content_type
-            except struct.error:  # a worker that is starting has made one of its files, and not yet filled it
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.01)
+        return encode(registry), content_type
 
     def collect(self) -> Iterator[Metric]:
         """What is looked up at a scrape; prometheus_client calls it."""
@@ -241,6 +237,25 @@ class Metrics:
             total.add_metric([host, device, mount], space.total)
         yield free
         yield total
+
+
+def _encoder(accept: str) -> tuple[Callable[[CollectorRegistry], bytes], str]:
+    """What the header ``Accept`` asks for: how to write a page, and its content type.
+
+    A member that makes no sense is passed over, as if it were not there.
+    """
+    known = (member for member in accept.split(",") if _is_sensible(member))
+    return choose_encoder(",".join(known))
+
+
+def _is_sensible(member: str) -> bool:
+    """Whether each version that a member of ``Accept`` names is one.
+
+    >>> _is_sensible("text/plain; version=1.0.0; q=0.5"), _is_sensible("text/plain;version=x;version=1.0.0")
+    (True, False)
+    """
+    parameters = (parameter.partition("=") for parameter in member.split(";")[1:])
+    return all(_VERSION.fullmatch(text.strip()) for name, _, text in parameters if name.strip() == "version")
 
 
 @contextlib.contextmanager

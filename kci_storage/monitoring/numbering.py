@@ -33,9 +33,6 @@ class Numbers:
         self._taken.remove(number)
 
 
-own: str | None = None  # in a worker: its master's process id and its number
-
-
 def name(master: int, number: int) -> str:
     """What no other process of the machine is called that lives, also of a server that has replaced its master.
 

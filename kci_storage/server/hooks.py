@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import resource
-import shutil
 import sys
 from typing import Any, NoReturn
 
@@ -17,7 +16,7 @@ from kci_storage import logfmt
 from kci_storage.access.tokens import MIN_SECRET_BYTES, is_weak
 from kci_storage.config.reading import wants_debug
 from kci_storage.config.settings import Config, ConfigError
-from kci_storage.monitoring import logs, numbering
+from kci_storage.monitoring import logs, multiprocess, numbering
 from kci_storage.net import tls
 from kci_storage.server import gunicorn_parts, gunicorn_settings, metrics_folder, preflight, settings
 from kci_storage.server import reload as _reload  # gunicorn has a setting of that name
@@ -56,8 +55,10 @@ def on_starting(server: Any) -> None:
     in_force, defaults = gunicorn_parts.settings_of(server), gunicorn_parts.default_settings()
     if reason := gunicorn_settings.refusal(in_force, defaults, _settings):
         _refuse(reason)
-    # Only here, as its name is this process's, which a server in the background has had only now.
-    os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", metrics_folder.make())
+    try:
+        _master.metrics = metrics_folder.choose()  # named after this process, which is another one in the background
+    except ConfigError as exc:
+        _refuse(exc)
     gunicorn_parts.replace_reload(server, _master.reload)  # gunicorn's own does not look whether all is valid
     gunicorn_parts.stop_despite_failures(server)
     if any(is_weak(secret) for secret in _config.secrets):
@@ -110,13 +111,14 @@ def pre_fork(server: Any, worker: Any) -> None:
 def post_fork(server: Any, worker: Any) -> None:
     """In the worker, first of all."""
     _master.ledger.take(worker.number)
-    numbering.own = worker.name
+    multiprocess.begin(_master.metrics.path, worker.name)
 
 
 def post_worker_init(worker: Any) -> None:
     """The application is there: start what runs beside requests."""
     worker.services = worker.application.extensions["kci_storage"]
     worker.services.start()
+    multiprocess.keep()
 
 
 def worker_exit(server: Any, worker: Any) -> None:
@@ -137,13 +139,11 @@ def worker_exit(server: Any, worker: Any) -> None:
 
 def child_exit(server: Any, worker: Any) -> None:
     """A worker is gone: its gauges with it, and what its clients had. Its counters go to the next of its number."""
-    from kci_storage.monitoring import multiprocess  # only now, since PROMETHEUS_MULTIPROC_DIR must be set before
-
-    multiprocess.forget_worker(worker.name)
+    multiprocess.forget_worker(_master.metrics.path, worker.name)
     _master.ledger.release(worker.number)
     _master.numbers.give_back(worker.number)
 
 
 def on_exit(server: Any) -> None:
     """The master ends: its counters with it."""
-    shutil.rmtree(os.environ["PROMETHEUS_MULTIPROC_DIR"], ignore_errors=True)
+    _master.metrics.remove()

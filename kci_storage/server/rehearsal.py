@@ -25,11 +25,8 @@ def rehearse(config: Config) -> None:
     :raises ConfigError: that fails.
     """
     command = [sys.executable, "-m", "kci_storage.server.rehearsal", str(config.path)]
-    environ = {name: value for name, value in os.environ.items() if name != "PROMETHEUS_MULTIPROC_DIR"}
     try:
-        done = subprocess.run(
-            command, env=environ, capture_output=True, text=True, timeout=REHEARSAL_SECONDS, check=False
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=REHEARSAL_SECONDS, check=False)
     except subprocess.TimeoutExpired:
         raise ConfigError(f"{config.path}: the server does not start with it in {REHEARSAL_SECONDS:g} s") from None
     if done.returncode == os.EX_CONFIG:

@@ -25,6 +25,7 @@ from kci_storage.access.limits import Ledger
 from kci_storage.config.settings import RELOADABLE, SECTIONS, Config, ConfigError
 from kci_storage.monitoring.numbering import Numbers
 from kci_storage.server import preflight, rehearsal
+from kci_storage.server.metrics_folder import MetricsFolder
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +57,7 @@ class Master:
         self.config = config  # the last one that was valid
         self.numbers = Numbers()
         self.ledger = Ledger(rows=2 * config.server.worker_count + 8)  # old workers may end while new ones serve
+        self.metrics: MetricsFolder  # of the workers' counters; chosen when the server is about to listen
         self.edition = 0  # how often the configuration had changed when this one was read
         self._latest_edition = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("Q")  # which all processes see
 
