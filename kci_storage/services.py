@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from kci_storage import drivers
 from kci_storage.access.limits import Ledger
@@ -23,13 +23,12 @@ from kci_storage.config.settings import Config, ConfigError
 from kci_storage.drivers.base import Driver, LocalObjects, Sweepable
 from kci_storage.drivers.guard import GuardedDriver, GuardedFiles
 from kci_storage.fills.fills import Fills
+from kci_storage.monitoring.measured_driver import MeasuredDriver
+from kci_storage.monitoring.metrics import Metrics
 from kci_storage.store.negative_cache import Misses
 from kci_storage.store.objects import Objects
 from kci_storage.store.uploads import Uploads
 from kci_storage.wsgi.responder import Responder
-
-if TYPE_CHECKING:
-    from kci_storage.monitoring.metrics import Metrics
 
 
 class Follower(Protocol):
@@ -115,11 +114,6 @@ def build_services(config: Config, ledger: Ledger | None = None) -> Services:
 
     :param ledger: where clients are counted; None: for this process alone.
     """
-    # Only in a worker: prometheus_client looks for PROMETHEUS_MULTIPROC_DIR once, when it is imported. The master
-    # imports this module before it sets that variable.
-    from kci_storage.monitoring.measured_driver import MeasuredDriver
-    from kci_storage.monitoring.metrics import Metrics
-
     driver = drivers.load(config.driver).from_config(config)
     local = GuardedFiles(driver) if isinstance(driver, LocalObjects) else None
     cache = open_cache(config)
