@@ -27,6 +27,7 @@ from tests.support.wire import (
     SECONDS,
     Wire,
     access,
+    exchange,
     form,
     get,
     new_folder,
@@ -152,6 +153,40 @@ def test_openmetrics_for_those_who_prefer_it(server: Server):
     names = {family.name for family in parse_openmetrics(response.text)}
     assert {"storage_free_space", "kci_storage_uploads"} <= names
     assert page(server).headers["Content-Type"].startswith("text/plain; version=")
+
+
+NONSENSE = (
+    "application/openmetrics-text; version=x",
+    "application/openmetrics-text;version=1.x.0",
+    "application/openmetrics-text; version=",
+    'application/openmetrics-text; version="1.0.0"',
+    "application/openmetrics-text; version=0.0.1; version=y",
+    f"application/openmetrics-text; version={'9' * 5000}.0.0",
+    "application/openmetrics-text; version=\u00b2.0.0",
+    "text/plain; version=x; escaping=y",
+    "text/plain; version=1.0.0.",
+    "; ; version=x, ,;;",
+    "\xff\xfe",
+    "*/*; version",
+    "application/openmetrics-text; version=x, application/openmetrics-text; version=y",
+    "",
+)
+
+
+@pytest.mark.parametrize("accept", NONSENSE, ids=lambda accept: repr(accept[:60]))
+def test_an_accept_that_makes_no_sense_gets_the_default_format(local_server: Server, accept: str):
+    answer = exchange(local_server, request("GET", "/metrics").replace(b"\r\n\r\n", accept_field(accept)))
+    assert (answer.status, answer.headers["Content-Type"][:20]) == (200, "text/plain; version=")
+    assert list(text_string_to_metric_families(answer.body.decode()))
+
+
+def accept_field(value: str) -> bytes:
+    return b"\r\nAccept: " + value.encode("latin-1") + b"\r\n\r\n"
+
+
+def test_of_an_accept_that_makes_some_sense_the_rest_counts(local_server: Server):
+    accept = "application/openmetrics-text; version=x, application/openmetrics-text; version=1.0.0, text/plain"
+    assert page(local_server, Accept=accept).headers["Content-Type"].startswith("application/openmetrics-text")
 
 
 def test_the_disks(server: Server):
