@@ -8,7 +8,6 @@ Every setting is defined in one place, a field of a dataclass below: its name, t
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +29,7 @@ from kci_storage.config.checks import (
     is_service_url,
     is_subnet,
 )
+from kci_storage.config.cores import usable_cores
 
 _DAY = 86_400  # seconds
 _MOST_BYTES = 2**63 - 1  # what the system takes as a file's size
@@ -64,7 +64,7 @@ class ServerConfig:
     bind: str = _setting(
         "127.0.0.1:3000", "where to listen", expects="host:port, [v6]:port or unix:path", accepts=is_bind
     )
-    workers: int = _setting(0, "worker processes; 0: one per core", minimum=0, maximum=1024)
+    workers: int = _setting(0, "worker processes; 0: one per core that may be used", minimum=0, maximum=1024)
     threads: int = _setting(64, "threads per worker, each serves one request at a time", minimum=1, maximum=10_000)
     connections: int = _setting(
         0,
@@ -111,7 +111,7 @@ class ServerConfig:
     @property
     def worker_count(self) -> int:
         """How many worker processes there are."""
-        return self.workers or os.cpu_count() or 1
+        return self.workers or usable_cores()
 
 
 @dataclass(frozen=True, slots=True)
