@@ -49,8 +49,8 @@ class Ledger:
         counts = view[mmap.PAGESIZE + CELLS * RATE_BYTES :]
         self.full_at = view[mmap.PAGESIZE : mmap.PAGESIZE + CELLS * RATE_BYTES].cast("d")
         self._rows = [counts[row * size : (row + 1) * size].cast("I") for row in range(rows)]
-        self._users = [0] * rows  # the master's
         self._own = self._rows[0]
+        self._seen_by_all = True  # whether the own row is one of them
         self._lock = threading.Lock()  # between this process's threads; it is held for no longer than it takes to add
 
     # The master's
@@ -58,27 +58,21 @@ class Ledger:
     def assign(self, number: int) -> None:
         """The worker of that number is about to be forked: the row of that number will be its own.
 
-        If there are not so many, it has to share the last; then counts of the two may be lost, and nothing worse.
+        If there are not so many, it counts for itself: two that wrote one row would spoil each other's counts.
         """
-        row = self._row(number)
-        self._users[row] += 1
-        self._used[0] = max(self._used[0], row + 1)
+        self._used[0] = max(self._used[0], min(number + 1, len(self._rows)))
 
     def release(self, number: int) -> None:
         """That worker is gone, and with it all downloads that it had."""
-        row = self._row(number)
-        self._users[row] -= 1
-        if not self._users[row]:
-            self._rows[row][:] = memoryview(bytes(CELLS * COUNT_BYTES)).cast("I")
-
-    def _row(self, number: int) -> int:
-        return min(number, len(self._rows) - 1)
+        if number < len(self._rows):
+            self._rows[number][:] = _no_counts()
 
     # The worker's
 
     def take(self, number: int) -> None:
         """In a worker that was forked: count in its row from now on."""
-        self._own = self._rows[self._row(number)]
+        self._seen_by_all = number < len(self._rows)
+        self._own = self._rows[number] if self._seen_by_all else _no_counts()
         self._lock = threading.Lock()
 
     def cells(self, client: str) -> Cells:
@@ -95,11 +89,11 @@ class Ledger:
         self.may_be_busy[one] = 1
 
     def end(self, cells: Cells) -> None:
-        """Count it as ended."""
+        """Count it as ended. What does not count any more, since its row was cleared, is not taken off again."""
         own, (one, other) = self._own, cells
         with self._lock:
-            own[one] -= 1
-            own[other] -= 1
+            own[one] -= own[one] > 0
+            own[other] -= own[other] > 0
         self.may_be_busy[one] = 0
         if self._count(one):  # only now, so that one which begins meanwhile is not overlooked
             self.may_be_busy[one] = 1
@@ -110,11 +104,16 @@ class Ledger:
         return self._count(one) > limit and self._count(other) > limit
 
     def _count(self, cell: int) -> int:
-        count, row, rows = 0, 0, self._used[0] or 1
+        count, row, rows = 0 if self._seen_by_all else self._own[cell], 0, self._used[0] or 1
         while row < rows:
             count += self._rows[row][cell]
             row += 1
         return count
+
+
+def _no_counts() -> memoryview:
+    """A row in which there is nothing."""
+    return memoryview(bytearray(CELLS * COUNT_BYTES)).cast("I")
 
 
 class Downloads:

@@ -526,13 +526,59 @@ def test_rows_of_dead_workers_are_used_again() -> None:
     assert not ledger.has_more_than((1, 2), 0)
 
 
-def test_workers_for_whom_there_is_no_row_share_the_last() -> None:
+def test_a_worker_for_which_there_is_no_row_counts_for_itself() -> None:
+    """Two that wrote one row would lose counts: of some that have ended, or, below zero, of some that are there."""
     ledger = Ledger(rows=2)
     for worker in (1, 2):
         ledger.assign(worker)
         ledger.take(worker)
         ledger.begin((1, 2))
-    ledger.release(1)
-    assert ledger.has_more_than((1, 2), 1)
+    assert ledger.has_more_than((1, 2), 1)  # as the last one sees it
+    ledger.end((1, 2))
+    assert ledger.has_more_than((1, 2), 0)
+    assert not ledger.has_more_than((1, 2), 1)
     ledger.release(2)
+    assert ledger.has_more_than((1, 2), 0)
+    ledger.release(1)
     assert not ledger.has_more_than((1, 2), 0)
+
+
+def test_nothing_counts_below_zero() -> None:
+    """Whose row was cleared, and given to another one, has nothing more to end."""
+    ledger = Ledger(rows=1)
+    ledger.assign(0)
+    ledger.take(0)
+    ledger.begin((1, 2))
+    ledger.release(0)
+    ledger.assign(0)
+    ledger.take(0)
+    ledger.end((1, 2))
+    assert not ledger.has_more_than((1, 2), 0)
+    for _ in range(3):
+        ledger.end((1, 1))
+    ledger.begin((1, 2))
+    assert ledger.has_more_than((1, 2), 0)
+    assert not ledger.has_more_than((1, 2), 1)
+
+
+def test_whatever_dies_when_the_counts_are_right_again() -> None:
+    """Processes that begin and end downloads are killed anywhere in between."""
+    ledger = Ledger(rows=2)
+    for round_number in range(40):
+        ledger.assign(0)
+        worker = os.fork()
+        if worker == 0:
+            ledger.take(0)
+            while True:
+                ledger.begin((1, 2))
+                ledger.begin((3, 2))
+                ledger.end((1, 2))
+                ledger.end((3, 2))
+        time.sleep(round_number / 10_000)
+        os.kill(worker, signal.SIGKILL)
+        os.waitpid(worker, 0)
+        ledger.release(0)
+        assert not any(ledger.has_more_than(cells, 0) for cells in ((1, 2), (3, 2)))
+        ledger.end((1, 2))  # of one that shares the memory, whoever has that row now
+    ledger.begin((1, 2))
+    assert ledger.has_more_than((1, 2), 0)
