@@ -1,6 +1,7 @@
 """Logging in logfmt: ``key=value`` pairs, one line per event, safe against whatever a client sends.
 
-Everything goes to standard error, where systemd and containers expect it.
+Everything goes to standard error, where systemd and containers expect it: each line by one system call, and not so
+long that a pipe could tear it.
 """
 
 from __future__ import annotations
@@ -9,16 +10,19 @@ import contextlib
 import logging
 import os
 import sys
+import threading
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from kci_storage.logfmt import line, timestamp, value
+from kci_storage.logfmt import LONGEST_LINE, encoded, line, timestamp, value
 
 if TYPE_CHECKING:
     from kci_storage.wsgi.exchange import Exchange
 
+PROGRAM = "kci_storage"  # its modules log lines that are logfmt already
+EVENTS = {"gunicorn.error": "gunicorn", "py.warnings": "warning", PROGRAM: "flask"}  # of other loggers that are known
 
-LONGEST_TRACEBACK = 65_536  # characters; its end is what matters most
+log = logging.getLogger(__name__)
 
 
 def log_access(exchange: Exchange) -> None:
@@ -41,7 +45,7 @@ def _write_line(line: str) -> None:
     One system call for a line, so that those of several threads and processes do not mix.
     """
     with contextlib.suppress(OSError):  # nobody reads the log any more; that is no reason to fail a request
-        os.write(sys.stderr.fileno(), f"{line}\n".encode())
+        os.write(sys.stderr.fileno(), encoded(line))
 
 
 def log_refusal(ip: str, status: int, sent: int, request_id: str, error: str) -> None:
@@ -60,22 +64,85 @@ def log_refusal(ip: str, status: int, sent: int, request_id: str, error: str) ->
 
 
 class LogfmtFormatter(logging.Formatter):
-    """Puts the time and the level before a message that is logfmt already, and a traceback into one field."""
+    """Puts the time and the level before a message of this program, which is logfmt already.
+
+    A traceback becomes one field. So does the message of anything else that logs: of a library, of Flask (which takes
+    this program's name), of Python's warnings.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
-        line = f"ts={timestamp(record.created)} level={record.levelname.lower()} {record.getMessage()}"
+        text = f"ts={timestamp(record.created)} level={record.levelname.lower()} {_message(record)}"
         if record.exc_info:
-            line += f" traceback={value(self.formatException(record.exc_info), LONGEST_TRACEBACK)}"
-        return line
+            text += f" traceback={_traceback(self.formatException(record.exc_info))}"
+        return text
+
+
+def _message(record: logging.LogRecord) -> str:
+    message = record.getMessage()
+    if record.name.startswith(f"{PROGRAM}."):
+        return message
+    event = EVENTS.get(record.name)
+    logger = record.name if event is None else None
+    return line(event=event or "library", logger=logger, pid=record.process, message=message.strip())
+
+
+def _traceback(text: str) -> str:
+    """Its end is what matters most."""
+    return value(text[-LONGEST_LINE:], LONGEST_LINE)
+
+
+class LineHandler(logging.Handler):
+    """Writes each record by one system call, so that those of several threads and processes do not mix."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            _write_line(self.format(record))
+        except Exception:
+            self.handleError(record)
+
+
+def line_handler() -> logging.Handler:
+    """What writes a logger's lines, in logfmt, to standard error."""
+    handler = LineHandler()
+    handler.setFormatter(LogfmtFormatter())
+    return handler
 
 
 def configure(*, debug: bool) -> None:
     """Set up this process's logging."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(LogfmtFormatter())
-    root = logging.getLogger("kci_storage")
-    root.handlers[:] = [handler]
+    root = logging.getLogger(PROGRAM)
+    root.handlers[:] = [line_handler()]
     root.setLevel(logging.DEBUG if debug else logging.INFO)
     root.propagate = False
     for noisy in ("azure", "urllib3"):  # at INFO the SDK logs every request, URLs with signatures included
         logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def take_over() -> None:
+    """Have all else that Python writes to standard error be lines of the log, too: this process is a server's."""
+    logging.getLogger().handlers[:] = [line_handler()]
+    logging.captureWarnings(True)
+    sys.excepthook = _log_uncaught
+    threading.excepthook = _log_uncaught_in_thread
+    sys.unraisablehook = _log_unraisable
+
+
+def _log_uncaught(kind: type[BaseException], error: BaseException, frames: Any) -> None:
+    if issubclass(kind, KeyboardInterrupt):
+        return
+    _log_error("uncaught", error, where=threading.current_thread().name)
+
+
+def _log_uncaught_in_thread(arguments: threading.ExceptHookArgs) -> None:
+    if arguments.exc_value is not None and not isinstance(arguments.exc_value, SystemExit):
+        _log_error("uncaught", arguments.exc_value, where=arguments.thread and arguments.thread.name)
+
+
+def _log_unraisable(arguments: sys.UnraisableHookArgs) -> None:
+    if arguments.exc_value is not None:
+        _log_error("unraisable", arguments.exc_value, where=arguments.object)
+
+
+def _log_error(event: str, error: BaseException, where: object) -> None:
+    """One line about an exception for which nobody waits."""
+    log.error(line(event=event, where=where), exc_info=error)

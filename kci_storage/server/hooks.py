@@ -45,6 +45,7 @@ except ConfigError as exc:
     _refuse(exc)
 
 logs.configure(debug=wants_debug())
+logs.take_over()
 _master = _reload.begin(_config, _use_certificate)
 _settings = settings.values(_config)
 globals().update(_settings)  # where gunicorn looks for them

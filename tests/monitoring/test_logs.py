@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import select
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import jwt
@@ -31,8 +35,6 @@ from tests.support.wire import (
     put,
     request,
 )
-
-GUNICORN = re.compile(r"\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d [+-]\d{4}\] \[\d+\] \[[A-Z]+\] ")
 
 
 def ask(server: Server, method: str, path: str, **headers: str) -> requests.Response:
@@ -178,7 +180,7 @@ def test_a_hostile_user_agent_cannot_break_a_line(local_server: Server, agent: b
     with Wire(local_server) as wire:
         wire.send(b"GET /none HTTP/1.1\r\nHost: x\r\nUser-Agent: " + agent + b"\r\n\r\n")
         line = access(local_server, wire.answer())
-    assert line["ua"] == agent.decode("latin-1").strip()[:2048]
+    assert_shown(line["ua"], agent.decode("latin-1").strip())
     assert (line["status"], line["event"], "user" in line) == ("404", "access", False)
     assert_whole_lines(local_server, before)
 
@@ -187,15 +189,25 @@ def test_a_hostile_user_agent_cannot_break_a_line(local_server: Server, agent: b
 def test_a_hostile_path_cannot_break_a_line(local_server: Server, target: bytes):
     before = len(local_server.log())
     line = access(local_server, exchange(local_server, request("GET", target)))
-    assert line["path"] == target.decode()[:2048]
+    assert_shown(line["path"], target.decode())
     assert (line["status"], line["method"]) in (("404", "GET"), ("200", "GET"))
     assert_whole_lines(local_server, before)
 
 
+def assert_shown(field: str, text: str) -> None:
+    """A field says this text, of a long one the beginning and that it was cut."""
+    if len(text) <= 2048 and field == text:
+        return
+    kept = field.removesuffix("[cut]")
+    assert kept != field and text.startswith(kept)
+    assert len(kept.encode()) > 600  # the less, the more the line has of characters that are written as six
+
+
 def assert_whole_lines(server: Server, before: int) -> None:
-    """Each line that came since then begins as the server's do; others' lines may be among them."""
+    """Each line that came since then is one of logfmt, which a pipe does not tear."""
     for line in server.log()[before:].split("\n")[:-1]:
-        assert GUNICORN.match(line) or (line.startswith("ts=") and logfmt(line)["event"]), line
+        assert line.startswith("ts=") and logfmt(line)["event"], line
+        assert len(line.encode()) < select.PIPE_BUF
 
 
 def test_a_hostile_key_in_an_upload_cannot_break_a_line(server: Server):
@@ -221,12 +233,129 @@ def test_the_query_is_not_logged(server: Server):
     assert "hush-hush" not in server.log()
 
 
-def test_every_line_is_logfmt_or_gunicorns(server: Server):
+def test_every_line_is_logfmt(server: Server):
+    """Gunicorn's, too."""
     for answer, _ in requests_of_all_kinds(server, new_folder()):
         access(server, answer)
-    for line in server.log().split("\n"):
-        if line and not GUNICORN.match(line):
-            assert logfmt(line)["event"]
+    assert_whole_lines(server, 0)
+    assert "event=gunicorn pid=" in server.log()
+
+
+def test_the_longest_line_keeps_what_it_is_found_by(local_server: Server):
+    """All that a client can make long is long; its request ID is at the end."""
+    target = b"/" + b"%22" * 4000
+    head = {"User-Agent": '"' * 8000, "X-Request-ID": f"a{new_folder()}"}
+    line = access(local_server, exchange(local_server, request("GET", target, head)))
+    assert (line["status"], line["request_id"]) == ("404", head["X-Request-ID"])
+    assert line["path"].endswith("[cut]") and line["ua"].endswith("[cut]")
+    [whole] = (one for one in local_server.log().split("\n") if head["X-Request-ID"] in one)
+    assert 4000 < len(whole.encode()) < select.PIPE_BUF
+
+
+@pytest.mark.expected_errors("WORKER TIMEOUT", "was sent SIGABRT", "was sent SIGKILL", "SystemExit")
+def test_what_gunicorn_says_of_a_worker_that_hangs(start_server: Callable[..., Server]):
+    server = start_server(server={"workers": 1}, arguments=["--timeout", "2"])
+    os.kill(server.worker_pids()[0], signal.SIGSTOP)
+    wait_until(lambda: "WORKER TIMEOUT" in server.log(), SECONDS, "the time-out")
+    [line] = (logfmt(line) for line in server.log().split("\n") if "WORKER TIMEOUT" in line)
+    assert (line["level"], line["event"], line["pid"]) == ("critical", "gunicorn", str(server.process.pid))
+    wait_until(lambda: server.log().count("Booting worker") == 2, SECONDS, "the next worker")
+    assert_whole_lines(server, 0)
+
+
+def test_gunicorns_messages_in_a_file(start_server: Callable[..., Server], tmp_path: Path):
+    server = start_server(arguments=["--error-logfile", str(tmp_path / "gunicorn.log")])
+    access(server, get(server, "none"))
+    lines = [logfmt(line) for line in (tmp_path / "gunicorn.log").read_text().splitlines()]
+    assert any("Listening at" in line["message"] for line in lines)
+    assert "event=gunicorn" not in server.log()
+
+
+# Whatever else a process of the server writes
+
+OTHERS = r"""
+import logging, sys, threading, warnings
+from kci_storage.monitoring import logs
+
+class Broken:
+    def __del__(self):
+        raise RuntimeError("del")
+
+def fail(depth=60):
+    fail_again(depth - 1) if depth else [].pop()
+
+def fail_again(depth):
+    fail(depth)  # by turns, since Python shows repeated lines once
+
+logs.configure(debug=False)
+logs.take_over()
+warnings.warn("one\ntwo")
+logging.getLogger("azure.core").error("three\nfour")
+logging.getLogger("kci_storage").error("five\nsix")
+logging.error("seven %s", "eight")
+thread = threading.Thread(target=fail, name="a thread")
+thread.start()
+thread.join()
+broken = Broken()
+del broken
+try:
+    fail()
+except IndexError:
+    logging.getLogger("kci_storage.test").exception("event=caught request_id=4711")
+raise KeyError("nine\nten" * 1000)
+"""
+
+
+def test_all_that_python_writes_is_a_line():
+    """Warnings, other libraries' messages, and exceptions for which nobody waits; of long tracebacks the end."""
+    done = subprocess.run([sys.executable, "-c", OTHERS], capture_output=True, text=True, timeout=SECONDS)
+    assert done.returncode == 1
+    lines = [logfmt(line) for line in done.stderr.splitlines()]
+    assert all(len(line.encode()) < select.PIPE_BUF for line in done.stderr.splitlines())
+    assert [line["event"] for line in lines] == [
+        "warning", "library", "flask", "library", "uncaught", "unraisable", "caught", "uncaught"
+    ]  # fmt: skip
+    warning, azure, flask, root, thread, unraisable, caught, last = lines
+    assert "one\ntwo" in warning["message"]
+    assert (azure["logger"], azure["message"], azure["level"]) == ("azure.core", "three\nfour", "error")
+    assert (flask["message"], root["message"]) == ("five\nsix", "seven eight")
+    for line in (thread, caught):
+        assert line["traceback"].startswith("[cut]") and line["traceback"].endswith("IndexError: pop from empty list")
+    assert (thread["where"], caught["request_id"]) == ("a thread", "4711")
+    assert unraisable["traceback"].endswith("RuntimeError: del")
+    assert last["traceback"].endswith("nine\\nten'")
+
+
+TORN = """
+import os, threading
+from kci_storage.monitoring import logs
+
+logs.configure(debug=False)
+for _ in range(3):
+    if os.fork() == 0:
+        break
+log = logs.log
+threads = [
+    threading.Thread(target=lambda: [log.info("event=x a=%s b=%d", "y" * (3000 + n), n) for n in range(0, 4000, 8)])
+    for _ in range(2)
+]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+"""
+
+
+def test_lines_of_several_processes_stay_whole_in_a_pipe():
+    reader, writer = os.pipe()
+    with open(reader) as lines:
+        process = subprocess.Popen([sys.executable, "-c", TORN], stderr=writer)
+        os.close(writer)
+        seen = [logfmt(line.rstrip("\n")) for line in lines]
+    assert process.wait(SECONDS) == 0
+    assert len(seen) == 4 * 2 * 500
+    assert {line["b"] for line in seen} == {str(number) for number in range(0, 4000, 8)}
+    assert any(line["a"].endswith("[cut]") for line in seen)
 
 
 # Tokens
@@ -322,7 +451,7 @@ def test_whose_word_on_the_address_is_taken(start_server: Callable[..., Server])
     assert proxied(behind_two, **forwarded) == "10.0.0.1"
     assert proxied(behind_two, X_Forwarded_For="10.0.0.9") == "127.0.0.1"
     for hostile in ("a b=c", "x" * 3000):
-        assert proxied(behind_two, X_Forwarded_For=f"{hostile}, 10.0.0.1") == hostile[:2048]
+        assert_shown(proxied(behind_two, X_Forwarded_For=f"{hostile}, 10.0.0.1"), hostile)
 
 
 def test_a_killed_worker_breaks_no_line(start_server: Callable[..., Server]):
