@@ -135,6 +135,9 @@ class RequestBody(io.RawIOBase):
             return b""
         self._continue()
         assert self._input is not None
+        if self.length is not None:  # a server may wait for more than that (PEP 3333)
+            left = self.length - self.received
+            size = left if size < 0 else min(size, left)
         with _lost_client():
             data: bytes = self._input.read() if size < 0 else self._input.read(size)
         self._count(len(data))

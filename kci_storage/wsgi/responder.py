@@ -25,8 +25,10 @@ from kci_storage.http.digest_fields import repr_digest_header
 from kci_storage.http.ranges import ByteRange, MultipartRanges
 from kci_storage.net.bodies import SentFile, SentSegments
 from kci_storage.store.contents import Content, FileContent
+from kci_storage.wsgi.exchange import CONNECTION
 
 Headers = list[tuple[str, str]]
+FileWrapper = Callable[..., Iterable[bytes]]
 
 EXPOSED_HEADERS = (
     "Accept-Ranges, Content-Disposition, Content-Encoding, Content-Length, Content-Range, ETag, Last-Modified, "
@@ -102,8 +104,8 @@ class Responder:
             if _nginx_agrees(environ, conditions, decision):
                 return self._handed_over(content, content.path, headers, decision)
         if len(decision.ranges) > 1:
-            return _several_ranges(content, decision.ranges, headers, environ["wsgi.file_wrapper"])
-        return _one_range(content, decision, headers, method, environ["wsgi.file_wrapper"])
+            return _several_ranges(content, decision.ranges, headers, _file_wrapper(environ))
+        return _one_range(content, decision, headers, method, _file_wrapper(environ))
 
     def _handed_over(self, content: FileContent, path: str, headers: Headers, decision: Decision) -> Response:
         """nginx sends the file, or the part of it that the request's ``Range`` asks for; the worker is free."""
@@ -112,6 +114,15 @@ class Responder:
         if decision.status == 200:  # with a 206, nginx does not say it by itself
             headers = [header for header in headers if header[0] != "Accept-Ranges"]
         return Response(200, [*headers, ("X-Accel-Redirect", location), ("Content-Length", "0")], ())
+
+
+def _file_wrapper(environ: dict[str, Any]) -> FileWrapper | None:
+    """What has our own worker send a file by ``sendfile``; None: another server answers, and gets bytes.
+
+    It may have no such wrapper, and what one makes of a file that is not to be sent to its end is its own affair
+    (PEP 3333 says nothing of that).
+    """
+    return environ["wsgi.file_wrapper"] if CONNECTION in environ else None
 
 
 def _nginx_agrees(environ: dict[str, Any], conditions: RequestHeaders, decision: Decision) -> bool:
@@ -192,7 +203,7 @@ def _unsatisfiable(info: ObjectInfo, headers: Headers, environ: dict[str, Any]) 
 
 
 def _one_range(
-    content: Content, decision: Decision, headers: Headers, method: str, wrap_file: Callable[..., Iterable[bytes]]
+    content: Content, decision: Decision, headers: Headers, method: str, wrap_file: FileWrapper | None
 ) -> Response:
     """The whole object, or one part of it."""
     size = content.info.size
@@ -203,13 +214,15 @@ def _one_range(
     if method == "HEAD":
         content.close()
         return Response(decision.status, headers, ())
+    if wrap_file is None:
+        return Response(decision.status, headers, _as_bytes(content, content.read(wanted.start, wanted.stop)))
     if isinstance(content, FileContent):
         return Response(decision.status, headers, wrap_file(SentFile(content.fd, wanted.start, content.close)))
     return Response(decision.status, headers, _arriving(content, wanted, wrap_file))
 
 
 def _several_ranges(
-    content: Content, ranges: tuple[ByteRange, ...], headers: Headers, wrap_file: Callable[..., Iterable[bytes]]
+    content: Content, ranges: tuple[ByteRange, ...], headers: Headers, wrap_file: FileWrapper | None
 ) -> Response:
     """Several parts, as ``multipart/byteranges``; those of a file by ``sendfile``."""
     part_type = dict(headers)["Content-Type"]
@@ -224,13 +237,18 @@ def _several_ranges(
 
     headers = [header for header in headers if header[0] != "Content-Type"]
     headers += (("Content-Type", body.content_type), ("Content-Length", str(body.content_length)))
-    if isinstance(content, FileContent):
+    if wrap_file is not None and isinstance(content, FileContent):
         file = SentSegments(pieces(content.segments), content.fd, content.close)
         return Response(206, headers, wrap_file(file))
-    return Response(206, headers, _Pieces(content, _begun(pieces(content.read))[1]))
+    return Response(206, headers, _as_bytes(content, pieces(content.read)))
 
 
-def _arriving(content: Content, wanted: ByteRange, wrap_file: Callable[..., Iterable[bytes]]) -> Iterable[bytes]:
+def _as_bytes(content: Content, pieces: Iterator[Any]) -> Iterable[bytes]:
+    """A body whose first piece is here."""
+    return _Pieces(content, _begun(pieces)[1])
+
+
+def _arriving(content: Content, wanted: ByteRange, wrap_file: FileWrapper) -> Iterable[bytes]:
     """A body that is not all here: by ``sendfile`` where it comes through a file."""
     first, segments = _begun(content.segments(wanted.start, wanted.stop))
     if isinstance(first, Region):
