@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
-
-from gunicorn.glogging import Logger as GunicornLogger
 
 from kci_storage.monitoring import logs
+from kci_storage.server import gunicorn_parts
 
 
-class Logger(GunicornLogger):
+class Logger(gunicorn_parts.Logger):
     """gunicorn's, whose lines are logfmt; also in a file, if the setting ``errorlog`` names one."""
 
-    def setup(self, cfg: Any) -> None:
-        """Take over gunicorn's settings, at the start and at a reload."""
-        super().setup(cfg)
-        for handler in tuple(self.error_log.handlers):
+    def adapt(self, log: logging.Logger, to_file: bool) -> None:
+        for handler in tuple(log.handlers):
             if isinstance(handler, logging.FileHandler):
                 handler.setFormatter(logs.LogfmtFormatter())
-            elif type(handler) is logging.StreamHandler:
-                self.error_log.removeHandler(handler)
-        if cfg.errorlog == "-" and not any(isinstance(one, logs.LineHandler) for one in self.error_log.handlers):
-            self.error_log.addHandler(logs.line_handler())
+            else:
+                log.removeHandler(handler)
+        if not to_file:
+            log.addHandler(logs.line_handler())

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dis
 import importlib
 import inspect
+import logging
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -52,6 +53,8 @@ PARTS = (
     Part("gunicorn.arbiter", "Arbiter.reload", ("self",)),
     Part("gunicorn.arbiter", "Arbiter.stop", ("self", "graceful")),
     Part("gunicorn.errors", "HaltServer"),
+    # Its own messages.
+    Part("gunicorn.glogging", "Logger.setup", ("self", "cfg")),
     # The settings, to compare those that are in use with what they would be by themselves.
     Part("gunicorn.config", "Config", ("self", "usage", "prog")),
     Part("gunicorn.config", "Config.settings", assigned_in="Config.__init__"),
@@ -113,6 +116,7 @@ try:
 except (ImportError, NotAsExpected) as _exc:
     _stop(_exc)
 
+from gunicorn import glogging  # noqa: E402
 from gunicorn.config import Config  # noqa: E402
 from gunicorn.errors import AppImportError, HaltServer  # noqa: E402
 from gunicorn.http import errors  # noqa: E402
@@ -272,6 +276,21 @@ class Worker(base.Worker):
 
     def serve(self) -> None:
         """Answer requests until :attr:`is_stopping`, and then for as long as that takes what has begun."""
+
+
+class Logger(glogging.Logger):
+    """The base of what writes gunicorn's own messages."""
+
+    def setup(self, cfg: Any) -> None:
+        """At the start, and when the settings have changed."""
+        super().setup(cfg)
+        self.adapt(logging.getLogger("gunicorn.error"), to_file=cfg.errorlog != "-")
+
+    def adapt(self, log: logging.Logger, to_file: bool) -> None:
+        """Change what gunicorn has made of its log.
+
+        :param to_file: it is to go to a file, rather than to standard error.
+        """
 
 
 def replace_reload(server: Any, reload: Callable[[Callable[[], None]], None]) -> None:
