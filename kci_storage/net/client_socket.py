@@ -34,6 +34,8 @@ GRACE_SECONDS = 30.0  # for which anybody may be slower than this:
 LEAST_RATE = 4096  # bytes a second; below it, a client goes when there are too many
 LOOKS = 4  # at what a client has taken, in the time for which it may stand still
 
+_NO_LINGERING = struct.pack("@ii", 1, 0)  # socket(7)
+
 
 class Pace:
     """Whether a client keeps up, counting only time in which it is the one that is waited for.
@@ -304,6 +306,12 @@ class ClientSocket(socket.socket):
             return self.pace.is_behind(time.monotonic(), self._transferred())
         except (OSError, ValueError):  # closed meanwhile
             return False
+
+    def reset(self) -> None:
+        """Close at once, so that the client sees an error rather than an end; what it has not got yet is lost."""
+        with contextlib.suppress(OSError):  # it is closed already
+            self.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGERING)
+        self.close()
 
     def give_up(self) -> None:
         """Wake whoever waits for the client, for whom it is then gone. An answer may still be sent."""

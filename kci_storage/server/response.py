@@ -46,6 +46,9 @@ class Socket(Protocol):
     def sendfile(self, file: Any, offset: int = 0, count: int | None = None) -> int:
         """Send a part of a file; how much of it went out, or will."""
 
+    def reset(self) -> None:
+        """End the connection so that the client sees that something is missing."""
+
 
 class Checked(NamedTuple):
     """The headers of a response that go out."""
@@ -88,7 +91,7 @@ class Response:
         self._status = ""
         self._headers = Checked(None, "", "")
         self._unique = ""  # a header's line
-        self._has_body = self._is_chunked = False
+        self._has_body = self._is_chunked = self._ends_with_connection = False
         self._sent = 0  # bytes of the body
         self.headers_sent = False
 
@@ -127,13 +130,25 @@ class Response:
             self._headers = Checked(None, self._headers.without_length, self._headers.without_length)
         self._has_body = not (self._is_head or status < 200 or status in (204, 304))
         self._is_chunked = self._has_body and self._headers.length is None and self._version > (1, 0)
-        if self._has_body and self._headers.length is None and not self._is_chunked:
-            self._keep = False  # it ends with the connection
+        self._ends_with_connection = self._has_body and self._headers.length is None and not self._is_chunked
+        self._keep = self._keep and not self._ends_with_connection
 
     # What the client gets
 
     def send(self, body: Iterable[bytes]) -> None:
-        """Send all of it."""
+        """Send all of it.
+
+        The end of a body that has neither a length nor chunks is the connection's; if it fails, that is reset, since
+        an orderly end would say that it is complete (RFC 9112, 8).
+        """
+        try:
+            self._send(body)
+        except BaseException:
+            if self.headers_sent and self._ends_with_connection:
+                self._sock.reset()
+            raise
+
+    def _send(self, body: Iterable[bytes]) -> None:
         if isinstance(body, WrappedFile) and self._send_file(body.filelike):
             return
         for data in body:
