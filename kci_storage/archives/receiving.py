@@ -62,16 +62,17 @@ class Archives:
             with self._turn():
                 form.receive(form_events(body, boundary, self.uploads.max_bytes))
             prefix, extents = form.files()
-            with slots.released():  # it waits for the threads that upload
+            with slots.waiting():  # for the threads that upload
                 return Run(files, prefix).upload(extents, staging.accepted())
 
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:
         """Be one of those that are unpacked during the block."""
-        with slots.released():
-            mine = self._unpacking.acquire(timeout=self.uploads.lock_timeout)
-        if not mine:
-            raise Overloaded("too many archives are being unpacked; try later", retry_after=5)
+        if not self._unpacking.acquire(blocking=False):
+            with slots.waiting():
+                mine = self._unpacking.acquire(timeout=self.uploads.lock_timeout)
+            if not mine:
+                raise Overloaded("too many archives are being unpacked; try later", retry_after=5)
         try:
             yield
         finally:

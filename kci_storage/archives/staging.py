@@ -148,7 +148,7 @@ class Staging:
                     each.callback(file.give_up)
         finally:
             if not all(file.sent.done() for file in files):
-                with slots.released(bounded=False):
+                with slots.waiting(bounded=False):
                     wait([file.sent for file in files])  # they read the spool file
             self._forget_all()
         return bool(files)

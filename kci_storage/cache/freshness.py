@@ -17,6 +17,7 @@ from kci_storage.cache.entry import Record
 from kci_storage.drivers.base import Driver
 from kci_storage.errors import ObjectNotFound, StorageError
 from kci_storage.events import Events
+from kci_storage.net import slots
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +73,8 @@ class Freshness:
         if question is None or self._away:
             return Verdict.UNKNOWN
         try:
-            return question.result(PATIENCE)
+            with slots.waiting(bounded=False):
+                return question.result(PATIENCE)
         except TimeoutError:
             self._away = True
             return Verdict.UNKNOWN

@@ -111,7 +111,7 @@ class KeyLocks:
 
     def _wait(self, name: str, timeout: float) -> Lease:
         deadline = time.monotonic() + timeout
-        with slots.released(), self._turns.take(name, timeout):
+        with slots.waiting(), self._turns.take(name, timeout):
             while (lease := self.try_acquire(name)) is None:
                 if time.monotonic() >= deadline:
                     raise WriteConflict(

@@ -33,7 +33,6 @@ from kci_storage.fills.claim import Claim
 from kci_storage.net import slots
 
 READ_SIZE = 256 * 1024  # bytes read from a part at a time
-MOMENT = 0.05  # seconds for which a follower waits at its place: to give that away and take it back costs something
 
 
 class AlreadyCached(Exception):
@@ -189,12 +188,10 @@ class Fill:
             raise self._why() or FillLost("the object could not be fetched")
 
     def _wait(self, condition: Callable[[], bool], timeout: float | None = None) -> None:
-        """Wait for a change; after a moment, without the thread's place. The caller holds the mutex."""
-        if timeout is not None and timeout <= MOMENT:
-            self._changed.wait_for(condition, timeout)
-        elif not self._changed.wait_for(condition, MOMENT):
-            with slots.released(bounded=False):
-                self._changed.wait_for(condition, timeout and timeout - MOMENT)
+        """Wait for a change. The caller holds the mutex."""
+        if not condition():
+            with slots.waiting(bounded=False):
+                self._changed.wait_for(condition, timeout)
 
     def _why(self) -> BaseException | None:
         return copy.copy(self._error)  # each thread gets one of its own, since raising it changes it

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 
 from kci_storage.drivers.base import Driver, ObjectInfo, ObjectReader
 from kci_storage.errors import BackendError, CorruptObject, ObjectChanged
+from kci_storage.net import slots
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +83,8 @@ class Patience:
         """
         if time.monotonic() + self._backoff > self._ends:
             raise error
-        time.sleep(self._backoff)
+        with slots.waiting(bounded=False):
+            time.sleep(self._backoff)
         self._backoff = min(2 * self._backoff, LONGEST_BACKOFF)
 
 

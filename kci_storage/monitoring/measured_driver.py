@@ -1,4 +1,8 @@
-"""A driver around a driver, which counts and times what is asked of it."""
+"""A driver around a driver: what is asked of the backend is counted and timed here, and waited for without a slot.
+
+All requests ask the backend through it. So this is the one place that gives the thread's slot to another request
+while the backend takes its time (:func:`kci_storage.net.slots.waiting`).
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ from prometheus_client import Counter, Histogram
 from kci_storage.drivers.base import Digests, Driver, Expectation, ObjectInfo, ObjectReader, ObjectWriter, Page
 from kci_storage.errors import label
 from kci_storage.monitoring import multiprocess  # noqa: F401  (before any counter is made)
+from kci_storage.net import slots
 
 OPERATIONS = ("stat", "read", "commit", "delete", "list", "probe")
 
@@ -28,22 +33,31 @@ for _name in OPERATIONS:  # they are there before the first request
 
 
 @contextlib.contextmanager
-def _operation(name: str) -> Iterator[None]:
-    """Count and time a call of the driver."""
-    started = time.monotonic()
-    result = "ok"
-    try:
-        yield
-    except Exception as exc:
-        result = label(exc)
-        raise
-    finally:
-        _operations.labels(name, result).inc()
-        _operation_seconds.labels(name).observe(time.monotonic() - started)
+def _asking(operation: str, bounded: bool = False) -> Iterator[None]:
+    """Count and time a call of the driver, which is waited for.
+
+    :param bounded: whether the request may be refused when too many wait already.
+    :raises Overloaded: it is; the driver has not been called.
+    """
+    with slots.waiting(bounded):
+        started = time.monotonic()
+        result = "ok"
+        try:
+            yield
+        except Exception as exc:
+            result = label(exc)
+            raise
+        finally:
+            _operations.labels(operation, result).inc()
+            _operation_seconds.labels(operation).observe(time.monotonic() - started)
 
 
 class MeasuredDriver(Driver):
-    """A driver around a driver, which counts and times."""
+    """A driver around a driver, which counts, times, and waits without a slot.
+
+    Questions (:meth:`stat`, :meth:`read`, :meth:`list`) are refused when too many requests wait already. What changes
+    something is not, since the request may have been received by then.
+    """
 
     def __init__(self, driver: Driver):
         self._driver = driver
@@ -55,40 +69,56 @@ class MeasuredDriver(Driver):
         raise TypeError("a MeasuredDriver is made around another driver")
 
     def stat(self, key: str) -> ObjectInfo:
-        with _operation("stat"):
+        with _asking("stat", bounded=True):
             return self._driver.stat(key)
 
     def read(self, key: str, start: int = 0, stop: int | None = None, etag: str | None = None) -> ObjectReader:
-        with _operation("read"):
-            return self._driver.read(key, start, stop, etag)
+        with _asking("read", bounded=True):
+            return MeasuredReader(self._driver.read(key, start, stop, etag))
 
     def writer(self, key: str, content_type: str, tags: Mapping[str, str] | None = None) -> ObjectWriter:
         return MeasuredWriter(self._driver.writer(key, content_type, tags))
 
     def delete(self, key: str) -> None:
-        with _operation("delete"):
+        with _asking("delete"):
             self._driver.delete(key)
 
     def list(self, prefix: str = "", delimiter: str = "", marker: str | None = None, details: bool = True) -> Page:
-        with _operation("list"):
+        with _asking("list", bounded=True):
             return self._driver.list(prefix, delimiter, marker, details)
 
     def probe(self) -> None:
-        with _operation("probe"):
+        with _asking("probe"):
             self._driver.probe()
 
     def close(self) -> None:
         self._driver.close()
 
 
+class MeasuredReader(ObjectReader):
+    """A reader around a reader, which waits for each piece without a slot, and measures nothing more."""
+
+    def __init__(self, reader: ObjectReader):
+        self.info = reader.info
+        self._reader = reader
+
+    def readinto(self, buffer: memoryview) -> int:
+        with slots.waiting(bounded=False):
+            return self._reader.readinto(buffer)
+
+    def close(self) -> None:
+        self._reader.close()
+
+
 class MeasuredWriter(ObjectWriter):
-    """A writer around a writer, which counts and times its commit."""
+    """A writer around a writer, which counts and times its commit, and waits for each step without a slot."""
 
     def __init__(self, writer: ObjectWriter):
         self._writer = writer
 
     def write(self, data: bytes | memoryview) -> None:
-        self._writer.write(data)
+        with slots.waiting(bounded=False):
+            self._writer.write(data)
 
     def commit(
         self,
@@ -96,7 +126,7 @@ class MeasuredWriter(ObjectWriter):
         expected: str | Expectation = Expectation.ANYTHING,
         replay: Callable[[], Iterable[bytes]] | None = None,
     ) -> ObjectInfo:
-        with _operation("commit"):
+        with _asking("commit"):
             return self._writer.commit(digests, expected, replay)
 
     @property
@@ -104,7 +134,8 @@ class MeasuredWriter(ObjectWriter):
         return self._writer.held
 
     def flush(self) -> None:
-        self._writer.flush()
+        with slots.waiting(bounded=False):
+            self._writer.flush()
 
     def abort(self) -> None:
         self._writer.abort()

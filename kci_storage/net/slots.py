@@ -1,8 +1,9 @@
-"""Thread slots: a request that blocks gives its slot to another one.
+"""Thread slots: a request that waits gives its slot to another one.
 
-A worker has only so many slots. A request that waits for an upload of its key, or for the next bytes of an object
-that is being fetched, does nothing with its own. If it kept it, one stalled upload or fetch, and enough requests for
-its key, would hold up all others.
+A worker has only so many slots. A request that waits for the backend, or for another request, does nothing with its
+own. If it kept it, a backend that hangs, or one stalled upload and enough requests for its key, would hold up all
+others. So each such wait is a block of :func:`waiting`. Those for the backend are in one place, the wrapper around
+every driver (:mod:`kci_storage.monitoring.measured_driver`).
 
 A thread may also have other clients' requests queued behind the one that it answers (:mod:`.fast_loop`), as long as
 each takes no longer than a hit. A request that may take longer says so first: :func:`may_block`.
@@ -14,16 +15,16 @@ import contextlib
 import threading
 from typing import Protocol
 
-MAX_RELEASED = 256  # requests of a worker that may wait for uploads: each costs a thread, and some poll the disk
+MAX_WAITING = 256  # requests of a worker that may wait, of those that can be refused: each may cost a thread
 
 
 class Slot(Protocol):
     """The slot of one thread."""
 
-    def released(self, bounded: bool) -> contextlib.AbstractContextManager[None]:
+    def waiting(self, bounded: bool) -> contextlib.AbstractContextManager[None]:
         """Another thread may have the slot during the block.
 
-        :param bounded: whether this is one of the waits of which there may be only :data:`MAX_RELEASED`.
+        :param bounded: whether this is one of the waits of which there may be only :data:`MAX_WAITING`.
         :raises Overloaded: there are that many already.
         """
         ...
@@ -41,6 +42,7 @@ class _Here(threading.local):
     slot: Slot | None = None
     batch: Batch | None = None
     may_have_blocked = False
+    may_be_refused = True
 
 
 _here = _Here()
@@ -51,14 +53,17 @@ def occupy(slot: Slot) -> None:
     _here.slot = slot
 
 
-def released(bounded: bool = True) -> contextlib.AbstractContextManager[None]:
-    """The calling thread only waits during the block. It need not have a slot.
+def waiting(bounded: bool = True) -> contextlib.AbstractContextManager[None]:
+    """The calling thread only waits during the block: for the backend, or for another thread. It may have no slot.
 
-    :param bounded: False for a wait that cannot be refused any more.
-    :raises Overloaded: too many requests wait already.
+    :param bounded: False for a wait that must not be refused, whatever the request.
+    :raises Overloaded: too many requests wait already. Nothing of this one's body has been received, and nothing of
+        its answer has been sent.
     """
     may_block()
-    return contextlib.nullcontext() if _here.slot is None else _here.slot.released(bounded)
+    if _here.slot is None:
+        return contextlib.nullcontext()
+    return _here.slot.waiting(bounded and _here.may_be_refused)
 
 
 def serve(batch: Batch | None) -> None:
@@ -69,10 +74,19 @@ def serve(batch: Batch | None) -> None:
 def begin_request() -> None:
     """The calling thread begins to answer a request."""
     _here.may_have_blocked = False
+    _here.may_be_refused = True
+
+
+def refuse_no_longer() -> None:
+    """Called before anything of the body of the thread's request is received, and before its answer begins.
+
+    From then on it may wait as often as it has to, however many others do.
+    """
+    _here.may_be_refused = False
 
 
 def may_block() -> None:
-    """Called before anything that may take a while, such as a backend's answer, so that nobody waits behind it."""
+    """Called before anything that may take a while, so that no other request waits behind it."""
     _here.may_have_blocked = True
     if _here.batch is not None:
         _here.batch.drop_out()

@@ -7,6 +7,7 @@ import ctypes
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,6 +16,7 @@ from kci_storage.net import slots
 
 log = logging.getLogger(__name__)
 
+MOMENT = 0.02  # seconds that a wait has lasted before its slot is released; most waits are over by then
 SLOW_PER_THREAD = 4  # threads that wait for slow clients, for each of those that work: beyond, the slowest have to go
 
 
@@ -31,8 +33,9 @@ class Threads:
     else. There may be as many as connections: with a limit of their own, a worker that has reached it would hold the
     requests that it has accepted, while another one has threads to spare.
 
-    A thread that waits for another request or a fill (:func:`.slots.released`) gives its slot away too. The number of
-    such waits is limited where they can be refused, since nobody drops their clients.
+    A thread that waits for the backend or another request (:func:`.slots.waiting`) keeps its slot for a moment, since
+    most such waits are over by then. Then the slot is free for a request that needs one. The number of such waits is
+    limited where they can be refused, since nobody drops their clients.
 
     :param size: how many work at a time: the slots.
     :param changed: called by any thread when a slot has become free, or is no longer.
@@ -40,13 +43,14 @@ class Threads:
 
     def __init__(self, size: int, changed: Callable[[], None]):
         self.size = size
-        self.released_slots = 0  # of threads that wait, for a client, for another request or for a fill
+        self._released = 0  # slots of threads that wait
         self._changed = changed
         self._queue: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._threads = 0
         self._spare = 0  # idle threads; below zero: calls that wait for one
         self._waiting: set[Any] = set()  # the clients for whom threads wait
+        self._begun: dict[object, float] = {}  # other waits that still have a slot: when each began, in order
         self._bounded = 0  # threads that wait, and could have been refused that
 
     def submit(self, function: Callable[[], None]) -> None:
@@ -69,39 +73,59 @@ class Threads:
                 self._waiting.discard(client)
 
     @contextlib.contextmanager
-    def released(self, bounded: bool) -> Iterator[None]:
-        """The calling thread does nothing but wait for others during the block.
+    def waiting(self, bounded: bool) -> Iterator[None]:
+        """The calling thread does nothing but wait for the backend, or for others, during the block.
 
         :param bounded: whether it can be refused that.
         :raises Overloaded: too many do of those that can.
         """
+        wait = object()
         with self._lock:
-            if bounded and self._bounded >= slots.MAX_RELEASED:
+            if bounded and self._bounded >= slots.MAX_WAITING:
                 raise Overloaded("too many requests wait for others to end; try later", retry_after=5)
             self._bounded += bounded
+            self._begun[wait] = time.monotonic()
         try:
-            with self._slot_released():
-                yield
+            yield
         finally:
             with self._lock:
                 self._bounded -= bounded
+                if self._begun.pop(wait, None) is None:
+                    self._released -= 1
+
+    @property
+    def released_slots(self) -> int:
+        """Those of threads that wait, now. To be asked for when a slot is needed: so they are released in time."""
+        with self._lock:
+            if self._release_due():
+                self._fill()
+            return self._released
+
+    def _release_due(self) -> bool:
+        """Release the slots of waits that have lasted for a moment; whether there were some."""
+        due = time.monotonic() - MOMENT
+        before = self._released
+        while (oldest := next(iter(self._begun), None)) is not None and self._begun[oldest] <= due:
+            del self._begun[oldest]
+            self._released += 1
+        return self._released > before
 
     @contextlib.contextmanager
     def _slot_released(self) -> Iterator[None]:
         with self._lock:
-            self.released_slots += 1
+            self._released += 1
             self._fill()
         self._changed()
         try:
             yield
         finally:
             with self._lock:
-                self.released_slots -= 1
+                self._released -= 1
 
     @property
     def has_plenty(self) -> bool:
         """Whether no more than half of the threads are at work, or wait for work that is sure to come."""
-        return 2 * (self._threads - self._spare - self.released_slots) <= self.size
+        return 2 * (self._threads - self._spare - self._released) <= self.size
 
     @property
     def is_crowded(self) -> bool:
@@ -115,7 +139,7 @@ class Threads:
 
     def _fill(self) -> None:
         """Start a thread if one is wanted and there is a slot for it."""
-        if self._spare < 0 and self._threads - self.released_slots < self.size:
+        if self._spare < 0 and self._threads - self._released < self.size:
             try:
                 threading.Thread(target=self._run, name="request", daemon=True).start()
             except RuntimeError:  # the system has none to give; those that are there go on
@@ -133,7 +157,7 @@ class Threads:
             except BaseException:  # the thread is for all calls
                 log.exception("event=call_failed")
             with self._lock:
-                if self._threads - self.released_slots > self.size:  # it came for one that waited, and that is back
+                if self._threads - self._released > self.size:  # it came for one that waited, and that is back
                     self._threads -= 1
                     return
                 self._spare += 1

@@ -147,7 +147,7 @@ class Worker(gunicorn_parts.Worker):
         if has_thread and self._ready:
             return 0.0
         seconds = TURN_SECONDS
-        if self._fast_loop.is_running:
+        if self._fast_loop.is_running or not has_thread:  # for threads that have waited for a moment by then
             seconds = fast_loop.LOOK_SECONDS
         if now < self._acceptor.paused_until:
             seconds = min(seconds, self._acceptor.paused_until - now)

@@ -95,7 +95,7 @@ class Objects:
 
     def _wait_for_writer(self, key: str, started: float) -> None:
         """Wait until something may have come of the key's upload; less often look those who have waited long."""
-        with slots.released():
+        with slots.waiting():
             while True:
                 waited = time.monotonic() - started
                 if waited > self._wait_timeout:
@@ -113,7 +113,6 @@ class Objects:
             return content
         try:
             lasts()
-            slots.may_block()
             verdict = self._freshness.check(entry.record)
         except BaseException:
             content.close()
@@ -130,7 +129,6 @@ class Objects:
     ) -> Content | None:
         """A content that is fetched; None when one has to look again."""
         lasts()
-        slots.may_block()
         if self._cache.is_being_written(key):
             return None
         if self._misses.remembers(key):
@@ -186,6 +184,7 @@ class Objects:
         :raises BackendError: it failed, or nobody knows.
         """
         with self._events.waiting_for(self._cache.writing(key, self._wait_timeout)):
+            slots.refuse_no_longer()  # a failure from here on has the copy doubted
             self._cache.announce_commit(key)
             try:
                 if may_delete is not None and not may_delete(self._driver.stat(key)):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable, Hashable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import Generic, TypeVar
+
+from kci_storage.net import slots
 
 T = TypeVar("T")
 
@@ -19,7 +21,10 @@ class Flights(Generic[T]):
         self._mutex = threading.Lock()
 
     def share(self, name: Hashable, function: Callable[[], T]) -> T:
-        """What ``function()`` returns or raises, called by the first of those who want this name at the same time."""
+        """What ``function()`` returns or raises, called by the first of those who want this name at the same time.
+
+        :raises Overloaded: too many requests wait already.
+        """
         with self._mutex:
             flight = self._under_way.get(name)
             mine = flight is None
@@ -27,6 +32,8 @@ class Flights(Generic[T]):
                 flight = self._under_way[name] = Future()
         if mine:
             self._fly(name, flight, function)
+        else:
+            _wait_for(flight)
         error = flight.exception()
         if error is not None:
             raise copy.copy(error)  # one for each thread, since raising it changes it
@@ -45,3 +52,8 @@ class Flights(Generic[T]):
     def _land(self, name: Hashable) -> None:
         with self._mutex:
             del self._under_way[name]
+
+
+def _wait_for(flight: Future[T]) -> None:
+    with slots.waiting():
+        wait([flight])

@@ -48,6 +48,7 @@ class Downloads:
             raise
         except Exception as exc:
             environ[FAILURE] = exc
+            slots.may_block()
             return self._app(environ, start_response)
         start_response(STATUS_LINES[response.status], response.headers)
         return response.body

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 from kci_storage.errors import ClientDisconnected, StorageError, meaning
+from kci_storage.net import slots
 from kci_storage.net.bodies import SentFile, SentSegments, cut_short
 
 EXCHANGE = "kci_storage.exchange"  # the environ's key for it
@@ -161,8 +162,10 @@ class RequestBody(io.RawIOBase):
         return size
 
     def _continue(self) -> None:
-        if self._connection is not None and self.received == 0:
-            self._connection.continue_body()
+        if self.received == 0:
+            slots.refuse_no_longer()
+            if self._connection is not None:
+                self._connection.continue_body()
 
     def _count(self, size: int) -> None:
         self.received += size
@@ -244,6 +247,7 @@ class Transport:
         environ["wsgi.input"] = exchange.body
 
         def start(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
+            slots.refuse_no_longer()
             exchange.status = int(status[:3])
             exchange.promised = _promised(environ["REQUEST_METHOD"], headers)
             headers.append(("X-Request-ID", exchange.request_id))
