@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections.abc import Iterator
 from typing import Protocol
 
 MAX_WAITING = 256  # requests of a worker that may wait, of those that can be refused: each may cost a thread
@@ -43,6 +44,7 @@ class _Here(threading.local):
     batch: Batch | None = None
     may_have_blocked = False
     may_be_refused = True
+    is_waiting = False
 
 
 _here = _Here()
@@ -53,17 +55,26 @@ def occupy(slot: Slot) -> None:
     _here.slot = slot
 
 
-def waiting(bounded: bool = True) -> contextlib.AbstractContextManager[None]:
-    """The calling thread only waits during the block: for the backend, or for another thread. It may have no slot.
+@contextlib.contextmanager
+def waiting(bounded: bool = True) -> Iterator[None]:
+    """The calling thread only waits during the block: for the backend, or for another thread.
+
+    It may have no slot, or wait already: a driver may wait for a lock.
 
     :param bounded: False for a wait that must not be refused, whatever the request.
     :raises Overloaded: too many requests wait already. Nothing of this one's body has been received, and nothing of
         its answer has been sent.
     """
     may_block()
-    if _here.slot is None:
-        return contextlib.nullcontext()
-    return _here.slot.waiting(bounded and _here.may_be_refused)
+    if _here.slot is None or _here.is_waiting:
+        yield
+        return
+    with _here.slot.waiting(bounded and _here.may_be_refused):
+        _here.is_waiting = True
+        try:
+            yield
+        finally:
+            _here.is_waiting = False
 
 
 def serve(batch: Batch | None) -> None:
