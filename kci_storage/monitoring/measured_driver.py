@@ -1,7 +1,7 @@
 """A driver around a driver: what is asked of the backend is counted and timed here, and waited for without a slot.
 
-All requests ask the backend through it. So this is the one place that gives the thread's slot to another request
-while the backend takes its time (:func:`kci_storage.net.slots.waiting`).
+All requests ask the backend through it. So this is the one place that releases the thread's slot to another request
+while the backend takes its time (:func:`kci_storage.net.slots.waiting`; docs/decisions/waiting.md has the reasons).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Thread slots: a request that waits gives its slot to another one.
+"""Thread slots: a request that waits releases its slot to another one.
 
 A worker has only so many slots. A request that waits for the backend, or for another request, does nothing with its
 own. If it kept it, a backend that hangs, or one stalled upload and enough requests for its key, would hold up all

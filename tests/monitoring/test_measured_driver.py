@@ -1,4 +1,4 @@
-"""The wrapper around every driver: a thread that waits for the backend gives its slot away."""
+"""The wrapper around every driver: a thread that waits for the backend releases its slot."""
 
 from __future__ import annotations
 
@@ -49,6 +49,6 @@ def test_another_request_has_the_slot_while_the_backend_is_waited_for(method: st
     threads.submit(ask)
     assert reached.wait(SECONDS)
     threads.submit(told.set)
-    wait_until(lambda: threads.released_slots == 1 or told.is_set(), SECONDS, "the slot to be given away")
+    wait_until(lambda: threads.released_slots == 1 or told.is_set(), SECONDS, "the slot to be released")
     assert over.wait(SECONDS)
     assert threads.released_slots == 0
