@@ -16,9 +16,9 @@ from kci_storage import logfmt
 from kci_storage.access.tokens import MIN_SECRET_BYTES, is_weak
 from kci_storage.config.reading import wants_debug
 from kci_storage.config.settings import Config, ConfigError
-from kci_storage.monitoring import logs, multiprocess, numbering
+from kci_storage.monitoring import logs, metrics_folder, multiprocess, numbering
 from kci_storage.net import tls
-from kci_storage.server import gunicorn_parts, gunicorn_settings, metrics_folder, preflight, settings
+from kci_storage.server import gunicorn_parts, gunicorn_settings, preflight, settings
 from kci_storage.server import reload as _reload  # gunicorn has a setting of that name
 from kci_storage.server.worker import Worker, hold_signals, release_signals
 from kci_storage.services import open_cache

@@ -23,9 +23,9 @@ from collections.abc import Callable, Iterator
 from kci_storage import logfmt, services
 from kci_storage.access.limits import Ledger
 from kci_storage.config.settings import RELOADABLE, SECTIONS, Config, ConfigError
+from kci_storage.monitoring.metrics_folder import MetricsFolder
 from kci_storage.monitoring.numbering import Numbers
 from kci_storage.server import preflight, rehearsal
-from kci_storage.server.metrics_folder import MetricsFolder
 
 log = logging.getLogger(__name__)
 

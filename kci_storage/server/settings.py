@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from kci_storage.config.settings import Config, ServerConfig
-from kci_storage.server import metrics_folder
+from kci_storage.monitoring import metrics_folder
 
 MOST_CONNECTIONS = 10_000  # of a worker, where the configuration leaves it open
 

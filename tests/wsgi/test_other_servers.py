@@ -60,7 +60,7 @@ def other_server(
 
 @pytest.fixture
 def session() -> Iterator[requests.Session]:
-    """A client that keeps its connection, on which the next answer shows whether the last one had the right length."""
+    """A client that keeps its connection: the next answer shows whether the last one had the right length."""
     with requests.Session() as session:
         session.headers["Accept-Encoding"] = "identity"
         yield session
@@ -71,7 +71,12 @@ def key(request: pytest.FixtureRequest, other_server: Server, azurite: Azurite) 
     """An object that is in the cache, or in the backend alone."""
     key = f"{new_folder()}/file.bin"
     if request.param == "hit":
-        assert requests.put(f"{other_server.url}/{key}", CONTENT, headers=other_server.headers(), timeout=SECONDS).status_code == 201
+        assert (
+            requests.put(
+                f"{other_server.url}/{key}", CONTENT, headers=other_server.headers(), timeout=SECONDS
+            ).status_code
+            == 201
+        )
     else:
         with azurite.client(other_server.document["azure"]["container"]) as container:
             container.upload_blob(key, CONTENT)
@@ -107,7 +112,11 @@ def test_several_ranges(other_server: Server, session: requests.Session, key: st
         answer = session.get(f"{other_server.url}/{key}", headers=headers, timeout=SECONDS)
         assert answer.status_code == 206
         parts = multipart(answer)
-        assert [one.get_payload(decode=True) for one in parts] == [CONTENT[10:20], CONTENT[300_000:400_000], CONTENT[-7:]]
+        assert [one.get_payload(decode=True) for one in parts] == [
+            CONTENT[10:20],
+            CONTENT[300_000:400_000],
+            CONTENT[-7:],
+        ]
         assert parts[0]["Content-Range"] == f"bytes 10-19/{len(CONTENT)}"
         assert access(other_server, answer)["bytes"] == str(len(answer.content))
 

@@ -1,4 +1,4 @@
-"""Where the workers' counters are kept: a folder for each master, which may vanish, or the operator's, which stays."""
+"""Where the workers' counters are kept: a folder for each master, which may vanish, or the operator's."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ import psutil
 import pytest
 import requests
 
-from kci_storage.monitoring import multiprocess
-from kci_storage.server import metrics_folder
+from kci_storage.monitoring import metrics_folder, multiprocess
 from tests.monitoring.test_metrics import Growth, cumulative, scrape, value
 from tests.support.harness import START_SECONDS, STOP_SECONDS, Server, wait_until
 from tests.support.wire import SECONDS, access, get
@@ -115,7 +114,18 @@ def shared_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_names_of_others_stop_nothing(shared_memory: Path) -> None:
-    names = ("-x", "", "-", "-x-y", f"-{10**30}-a", "--1-a", "-\u0663-a", f"-{DEAD}", f"-{DEAD}-a.b", f"-{os.getpid()}-a")
+    names = (
+        "-x",
+        "",
+        "-",
+        "-x-y",
+        f"-{10**30}-a",
+        "--1-a",
+        "-\u0663-a",
+        f"-{DEAD}",
+        f"-{DEAD}-a.b",
+        f"-{os.getpid()}-a",
+    )
     folders = [shared_memory / f"{OURS}{name}" for name in names]
     for folder in folders:
         folder.mkdir()
@@ -159,7 +169,9 @@ def test_the_operators_folder_stays_and_is_the_only_one(start_server: Callable[.
     assert len(list(folder.glob("counter_*-*.db"))) == 2
 
 
-def test_the_operators_folder_is_made_where_it_is_missing(start_server: Callable[..., Server], tmp_path: Path) -> None:
+def test_the_operators_folder_is_made_where_it_is_missing(
+    start_server: Callable[..., Server], tmp_path: Path
+) -> None:
     folder = tmp_path / "a" / "b"
     server = start_server(arguments=["--env", f"{metrics_folder.VARIABLE}={folder}"])
     ask(server, 1)
