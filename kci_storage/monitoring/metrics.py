@@ -207,8 +207,8 @@ class Metrics:
     def page(self, accept: str | None) -> tuple[bytes, str]:
         """The metrics of all workers and of the machine, and their content type."""
         registry = CollectorRegistry()
-        registry.register(self)  # type: ignore[arg-type]
-        registry.register(multiprocess.Counted())  # type: ignore[arg-type]
+        registry.register(self)
+        registry.register(multiprocess.Counted())
         encode, content_type = _encoder(accept or "")
         for _ in range(SCRAPE_TRIES - 1):
             multiprocess.settle()

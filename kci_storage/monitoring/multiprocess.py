@@ -217,7 +217,8 @@ class Counted:
         """
         if _files.folder is None:
             return REGISTRY.collect()
-        return MultiProcessCollector.merge([str(path) for path in _counted(_files.folder)])
+        merged: Iterable[Metric] = MultiProcessCollector.merge([str(path) for path in _counted(_files.folder)])
+        return merged
 
 
 def _counted(folder: Path) -> Iterator[Path]:

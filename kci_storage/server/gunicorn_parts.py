@@ -17,6 +17,8 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple, NoReturn, Protocol
 
+from kci_storage.monitoring import logs
+
 Headers = list[tuple[str, str]]
 
 MOST_FIELDS = 100  # header fields of a request, as gunicorn's setting has it
@@ -279,18 +281,19 @@ class Worker(base.Worker):
 
 
 class Logger(glogging.Logger):
-    """The base of what writes gunicorn's own messages."""
+    """Its own messages, as lines of the server's log; in a file, if the setting ``errorlog`` names one."""
 
     def setup(self, cfg: Any) -> None:
         """At the start, and when the settings have changed."""
         super().setup(cfg)
-        self.adapt(logging.getLogger("gunicorn.error"), to_file=cfg.errorlog != "-")
-
-    def adapt(self, log: logging.Logger, to_file: bool) -> None:
-        """Change what gunicorn has made of its log.
-
-        :param to_file: it is to go to a file, rather than to standard error.
-        """
+        log = logging.getLogger("gunicorn.error")
+        for handler in tuple(log.handlers):
+            if isinstance(handler, logging.FileHandler):
+                handler.setFormatter(logs.LogfmtFormatter())
+            else:
+                log.removeHandler(handler)
+        if cfg.errorlog == "-":
+            log.addHandler(logs.line_handler())
 
 
 def replace_reload(server: Any, reload: Callable[[Callable[[], None]], None]) -> None:

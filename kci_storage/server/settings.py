@@ -28,7 +28,7 @@ def values(config: Config) -> dict[str, Any]:
         "workers": server.worker_count,
         "threads": server.threads,
         "worker_class": "kci_storage.server.worker.Worker",
-        "logger_class": "kci_storage.server.gunicorn_log.Logger",
+        "logger_class": "kci_storage.server.gunicorn_parts.Logger",
         "worker_tmp_dir": None if memory is None else str(memory),
         "keepalive": 75,  # seconds
         "timeout": 120,  # seconds without a heartbeat after which a worker is killed; its main loop never works
