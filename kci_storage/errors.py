@@ -28,6 +28,22 @@ class BadRequest(StorageError):
     """The request itself is wrong; sending it again changes nothing."""
 
 
+class ProtocolError(BadRequest):
+    """The request's head breaks a rule of HTTP/1.1, or asks for what this server cannot do."""
+
+
+class LengthRequired(ProtocolError):
+    """The request does not say where its body ends."""
+
+
+class UnsupportedTransferCoding(ProtocolError):
+    """The body comes in another transfer coding than ``chunked``."""
+
+
+class UnsupportedContentEncoding(BadRequest):
+    """The body is encoded, and would be stored so under a name that does not say it."""
+
+
 class BadKey(BadRequest):
     """The key breaks a rule of :mod:`kci_storage.keys`."""
 
@@ -139,6 +155,10 @@ class Meaning(NamedTuple):
 TABLE: dict[type[StorageError], Meaning] = {
     StorageError: Meaning(500, "Internal Server Error", "internal"),
     BadRequest: Meaning(400, "Bad Request", "bad_request"),
+    ProtocolError: Meaning(400, "Bad Request", "malformed_request"),
+    LengthRequired: Meaning(411, "Length Required", "length_required"),
+    UnsupportedTransferCoding: Meaning(501, "Not Implemented", "transfer_coding"),
+    UnsupportedContentEncoding: Meaning(415, "Unsupported Media Type", "content_encoding"),
     BadKey: Meaning(400, "Bad Key", "bad_key"),
     BadForm: Meaning(400, "Bad Form", "bad_form"),
     BadArchive: Meaning(400, "Bad Archive", "bad_archive"),

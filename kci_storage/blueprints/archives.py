@@ -11,9 +11,10 @@ from kci_storage import logfmt
 from kci_storage.archives.files import ArchivePlan
 from kci_storage.archives.run import ArchiveReport
 from kci_storage.blueprints.context import authenticated, exchange, services
-from kci_storage.blueprints.errors import storage_error
+from kci_storage.blueprints.errors import noted
 from kci_storage.blueprints.uploads import admitted_body, form_boundary, log_stored, stored_tags, stored_type
 from kci_storage.errors import StorageError
+from kci_storage.http import problems
 from kci_storage.http.multipart import FORM_OVERHEAD
 
 blueprint = Blueprint("archives", __name__)
@@ -50,11 +51,9 @@ def plan(email: str) -> ArchivePlan:
 @blueprint.errorhandler(StorageError)
 def refused(error: StorageError) -> Response:
     """The answer to an archive of which nothing was stored: the error's, as JSON."""
-    plain = storage_error(error)
-    response = answer("error", plain.status_code, ArchiveReport(g.get("prefix", ""), failures=[error.message]))
-    for name, value in plain.headers:
-        if name.lower() not in ("content-type", "content-length"):
-            response.headers[name] = value
+    problem = noted(error)
+    response = answer("error", problem.status, ArchiveReport(g.get("prefix", ""), failures=[error.message]))
+    response.headers.update(problems.headers(problem, response.headers["Content-Type"], response.content_length or 0))
     return response
 
 

@@ -56,7 +56,6 @@ def directory_page(prefix: str) -> Response:
     listed = browse(services().driver, prefix, request.args.get("marker"))
     as_json = prefers_json(request.headers.get("Accept"), over="text/html")
     response = jsonify(listed.to_fields()) if as_json else html(listed)
-    response.headers["X-Content-Type-Options"] = "nosniff"
     response.headers["Vary"] = "Accept, Accept-Encoding"
     return compressed(response)
 

@@ -13,7 +13,7 @@ from kci_storage import keys, logfmt
 from kci_storage.blueprints.context import authenticated, exchange, services
 from kci_storage.blueprints.errors import without_body
 from kci_storage.drivers.base import ObjectInfo
-from kci_storage.errors import BadForm, BadRequest
+from kci_storage.errors import BadForm, BadRequest, UnsupportedContentEncoding
 from kci_storage.http import media
 from kci_storage.http.conditions import RequestHeaders, conditional_write, etag_header, write_allowed
 from kci_storage.http.digest_fields import parse_content_md5, parse_repr_digest
@@ -67,11 +67,14 @@ def delete(path: str) -> Response:
 
 
 def admitted_body(overhead: int) -> RequestBody:
-    """The request's body, unless it announces that it is too large.
+    """The request's body, unless its head says that it cannot be stored.
 
     :param overhead: bytes that it may have beyond the limit, which then holds for each file.
-    :raises UploadTooLarge: it does.
+    :raises UploadTooLarge: it is longer than that.
+    :raises UnsupportedContentEncoding: it is encoded (RFC 9110, 15.5.16).
     """
+    if request.headers.get("Content-Encoding", "").lower() not in ("", "identity"):
+        raise UnsupportedContentEncoding("a file is stored as it is sent: send it without Content-Encoding")
     body, limit = exchange().body, services().config.server.max_upload_bytes
     if body.length is not None and body.length > limit + overhead:
         raise too_large(limit)

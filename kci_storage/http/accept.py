@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 _WEIGHT = re.compile(r"(?:0(?:\.[0-9]*)?|1(?:\.0*)?)\Z")
 
@@ -26,6 +27,17 @@ def quality(accept: str, media_type: str) -> float:
 def _weight(parameters: list[str]) -> float:
     value = next((text[2:] for text in parameters if text.startswith("q=")), "1")
     return float(value) if _WEIGHT.match(value) else 0.0
+
+
+def preferred(accept: str | None, offers: Sequence[str]) -> str:
+    """The media type that a client wants most; the first one of several that it wants as much, or not at all.
+
+    :param accept: the value of ``Accept``; None, or ``*/*``, prefers nothing.
+
+    >>> preferred("text/html, */*;q=0.8", ["text/plain", "text/html"])
+    'text/html'
+    """
+    return max(offers, key=lambda offer: quality(accept, offer)) if accept else offers[0]
 
 
 def prefers_json(accept: str | None, over: str = "text/plain") -> bool:

@@ -2,43 +2,75 @@
 
 from __future__ import annotations
 
+import re
+import time
 from typing import Any
 
+from kci_storage.http import problems
+from kci_storage.http.answers import NO_STORE, STATUS_LINES
+from kci_storage.http.dates import http_date
+from kci_storage.http.problems import Problem
 from kci_storage.monitoring import logs
-from kci_storage.wsgi.exchange import new_request_id
+from kci_storage.wsgi.exchange import request_id_from
 
-_REFUSALS = {
-    400: ("Bad Request", "this is not HTTP/1.1"),
-    408: ("Request Timeout", "the request's head took too long"),
-    414: ("URI Too Long", "the path is too long"),
-    417: ("Expectation Failed", "the only expectation that can be met is 100-continue"),
-    431: ("Request Header Fields Too Large", "the headers are too long"),
-    501: ("Not Implemented", "the only transfer coding is chunked"),
+_MESSAGES = {
+    400: "this is not HTTP/1.1",
+    408: "the request's head took too long",
+    414: "the path is too long",
+    417: "the only expectation that can be met is 100-continue",
+    431: "the headers are too long",
+    501: "the only transfer coding is chunked",
 }
+_FIELDS = re.compile(rb"\r\n(accept|x-request-id):[ \t]*([^\r\n]*?)[ \t]*(?=\r\n)", re.IGNORECASE)
+LONGEST_FIELD = 1024  # bytes of a value that is looked at
 
 
-def refusal(status: int, address: Any, reason: str = "IncompleteHead", text: str = "") -> bytes:
+def refusal(status: int, address: Any, reason: str = "IncompleteHead", text: str = "", head: bytes = b"") -> bytes:
     """The whole answer, after which the connection is to be closed; it is logged.
 
     :param address: the client's, as of ``accept``.
     :param reason: for the log: the class of what is wrong.
     :param text: what the answer says; empty: what is usual for the status.
+    :param head: what has come of the request, for what it says of its answer; empty: it is not known.
     """
-    title, usual = _REFUSALS[status]
-    text = text or usual
-    request_id, body = new_request_id(), f"{text}\n"
-    head = (
-        f"HTTP/1.1 {status} {title}\r\nConnection: close\r\nContent-Type: text/plain; charset=utf-8\r\n"
-        f"Content-Length: {len(body)}\r\nX-Content-Type-Options: nosniff\r\nX-Request-ID: {request_id}\r\n\r\n"
-    )
-    logs.log_refusal(address[0] if address else "", status, len(body), request_id, f"{text}: {reason}")
-    return (head + body).encode()
+    text = text or _MESSAGES[status]
+    fields = _fields(head)
+    request_id = request_id_from(fields.get("x-request-id"))
+    answer = _answer(status, text, request_id, fields.get("accept"), head.startswith(b"HEAD "))
+    size = len(answer.body)
+    logs.log_refusal(address[0] if address else "", status, size, request_id, f"{text}: {reason}")
+    return _as_bytes(answer, request_id)
 
 
 def internal_error(request_id: str) -> bytes:
     """The whole answer to a request when the application failed before it began one; the log is the caller's."""
-    body = "internal error\n"
-    return (
-        "HTTP/1.1 500 Internal Server Error\r\nConnection: close\r\nContent-Type: text/plain; charset=utf-8\r\n"
-        f"Content-Length: {len(body)}\r\nX-Content-Type-Options: nosniff\r\nX-Request-ID: {request_id}\r\n\r\n{body}"
-    ).encode()
+    return _as_bytes(_answer(500, "internal error", request_id), request_id)
+
+
+def _answer(
+    status: int, text: str, request_id: str, accept: str | None = None, without_body: bool = False
+) -> problems.Answer:
+    title = STATUS_LINES[status].partition(" ")[2]
+    answer = problems.answer(Problem(status, title, text, cache_control=NO_STORE), request_id, accept)
+    return answer._replace(body=b"") if without_body else answer
+
+
+def _as_bytes(answer: problems.Answer, request_id: str) -> bytes:
+    headers = [
+        ("Date", http_date(int(time.time()))),
+        ("Connection", "close"),
+        *answer.headers,
+        ("X-Request-ID", request_id),
+    ]
+    lines = "".join(f"{name}: {value}\r\n" for name, value in headers)
+    return f"HTTP/1.1 {answer.status}\r\n{lines}\r\n".encode("latin-1") + answer.body
+
+
+def _fields(head: bytes) -> dict[str, str]:
+    """What a head, which may be malformed, says of its answer.
+
+    >>> _fields(b"GET / HTTP/1.1\\r\\nAccept: application/json\\r\\nX-Request")
+    {'accept': 'application/json'}
+    """
+    found = ((name.decode().lower(), value.decode("latin-1")) for name, value in _FIELDS.findall(head))
+    return {name: value for name, value in found if len(value) <= LONGEST_FIELD}

@@ -58,13 +58,14 @@ class Requests:
             log.exception(logfmt.line(event="request_failed", request_id=conn.request_id or None))
 
     def _answer(self, conn: Connection) -> bool:
-        received = Received(conn.sock, conn.take_head())
+        head = conn.take_head()
+        received = Received(conn.sock, head)
         try:
             request = self._parsed(received)
             environ = make_environ(conn, request)
             body = _body(request, environ, received)
         except MalformedRequest as exc:
-            conn.sock.sendall(refusal(exc.status, conn.client, exc.reason))
+            conn.sock.sendall(refusal(exc.status, conn.client, exc.reason, head=head))
             return False
         keep = self._may_keep() and wants_to_stay(request, environ.get("HTTP_CONNECTION", ""))
         response = Response(conn.sock, request.method, request.version, keep)
@@ -138,9 +139,7 @@ def wants_to_stay(request: ParsedRequest, connection: str) -> bool:
 
 def _body(request: ParsedRequest, environ: Environ, received: Received) -> Body:
     """The parser has seen to it that a request has no more than one of the headers that tell where it ends."""
-    if coding := environ.get("HTTP_TRANSFER_ENCODING"):
-        if coding.lower() != "chunked":
-            raise MalformedRequest(501, "UnsupportedTransferCoding")
+    if "HTTP_TRANSFER_ENCODING" in environ:
         return ChunkedBody(request.body)
     length = int(environ.get("CONTENT_LENGTH", 0))
     return LengthBody(received, length) if length else io.BytesIO()

@@ -274,7 +274,7 @@ class Worker(gunicorn_parts.Worker):
     def _refuse(self, conn: Connection, status: int, text: str = "") -> None:
         """Answer a request whose head is not all there, and close."""
         self._stop_waiting(conn)
-        answer = refusal(status, conn.client, text=text)
+        answer = refusal(status, conn.client, text=text, head=conn.head)
         with contextlib.suppress(OSError):  # also if there is no room: the main loop waits for nobody
             conn.sock.answer_now(answer)
         self._linger(conn)

@@ -1,6 +1,7 @@
 """Who is let in: crawlers, blocked networks, and clients that want too much are refused before any work.
 
-What is found out about an address with a user agent is remembered, so that a hit pays for one look.
+So are requests that HTTP/1.1 does not allow (:mod:`kci_storage.http.heads`). What is found out about an address with
+a user agent is remembered, so that a hit pays for one look.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from kci_storage.access.challenge import POLICY, Challenge, Verdict
-from kci_storage.errors import Refused, meaning
-from kci_storage.http import problems
+from kci_storage.errors import ProtocolError, Refused, StorageError, meaning
+from kci_storage.http import heads, problems
+from kci_storage.http.answers import NO_STORE, STATUS_LINES, Headers
+from kci_storage.http.problems import Problem
 from kci_storage.wsgi.exchange import EXCHANGE
-from kci_storage.wsgi.responder import CORS_HEADERS, NOSNIFF, Headers
 
 if TYPE_CHECKING:
     from kci_storage.access.policies import Policies
@@ -46,13 +48,18 @@ class Guard:
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         admission = self._policies.admission
         try:
+            heads.check(environ)
             visitor = admission.admit(environ, environ[EXCHANGE])
             if visitor.is_browser:
                 assert admission.challenge is not None
                 return self._ask(admission.challenge, environ, start_response)
             return self._app(environ, start_response)
         except Refused as refusal:
-            return self._refuse(refusal, environ, start_response)
+            self._refused(meaning(refusal).label)
+            return _refuse(refusal, environ, start_response)
+        except ProtocolError as fault:
+            environ[EXCHANGE].close_connection()  # what comes next may be a body that was not announced
+            return _refuse(fault, environ, start_response)
 
     def _ask(
         self, challenge: Challenge, environ: dict[str, Any], start_response: Callable[..., Any]
@@ -68,33 +75,23 @@ class Guard:
             start_response = _slowly(start_response, challenge.fallback_rate)
         return self._app(environ, start_response)
 
-    def _refuse(
-        self, refusal: Refused, environ: dict[str, Any], start_response: Callable[..., Any]
-    ) -> Iterable[bytes]:
-        kind = meaning(refusal)
-        self._refused(kind.label)
-        exchange = environ[EXCHANGE]
-        exchange.route = ROUTE
-        exchange.failed(refusal)
-        content_type, body = problems.body(kind.status, kind.title, refusal.message, environ.get("HTTP_ACCEPT"))
-        start_response(f"{kind.status} {kind.title}", _headers(refusal, content_type, len(body)))
-        return () if environ["REQUEST_METHOD"] == "HEAD" else (body,)
+
+def _refuse(error: StorageError, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+    exchange = environ[EXCHANGE]
+    exchange.route = ROUTE
+    exchange.failed(error)
+    answer = exchange.answer(problems.of(error))
+    start_response(answer.status, answer.headers)
+    return () if environ["REQUEST_METHOD"] == "HEAD" else (answer.body,)
 
 
 def _show(challenge: Challenge, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
     """The page instead of the file: an error, so that nobody takes it for the file, or for the rest of one."""
     body = challenge.page(environ["PATH_INFO"], environ["QUERY_STRING"])
     environ[EXCHANGE].route = CHALLENGE_ROUTE
-    headers = [
-        ("Content-Type", "text/html; charset=utf-8"),
-        ("Content-Length", str(len(body))),
-        ("Content-Security-Policy", POLICY),
-        ("Referrer-Policy", "no-referrer"),
-        ("Cache-Control", "no-store"),
-        NOSNIFF,
-        *CORS_HEADERS,
-    ]
-    start_response("403 Forbidden", headers)
+    policy = ("Content-Security-Policy", POLICY), ("Referrer-Policy", "no-referrer")
+    problem = Problem(403, "Forbidden", "", policy, NO_STORE)
+    start_response(STATUS_LINES[403], problems.headers(problem, "text/html; charset=utf-8", len(body)))
     return () if environ["REQUEST_METHOD"] == "HEAD" else (body,)
 
 
@@ -109,10 +106,3 @@ def _slowly(start_response: Callable[..., Any], rate: int) -> Callable[..., Any]
         return start_response(status, [*headers, *slowly], *exc_info)
 
     return start
-
-
-def _headers(refusal: Refused, content_type: str, size: int) -> Headers:
-    headers = [("Content-Type", content_type), ("Content-Length", str(size)), ("Cache-Control", "no-store"), NOSNIFF]
-    if refusal.retry_after is not None:
-        headers.append(("Retry-After", str(refusal.retry_after)))
-    return [*headers, *CORS_HEADERS]

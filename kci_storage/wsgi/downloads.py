@@ -12,12 +12,13 @@ from typing import Any
 
 from kci_storage import keys
 from kci_storage.errors import BadKey, ObjectChanged, Refused
+from kci_storage.http.answers import STATUS_LINES
 from kci_storage.http.conditions import RequestHeaders
 from kci_storage.net import slots
 from kci_storage.net.bodies import SMALL_FILE
 from kci_storage.store.objects import Objects
 from kci_storage.wsgi.exchange import EXCHANGE
-from kci_storage.wsgi.responder import STATUS_LINES, Responder, Response
+from kci_storage.wsgi.responder import Responder, Response
 
 ROUTE = "download"  # the view's name, for the metrics
 FAILURE = "kci_storage.failure"  # the environ's key for what a download has raised

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 from kci_storage.errors import ClientDisconnected, StorageError, meaning
+from kci_storage.http import problems
 from kci_storage.net import slots
 from kci_storage.net.bodies import SentFile, SentSegments, cut_short
 
@@ -49,7 +50,7 @@ class Exchange:
         self.environ = environ
         self.started = time.time()
         self.begun = time.monotonic()  # in seconds
-        self.request_id = environ[REQUEST_ID] = _request_id(environ.get("HTTP_X_REQUEST_ID"))
+        self.request_id = environ[REQUEST_ID] = request_id_from(environ.get("HTTP_X_REQUEST_ID"))
         self.body = RequestBody(environ)
         self.status = 0
         self.promised = 0  # body bytes, by Content-Length
@@ -76,6 +77,11 @@ class Exchange:
         """Have the log say what went wrong."""
         self.error = f"{meaning(error).label}: {error.detail or error.message}"
 
+    def answer(self, problem: problems.Problem) -> problems.Answer:
+        """What this request is answered when something is wrong."""
+        environ = self.environ
+        return problems.answer(problem, self.request_id, environ.get("HTTP_ACCEPT"), environ["PATH_INFO"])
+
     def finish(self) -> None:
         """The response has been sent, or never will be. Only the first call counts."""
         if self._finished is not None:
@@ -95,7 +101,11 @@ class Exchange:
             connection.close_afterwards()
 
 
-def _request_id(incoming: str | None) -> str:
+def request_id_from(incoming: str | None) -> str:
+    """The ID that a request has brought along, if it is sane; else a new one.
+
+    :param incoming: the request's ``X-Request-ID``.
+    """
     return incoming if incoming and SANE_REQUEST_ID.fullmatch(incoming) else new_request_id()
 
 

@@ -18,35 +18,19 @@ from urllib.parse import parse_qs
 
 from kci_storage.drivers.base import ObjectInfo
 from kci_storage.fills.fill import Region
-from kci_storage.http import media, problems
+from kci_storage.http import media
+from kci_storage.http.answers import CORS_HEADERS, NOSNIFF, Headers
 from kci_storage.http.conditions import Decision, RequestHeaders, decide, etag_header
 from kci_storage.http.dates import http_date
 from kci_storage.http.digest_fields import repr_digest_header
+from kci_storage.http.problems import Problem
 from kci_storage.http.ranges import ByteRange, MultipartRanges
 from kci_storage.net.bodies import SentFile, SentSegments
 from kci_storage.store.contents import Content, FileContent
-from kci_storage.wsgi.exchange import CONNECTION
+from kci_storage.wsgi.exchange import CONNECTION, EXCHANGE
 
-Headers = list[tuple[str, str]]
 FileWrapper = Callable[..., Iterable[bytes]]
 
-EXPOSED_HEADERS = (
-    "Accept-Ranges, Content-Disposition, Content-Encoding, Content-Length, Content-Range, ETag, Last-Modified, "
-    "Repr-Digest, Retry-After, X-Cache, X-Request-ID"
-)
-# Public answers may be read by scripts of any site; a token is never sent by a browser on its own.
-CORS_HEADERS = (
-    ("Access-Control-Allow-Origin", "*"),
-    ("Access-Control-Expose-Headers", EXPOSED_HEADERS),
-)
-NOSNIFF = ("X-Content-Type-Options", "nosniff")
-STATUS_LINES = {
-    200: "200 OK",
-    206: "206 Partial Content",
-    304: "304 Not Modified",
-    412: "412 Precondition Failed",
-    416: "416 Range Not Satisfiable",
-}
 SEND_DIRECTLY = "HTTP_X_SEND_DIRECTLY"  # nginx could not open the file: it was replaced meanwhile, or may not be read
 _PLAIN_RANGE = re.compile(r"bytes=(?:[0-9]{1,15}-[0-9]{0,15}|-[0-9]{1,15})")
 REMEMBERED_VERSIONS = 10_000  # of which the headers are kept ready; about 1 KiB each
@@ -77,6 +61,7 @@ class Responder:
     """
 
     def __init__(self, cache_control: str, cache_directory: Path, accel_redirect: str = ""):
+        self._cache_control = cache_control
         self._common = (("Cache-Control", cache_control), NOSNIFF, *CORS_HEADERS)
         self._cache_directory = cache_directory
         self._accel_redirect = accel_redirect
@@ -90,15 +75,15 @@ class Responder:
         """
         info, method = content.info, environ["REQUEST_METHOD"]
         decision = decide(method, conditions, info.etag, info.last_modified, info.size)
+        if decision.status == 416:
+            content.close()
+            return self._unsatisfiable(content, environ)
         headers = [*_validators(info), ("X-Cache", content.status.value), *self._common]
         if decision.status in (304, 412):
             content.close()
             if decision.status == 412:  # a 304 never has a body, and no length of one
                 headers.append(("Content-Length", "0"))
             return Response(decision.status, headers, ())
-        if decision.status == 416:
-            content.close()
-            return _unsatisfiable(info, headers, environ)
         headers += _descriptors(info, purpose(environ["QUERY_STRING"]))
         if self._accel_redirect and isinstance(content, FileContent) and content.path is not None:
             if _nginx_agrees(environ, conditions, decision):
@@ -106,6 +91,18 @@ class Responder:
         if len(decision.ranges) > 1:
             return _several_ranges(content, decision.ranges, headers, _file_wrapper(environ))
         return _one_range(content, decision, headers, method, _file_wrapper(environ))
+
+    def _unsatisfiable(self, content: Content, environ: dict[str, Any]) -> Response:
+        """The answer to a range that lies beyond the end (RFC 9110, 15.5.17)."""
+        info, message = content.info, f"the file has {content.info.size} bytes"
+        headers = (
+            *_validators(info),
+            ("X-Cache", content.status.value),
+            ("Content-Range", f"bytes */{info.size}"),
+        )
+        problem = Problem(416, "Range Not Satisfiable", message, headers, self._cache_control)
+        answer = environ[EXCHANGE].answer(problem)
+        return Response(416, answer.headers, () if environ["REQUEST_METHOD"] == "HEAD" else (answer.body,))
 
     def _handed_over(self, content: FileContent, path: str, headers: Headers, decision: Decision) -> Response:
         """nginx sends the file, or the part of it that the request's ``Range`` asks for; the worker is free."""
@@ -187,19 +184,6 @@ def purpose(query: str) -> Purpose:
         if fields.get("view", [""])[-1] == "1":
             return Purpose.READING
     return Purpose.DOWNLOAD
-
-
-def _unsatisfiable(info: ObjectInfo, headers: Headers, environ: dict[str, Any]) -> Response:
-    """The answer to a range that lies beyond the end (RFC 9110, 15.5.17)."""
-    content_type, text = problems.body(
-        416, "Range Not Satisfiable", f"the file has {info.size} bytes", environ.get("HTTP_ACCEPT")
-    )
-    headers += (
-        ("Content-Range", f"bytes */{info.size}"),
-        ("Content-Type", content_type),
-        ("Content-Length", str(len(text))),
-    )
-    return Response(416, headers, () if environ["REQUEST_METHOD"] == "HEAD" else (text,))
 
 
 def _one_range(

@@ -332,7 +332,7 @@ def test_a_token_is_needed(local_server: Server):
     with Wire(local_server) as wire:
         wire.send(request("POST", "/v1/archive", {**FORM_TYPE, "Content-Length": 10**9}))
         answer = wire.answer()
-    assert (answer.status, answer.headers["WWW-Authenticate"]) == (401, "Bearer")
+    assert (answer.status, answer.headers["WWW-Authenticate"]) == (401, 'Bearer realm="kci-storage"')
     assert b'"failures": ["Unauthorized"]' in answer.body
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import html
 import os
+import re
 import secrets
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +23,7 @@ from tests.support.wire import (
     SECONDS,
     Wire,
     access,
+    assert_common_headers,
     assert_error,
     form,
     get,
@@ -34,6 +37,7 @@ from tests.support.wire import (
 
 MIB = 1 << 20
 LIMITED = "limited@example.com"
+BROWSER = "text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,image/webp,*/*;q=0.8"
 
 Headers = dict[str, str]
 
@@ -125,6 +129,18 @@ def too_large(server: Server, headers: Headers) -> requests.Response:
     return sent(server, "PUT", "a", headers, bytes(MIB + 1))
 
 
+def encoded_body(server: Server, headers: Headers) -> requests.Response:
+    return sent(server, "PUT", "a", {"Content-Encoding": "gzip", **headers}, b"content")
+
+
+def encoded_form(server: Server, headers: Headers) -> requests.Response:
+    return sent(server, "POST", "upload", {**FORM_TYPE, "Content-Encoding": "gzip", **headers}, b"content")
+
+
+def another_spelling_of_a_route(server: Server, headers: Headers) -> requests.Response:
+    return get(server, "/metrics", headers)
+
+
 def range_behind_the_end(server: Server, headers: Headers) -> requests.Response:
     return get(server, "there", {"Range": "bytes=7-", **headers})
 
@@ -144,6 +160,9 @@ MISTAKES: list[tuple[Callable[[Server, Headers], requests.Response], int, str, s
     (another_upload, 409, "Conflict", "upload"),
     (another_version, 412, "Precondition Failed", "version"),
     (too_large, 413, "Content Too Large", str(MIB)),
+    (encoded_body, 415, "Unsupported Media Type", "Content-Encoding"),
+    (encoded_form, 415, "Unsupported Media Type", "Content-Encoding"),
+    (another_spelling_of_a_route, 404, "Not Found", "no such file"),
     (range_behind_the_end, 416, "Range Not Satisfiable", "7 bytes"),
 ]
 
@@ -152,17 +171,50 @@ MISTAKES: list[tuple[Callable[[Server, Headers], requests.Response], int, str, s
 def test_a_mistake_is_told_in_one_line(
     strict_server: Server, mistake: Callable[[Server, Headers], requests.Response], status: int, title: str, says: str
 ):
-    for accept in ({}, {"Accept": "*/*"}, {"Accept": "text/plain"}, {"Accept": "text/html,*/*;q=0.8"}):
+    for accept in ({}, {"Accept": "*/*"}, {"Accept": "text/plain"}, {"Accept": "image/png,*/*;q=0.8"}):
         response = mistake(strict_server, accept)
         line = assert_error(response, status, strict_server, says=[says])
-        assert response.headers["X-Content-Type-Options"] == "nosniff"
     for accept in ("application/json", "application/problem+json", "text/plain;q=0.5, application/json"):
         response = mistake(strict_server, {"Accept": accept})
         assert response.status_code == status
         assert response.headers["Content-Type"] == "application/problem+json"
         assert response.json() == {"type": "about:blank", "title": title, "status": status, "detail": line}
+        assert_common_headers(response)
+    assert access(strict_server, response)["status"] == str(status)
+    response = mistake(strict_server, {"Accept": BROWSER})
+    assert_page(response, status, line)
     assert access(strict_server, response)["status"] == str(status)
     wait_until_tidy(strict_server)
+
+
+def assert_page(response: requests.Response, status: int, line: str) -> None:
+    """The page says the same as the line, and what to tell an operator."""
+    assert response.status_code == status
+    assert response.headers["Content-Type"] == "text/html; charset=utf-8"
+    assert response.headers["Content-Security-Policy"].startswith("default-src 'none';")
+    assert response.headers["Vary"] == "Accept"
+    assert_common_headers(response)
+    page = html.unescape(response.text)
+    assert f"<p>{line}</p>" in page
+    assert page.count(f"{status} ") >= 2  # its title and its heading
+    assert f"<code>{response.headers['X-Request-ID']}</code>" in page
+    assert '<a href="/v1/browse/">' in page
+
+
+def test_the_page_leads_to_the_folder(strict_server: Server):
+    for path, folder in (("a/b", "./"), ("a/b/", "../"), ("a%2Fb/c", "./"), ("a", None), ("v1/nothing/x", None)):
+        response = get(strict_server, path, {"Accept": BROWSER})
+        assert response.status_code == 404
+        links = re.findall(r'href="([^"]*)"', response.text)
+        assert links == ([folder] if folder else []) + ["/v1/browse/"]
+
+
+def test_the_page_escapes_what_a_client_says(strict_server: Server):
+    key = "v1/%3Cscript%3Ealert(1)%3C%2Fscript%3E"  # the answer quotes it
+    response = sent(strict_server, "PUT", key, {"Accept": BROWSER}, b"content")
+    assert response.status_code == 400
+    assert "alert(1)" in response.text
+    assert "<script" not in response.text
 
 
 def test_no_token(strict_server: Server):
@@ -170,7 +222,7 @@ def test_no_token(strict_server: Server):
     for method, path in (("GET", "v1/checkauth"), ("PUT", "a"), ("DELETE", "there"), ("POST", "upload")):
         response = requests.request(method, f"{strict_server.url}/{path}", timeout=SECONDS)
         assert_error(response, 401, strict_server)
-        assert response.headers["WWW-Authenticate"] == "Bearer"
+        assert response.headers["WWW-Authenticate"] == 'Bearer realm="kci-storage"'
         accept = {"Accept": "application/json"}
         response = requests.request(method, f"{strict_server.url}/{path}", headers=accept, timeout=SECONDS)
         assert (response.status_code, response.json()["detail"]) == (401, "Unauthorized")
@@ -342,7 +394,7 @@ def test_readiness_says_why_not(failing_server: Server):
 
 def test_every_row_of_the_table_has_a_status_that_clients_know():
     assert {row.status for row in TABLE.values()} == {
-        400, 401, 403, 404, 409, 412, 413, 429, 500, 502, 503, 504, 507
+        400, 401, 403, 404, 409, 411, 412, 413, 415, 429, 500, 501, 502, 503, 504, 507
     }  # fmt: skip
     assert all(issubclass(kind, StorageError) for kind in TABLE)
 

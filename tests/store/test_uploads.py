@@ -792,7 +792,7 @@ def test_bad_tokens(strict_server: Server):
                 method, f"{strict_server.url}/{target}", headers={**FORM_TYPE, **headers}, timeout=SECONDS
             )
             assert (response.status_code, response.text) == (401, "Unauthorized"), name
-            assert response.headers["WWW-Authenticate"] == "Bearer"
+            assert response.headers["WWW-Authenticate"] == 'Bearer realm="kci-storage"'
 
 
 def test_permissions(strict_server: Server):

@@ -10,6 +10,7 @@ import socket
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
@@ -300,6 +301,15 @@ def access(server: Server, answer: Answer | requests.Response | str) -> dict[str
 # Errors
 
 
+def assert_common_headers(answer: Answer | requests.Response) -> None:
+    """The answer has what every answer has, whoever makes it."""
+    assert parsedate_to_datetime(answer.headers["Date"]).tzinfo is not None
+    assert re.fullmatch(r"[A-Za-z0-9._:+/=-]{1,128}", answer.headers["X-Request-ID"])
+    assert answer.headers["Access-Control-Allow-Origin"] == "*"
+    assert {"X-Request-ID", "Retry-After"} <= set(answer.headers["Access-Control-Expose-Headers"].split(", "))
+    assert answer.headers["X-Content-Type-Options"] == "nosniff"
+
+
 def assert_error(answer: Answer | requests.Response, status: int, server: Server, says: Iterable[str] = ()) -> str:
     """The answer is this error: one line of text that tells what is wrong and nothing of the server's inside.
 
@@ -309,6 +319,7 @@ def assert_error(answer: Answer | requests.Response, status: int, server: Server
     body = answer.body if isinstance(answer, Answer) else answer.content
     assert (answer.status if isinstance(answer, Answer) else answer.status_code) == status, body
     assert answer.headers["Content-Type"] == "text/plain; charset=utf-8"
+    assert_common_headers(answer)
     line = body.decode()
     if status == 401:
         assert line == "Unauthorized"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from tests.support.wire import (
     SECONDS,
     Wire,
     access,
+    assert_common_headers,
     assert_error,
     chunked,
     exchange,
@@ -157,6 +159,80 @@ def test_what_is_too_much_is_refused(local_server: Server, data: bytes, status: 
     assert_error(exchange(local_server, data), status, local_server)
 
 
+def test_a_refused_head_is_heeded_all_the_same(local_server: Server):
+    """Its client may have said in which form it wants the answer, and by which ID it will look for it."""
+    said = {"Accept": "application/json", "X-Request-ID": new_folder()}
+    endless = request("GET", "/", {**said, "Padding": "x" * 70_000}).removesuffix(b"\r\n")
+    answer = exchange(local_server, endless)
+    assert (answer.status, answer.headers["Content-Type"]) == (431, "application/problem+json")
+    assert_common_headers(answer)
+    assert json.loads(answer.body)["title"] == "Request Header Fields Too Large"
+    assert answer.headers["X-Request-ID"] == said["X-Request-ID"]
+    assert access(local_server, answer)["status"] == "431"
+    with Wire(local_server) as wire:
+        wire.send(endless.replace(b"GET", b"HEAD"))
+        assert wire.answer("HEAD").status == 431
+        assert wire.rest() == b""
+
+
+NO_HOST = b"GET %b HTTP/1.1\r\n%b\r\n"
+
+
+@pytest.mark.parametrize("target", [b"/v1/health", b"/there", b"http://storage/there"])
+@pytest.mark.parametrize(
+    "fields",
+    [b"", b"Host:\r\n", b"Host: a b\r\n", b"Host: a/b\r\n", b"Host: [::1\r\n", b"Host: a:b\r\n", b"Host: a@b\r\n"],
+)
+def test_a_request_names_its_host(local_server: Server, target: bytes, fields: bytes):
+    put(local_server, "there", b"content")
+    with Wire(local_server) as wire:
+        wire.send(NO_HOST % (target, fields))
+        answer = wire.answer()
+        assert_error(answer, 400, local_server, says=["Host"])
+        assert wire.rest() == b""
+    assert access(local_server, answer)["error"].startswith("malformed_request")
+
+
+@pytest.mark.parametrize("host", ["storage", "a.b-c_d:80", "192.0.2.1:3000", "[2001:db8::1]:3000", "a:", "STORAGE."])
+def test_a_host_may_be_any_name(local_server: Server, host: str):
+    assert exchange(local_server, request("GET", "/v1/health", {"Host": host})).status == 200
+
+
+@pytest.mark.parametrize(
+    ("method", "target", "fields", "status", "error"),
+    [
+        ("PUT", "/{key}", {}, 411, "length_required"),
+        ("POST", "/upload", FORM_TYPE, 411, "length_required"),
+        ("POST", "/v1/file", FORM_TYPE, 411, "length_required"),
+        ("POST", "/v1/archive", FORM_TYPE, 411, "length_required"),
+        ("PUT", "/{key}", {"Transfer-Encoding": "gzip, chunked"}, 501, "transfer_coding"),
+        ("PUT", "/{key}", {"Transfer-Encoding": "identity, chunked"}, 501, "transfer_coding"),
+        ("POST", "/upload", {**FORM_TYPE, "Transfer-Encoding": "deflate, chunked"}, 501, "transfer_coding"),
+        ("PUT", "/{key}", {"Transfer-Encoding": "br"}, 501, "malformed_request"),
+        ("PUT", "/{key}", {"Content-Encoding": "gzip", "Content-Length": "3"}, 415, "content_encoding"),
+        ("PUT", "/{key}", {"Content-Encoding": "x", "Transfer-Encoding": "chunked"}, 415, "content_encoding"),
+    ],
+)
+def test_a_body_that_cannot_be_taken_changes_nothing(
+    local_server: Server, method: str, target: str, fields: dict[str, str], status: int, error: str
+):
+    key = f"{new_folder()}/a"
+    put(local_server, key, b"as it was")
+    with Wire(local_server) as wire:
+        wire.send(request(method, target.format(key=key), {**local_server.headers(), **fields}))
+        answer = wire.answer()
+        assert_error(answer, status, local_server)
+        assert answer.headers["Connection"] == "close"
+        assert wire.rest() == b""
+    assert answer.headers.get("Accept-Encoding") == ("identity" if status == 415 else None)
+    assert access(local_server, answer)["error"].startswith(f"{error}:")
+    assert get(local_server, key).content == b"as it was"
+
+
+def test_a_body_that_is_not_encoded_may_say_so(local_server: Server):
+    assert put(local_server, f"{new_folder()}/a", b"content", Content_Encoding="identity").status_code == 201
+
+
 def test_a_malformed_header_shows_no_token(local_server: Server):
     token = local_server.token()
     for line in (f"Authorization Bearer {token}", f"Authorization : Bearer {token}", f"Authorization: {token}\x01"):
@@ -164,6 +240,79 @@ def test_a_malformed_header_shows_no_token(local_server: Server):
         assert_error(answer, 400, local_server)
         access(local_server, answer)
     assert token not in local_server.log()
+
+
+# What all answers have
+
+
+def answers(server: Server) -> Iterator[tuple[int, bytes]]:
+    """One answer of each of those that make some: the status, and the request."""
+    key, write = new_folder(), server.headers()
+    yield 201, request("PUT", f"/{key}", write, b"content")
+    yield 200, request("GET", f"/{key}")
+    yield 206, request("GET", f"/{key}", {"Range": "bytes=1-2"})
+    yield 304, request("GET", f"/{key}", {"If-None-Match": "*"})
+    yield 412, request("GET", f"/{key}", {"If-Match": '"another"'})
+    yield 416, request("GET", f"/{key}", {"Range": "bytes=7-"})
+    yield 200, request("HEAD", f"/{key}")
+    yield 204, request("DELETE", f"/{key}", write)
+    yield 404, request("GET", f"/{key}")
+    yield 401, request("DELETE", f"/{key}")
+    yield 400, request("PUT", "/v1/mine", write, b"content")
+    yield 400, request("POST", "/v1/archive", write, b"content")
+    yield 405, request("POST", f"/{key}", write, b"content")
+    yield 405, request("POST", "/", write, b"content")
+    yield 403, request("GET", f"/{key}", {"User-Agent": "GPTBot/1.2"})
+    yield 411, request("PUT", f"/{key}", write)
+    yield 501, request("PUT", f"/{key}", {**write, "Transfer-Encoding": "gzip, chunked"})
+    yield 308, request("GET", "/v1/browse")
+    yield 200, request("OPTIONS", f"/{key}")
+    for path in (
+        "/",
+        "/v1/health",
+        "/v1/ready",
+        "/v1/list",
+        "/v1/browse/",
+        "/metrics",
+        "/robots.txt",
+        "/favicon.ico",
+    ):
+        yield 200, request("GET", path)
+    yield 400, b"nonsense\r\n\r\n"
+    yield 414, request("GET", "/" + "a" * 20_000)
+    yield 417, request("PUT", "/a", {"Expect": "nonsense"}, b"")
+    yield 431, request("GET", "/", {f"X-{number}": "x" for number in range(200)})
+
+
+def test_every_answer_has_the_same_headers_and_its_line(local_server: Server):
+    for status, data in answers(local_server):
+        answer = exchange(local_server, data)
+        assert answer.status == status, data
+        assert_common_headers(answer)
+        assert access(local_server, answer)["status"] == str(status)
+
+
+def test_a_browser_may_ask_with_any_headers(local_server: Server):
+    said = {
+        "Access-Control-Request-Method": "GET",
+        "Access-Control-Request-Headers": "cache-control, x-requested-with",
+    }
+    answer = exchange(local_server, request("OPTIONS", "/k", said))
+    assert answer.status == 200
+    assert answer.headers["Access-Control-Allow-Headers"] == "cache-control, x-requested-with"
+    assert answer.headers["Access-Control-Allow-Methods"] == "GET, HEAD"
+    for nonsense in ("", "a b", "a,,b", "a: b", "a\xff"):
+        answer = exchange(
+            local_server, request("OPTIONS", "/k", {**said, "Access-Control-Request-Headers": nonsense})
+        )
+        assert "If-None-Match" in answer.headers["Access-Control-Allow-Headers"]
+
+
+def test_a_redirect_names_a_path(local_server: Server):
+    """By which name, and behind which proxy, a client reaches this server, it knows better."""
+    answer = exchange(local_server, request("GET", "/v1/browse?marker=a%20b", {"Host": "elsewhere:1"}))
+    assert (answer.status, answer.headers["Location"]) == (308, "/v1/browse/?marker=a%20b")
+    assert b"elsewhere" not in answer.body
 
 
 # Connections that go on
@@ -223,13 +372,21 @@ def test_http_1_0_is_answered(local_server: Server):
         assert wire.rest().endswith(b"\r\n\r\nKernelCI Proxy Server")
 
 
-def test_an_empty_body_needs_no_length(server: Server):
+def test_an_empty_body_says_so(server: Server):
     folder = new_folder()
     with Wire(server) as wire:
-        wire.send(request("PUT", f"/{folder}/empty", server.headers()), request("GET", f"/{folder}/empty"))
+        wire.send(put_request(server, f"{folder}/empty", b""), request("GET", f"/{folder}/empty"))
         assert wire.answer().status == 201
         answer = wire.answer()
         assert (answer.status, answer.headers["Content-Length"]) == (200, "0")
+
+
+@pytest.mark.parametrize("value", ["close", "TE, close", "Close , TE", "keep-alive,\tclose"])
+def test_a_client_that_will_leave_is_let_go(local_server: Server, value: str):
+    with Wire(local_server) as wire:
+        wire.send(request("GET", "/v1/health", {"Connection": value}), request("GET", "/v1/health"))
+        assert wire.answer().headers["Connection"] == "close"
+        assert wire.rest() == b""
 
 
 # 100 Continue, and answers that come before the body
@@ -279,6 +436,7 @@ def refusals(server: Server) -> Iterator[tuple[int, str, str, dict[str, str]]]:
     yield 400, "PUT", "/allowed/a", {**allowed, "Content-MD5": "nonsense"}
     yield 400, "PUT", "/allowed/a", {**allowed, "Content-Range": "bytes 0-9/10"}
     yield 400, "PUT", "/allowed/a", {**allowed, "Content-Type-Upstream": "nonsense"}
+    yield 415, "PUT", "/allowed/a", {**allowed, "Content-Encoding": "gzip"}
     yield 400, "POST", "/upload", allowed
     yield 412, "PUT", "/allowed/a", {**allowed, "If-Match": '"none"'}
     yield 413, "PUT", "/allowed/a", allowed
