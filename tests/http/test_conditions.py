@@ -567,6 +567,26 @@ def test_prefers_json_over_html(value: str, prefers: bool) -> None:
     assert accept.prefers_json(value, over="text/html") is prefers
 
 
+@pytest.mark.parametrize(
+    ("value", "preferred"),
+    [
+        (None, "text/plain"),
+        ("*/*", "text/plain"),
+        ("image/png", "text/plain"),
+        ("image/png, */*;q=0.8", "text/plain"),
+        ("text/*", "text/plain"),
+        (BROWSER, "text/html"),
+        ("text/html", "text/html"),
+        ("text/html, text/plain;q=0.9", "text/html"),
+        ("application/json", "application/json"),
+        ("application/json, text/html", "application/json"),
+        ("application/json;q=0.9, text/html", "text/html"),
+    ],
+)
+def test_the_preferred_one_of_several(value: str | None, preferred: str) -> None:
+    assert accept.preferred(value, ("text/plain", "application/json", "text/html")) == preferred
+
+
 @given(
     st.text(max_size=40) | st.lists(st.sampled_from([*"*/;,=q. 01", "application/json"]), max_size=20).map("".join)
 )
