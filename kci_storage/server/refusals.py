@@ -69,8 +69,14 @@ def _as_bytes(answer: problems.Answer, request_id: str) -> bytes:
 def _fields(head: bytes) -> dict[str, str]:
     """What a head, which may be malformed, says of its answer.
 
+    :param head: may lack its end, and may have a part of the body behind it.
+
     >>> _fields(b"GET / HTTP/1.1\\r\\nAccept: application/json\\r\\nX-Request")
     {'accept': 'application/json'}
+    >>> _fields(b"GET / HTTP/1.1\\r\\n\\r\\nAccept: application/json\\r\\n")
+    {}
     """
-    found = ((name.decode().lower(), value.decode("latin-1")) for name, value in _FIELDS.findall(head))
+    end = head.find(b"\r\n\r\n")
+    lines = head if end < 0 else head[: end + 2]
+    found = ((name.decode().lower(), value.decode("latin-1")) for name, value in _FIELDS.findall(lines))
     return {name: value for name, value in found if len(value) <= LONGEST_FIELD}
