@@ -447,7 +447,8 @@ def test_clients_cannot_make_labels(quiet_server: Server):
         ][kinds]:
             session.request(method, f"{quiet_server.url}/{path}", headers=headers, timeout=SECONDS)
 
-    ask(1)  # every kind of request is known by then
+    ask(1)
+    access(quiet_server, page(quiet_server))  # every kind of request is known by then, a scrape too
     access(quiet_server, get(quiet_server, "none"))
     before = scrape(quiet_server)
     for number in range(100, 600):
