@@ -113,12 +113,12 @@ _for_put_remembered = functools.lru_cache(REMEMBERED)(_for_put)
 
 
 def from_path_info(path_info: str) -> str:
-    """The key that a request path names, without its leading slash. It is **not** checked: see :func:`is_valid`.
+    r"""The key that a request path names, without its leading slash. It is **not** checked: see :func:`is_valid`.
 
     :param path_info: ``PATH_INFO`` as WSGI gives it: the percent-decoded bytes, decoded as Latin-1 (PEP 3333).
     :raises BadKey: those bytes are not UTF-8.
 
-    >>> from_path_info("/\\xe6\\x96\\x87.txt")
+    >>> from_path_info("/\xe6\x96\x87.txt")
     '文.txt'
     """
     if not path_info.isascii():

@@ -51,13 +51,13 @@ def line(**fields: object) -> str:
 
 
 def encoded(text: str) -> bytes:
-    """A line as it is written: with its end, and not so long that a pipe could tear it.
+    r"""A line as it is written: with its end, and not so long that a pipe could tear it.
 
     The longest values are cut first. Of a traceback the beginning is left out, of anything else the end.
 
     >>> data = encoded(f"a={'x' * 5000} b=end")
     >>> len(data), data[-13:]
-    (4096, b'x[cut] b=end\\n')
+    (4096, b'x[cut] b=end\n')
     """
     data = f"{text}\n".encode()
     return data if len(data) <= LONGEST_LINE else f"{_shortened(text, len(data) - LONGEST_LINE)}\n".encode()

@@ -75,7 +75,7 @@ def is_refused(entry: dict[str, Any]) -> bool:
 
 def entries() -> list[dict[str, Any]]:
     """The public list. It takes 20 ms and 4 MB, so it is read by those alone who want it."""
-    import crawleruseragents
+    import crawleruseragents  # noqa: PLC0415  (see above)
 
     data: list[dict[str, Any]] = crawleruseragents.CRAWLER_USER_AGENTS_DATA
     return data

@@ -191,7 +191,7 @@ class Rate:
         """
         full_at, (one, other) = self._full_at, cells
         first, second = full_at[one], full_at[other]
-        full = first if first < second else second
+        full = min(first, second)
         if full < now:
             full = now
         elif full - now > self._tolerance:

@@ -12,6 +12,7 @@ import contextlib
 import threading
 from collections.abc import Mapping
 from concurrent.futures import Future, wait
+from typing import Self
 
 from kci_storage.archives.files import ArchiveFiles, Extent, held_for
 from kci_storage.net import slots
@@ -161,7 +162,7 @@ class Staging:
         self._replaced.clear()
         self._has_ended = True
 
-    def __enter__(self) -> Staging:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc_info: object) -> None:

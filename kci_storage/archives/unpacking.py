@@ -130,7 +130,7 @@ def _xz() -> _Decompressor:
 
 
 def _zstd() -> _Decompressor:
-    options = {zstd.DecompressionParameter.window_log_max: ZSTD_WINDOW_LOG}
+    options: dict[int, int] = {zstd.DecompressionParameter.window_log_max: ZSTD_WINDOW_LOG}
     decompressor: _Decompressor = zstd.ZstdDecompressor(options=options)
     return decompressor
 
@@ -155,9 +155,9 @@ def decompressed(pieces: Iterable[Piece], filename: str = "") -> Iterator[Piece]
 
 
 def compression(head: bytes, filename: str) -> str | None:
-    """How an archive is compressed: by its content, else by its name; None: it is not.
+    r"""How an archive is compressed: by its content, else by its name; None: it is not.
 
-    >>> compression(b"\\x1f\\x8b\\x08\\x00\\x00\\x00", "a.tar"), compression(b"a/b/c\\x00", "a.tar")
+    >>> compression(b"\x1f\x8b\x08\x00\x00\x00", "a.tar"), compression(b"a/b/c\x00", "a.tar")
     ('gzip', None)
     """
     for magic, kind in _MAGIC.items():
@@ -380,12 +380,12 @@ def relative_name(name: str) -> str:
 
 
 def pax_records(data: bytes) -> dict[str, bytes]:
-    """The records of a pax extended header (POSIX.1-2017, pax, "pax Header Block").
+    r"""The records of a pax extended header (POSIX.1-2017, pax, "pax Header Block").
 
     :raises BadArchive: there is something else in it.
 
-    >>> pax_records(b"14 path=a/\\xe6\\x96\\x87\\n")
-    {'path': b'a/\\xe6\\x96\\x87'}
+    >>> pax_records(b"14 path=a/\xe6\x96\x87\n")
+    {'path': b'a/\xe6\x96\x87'}
     """
     records = {}
     position = 0
@@ -409,9 +409,9 @@ def _size(header: tarfile.TarInfo, extended: dict[str, bytes]) -> int:
 
 
 def shown(name: str) -> str:
-    """A name for a message: short, and on one line.
+    r"""A name for a message: short, and on one line.
 
-    >>> shown("a\\n")
-    "'a\\\\n'"
+    >>> shown("a\n")
+    "'a\\n'"
     """
     return ascii(name if len(name) <= 80 else f"{name[:79]}…")

@@ -130,7 +130,7 @@ def replacement_rule() -> Callable[[ObjectInfo | None], bool] | None:
         return None
 
     def holds(info: ObjectInfo | None) -> bool:
-        return write_allowed(headers, info and info.etag, info and info.last_modified)
+        return write_allowed(headers, info.etag, info.last_modified) if info else write_allowed(headers, None, None)
 
     return holds
 

@@ -201,12 +201,14 @@ class Housekeeper:
         return not self._evictor.missing_for(size)
 
     def _make_room(self, size: int) -> None:
-        # Not even room for a lock's file is no more than no room.
-        with contextlib.suppress(WriteConflict, InsufficientStorage):
+        with (
+            # Not even room for a lock's file is no more than no room.
+            contextlib.suppress(WriteConflict, InsufficientStorage),
             # Else every fill of every worker evicts for itself what one eviction frees for all of them.
-            with self._cache.locks.hold(ROOM_LOCK, ROOM_TIMEOUT):
-                shortfall = partial(self._evictor.missing_for, size)
-                self._count(self._evictor.evict_until_within(shortfall, self._oldest, self._choose), PAUSE)
+            self._cache.locks.hold(ROOM_LOCK, ROOM_TIMEOUT),
+        ):
+            shortfall = partial(self._evictor.missing_for, size)
+            self._count(self._evictor.evict_until_within(shortfall, self._oldest, self._choose), PAUSE)
 
     def _choose(self) -> list[Candidate]:
         # A full cache needs room for each object that comes: not each can be worth a walk.

@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TypeAlias
 
 from kci_storage.cli import completion
 from kci_storage.cli.completion import with_files, with_folders
 from kci_storage.client.errors import UsageError
 from kci_storage.client.settings import TOKEN_VARIABLE, URL_VARIABLE
 
-Commands = argparse._SubParsersAction
+# What `ArgumentParser.add_subparsers` returns: argparse has no public name for it.
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # noqa: SLF001  (see above)
 
 MOST_JOBS = 64
 EXIT_CODES = "exit codes: 0, all worked; 1, something failed; 2, wrong usage, or no server or token; 130, interrupted"
@@ -90,7 +92,7 @@ def _add_stat(commands: Commands) -> None:
 
 def _command(commands: Commands, name: str, text: str) -> argparse.ArgumentParser:
     """A command with what all of them have."""
-    command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text, epilog=EXIT_CODES)
+    command = commands.add_parser(name, help=text, description=text, epilog=EXIT_CODES)
     command.set_defaults(run=run, action=name, quiet=False, jobs=1, token_file=None)
     command.add_argument("--url", metavar="URL", help=f"the server; else ${URL_VARIABLE}")
     command.add_argument("--json", action="store_true", help="one JSON object a line on standard output")

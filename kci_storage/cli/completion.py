@@ -24,11 +24,14 @@ def script(parser: argparse.ArgumentParser, shell: str) -> str:
 
 def with_files(action: argparse.Action) -> argparse.Action:
     """Have an argument completed with the names of files."""
-    action.complete = {"bash": "_shtab_compgen_files", "zsh": "_files"}  # type: ignore[attr-defined]  # shtab.FILE
-    return action
+    return _completed(action, bash="_shtab_compgen_files", zsh="_files")  # shtab.FILE
 
 
 def with_folders(action: argparse.Action) -> argparse.Action:
     """Have an argument completed with the names of folders."""
-    action.complete = {"bash": "_shtab_compgen_dirs", "zsh": "_files -/"}  # type: ignore[attr-defined]
+    return _completed(action, bash="_shtab_compgen_dirs", zsh="_files -/")  # shtab.DIRECTORY
+
+
+def _completed(action: argparse.Action, **functions: str) -> argparse.Action:
+    action.complete = functions  # type: ignore[attr-defined]  # an attribute of shtab's
     return action

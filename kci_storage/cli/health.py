@@ -11,7 +11,7 @@ from kci_storage.config.checks import split_bind
 from kci_storage.config.settings import ServerConfig
 
 SECONDS = 8.0  # for each step of the conversation; a container's health check has ten in all
-_HERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # of "all addresses", one that can be connected to
+_HERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104  (of "all addresses", one that can be connected to)
 
 
 class Unhealthy(Exception):
@@ -26,7 +26,7 @@ def ask(server: ServerConfig) -> None:
     try:
         status = _status(server)
     except (OSError, http.client.HTTPException) as exc:
-        raise Unhealthy(f"{server.bind} does not answer: {exc or type(exc).__name__}") from exc
+        raise Unhealthy(f"{server.bind} does not answer: {str(exc) or type(exc).__name__}") from exc
     if status != http.client.OK:
         raise Unhealthy(f"{server.bind} answers with status {status}")
 

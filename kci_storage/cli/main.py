@@ -113,10 +113,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(
-    commands: argparse._SubParsersAction, name: str, run: Callable[..., object], text: str
-) -> argparse.ArgumentParser:
-    command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+def _command(commands: client.Commands, name: str, run: Callable[..., object], text: str) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=text, description=text)
     command.set_defaults(run=run)
     return command
 

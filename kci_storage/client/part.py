@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Self
 
 from kci_storage.client.errors import ClientError, Corrupt
 from kci_storage.client.paths import part_name
@@ -117,7 +118,7 @@ class Part:
         os.lseek(self._fd, 0, os.SEEK_SET)
         self._digest, self.size, self.version = hashlib.sha256(), 0, None
 
-    def __enter__(self) -> Part:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc_info: object) -> None:

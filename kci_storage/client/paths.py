@@ -79,7 +79,7 @@ def _in_folder(folder: str, prefix: str, note: Callable[[str], None]) -> Iterato
             yield from _in_folder(entry.path, f"{prefix}{entry.name}/", note)
         elif entry.is_dir():
             note(f"{entry.path}: left out, a symbolic link to a folder")
-        elif entry.is_file() or entry.is_symlink() and not os.path.exists(entry.path):
+        elif entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path)):
             yield LocalFile(entry.path, prefix + entry.name)  # a link that leads nowhere fails when it is opened
         else:
             note(f"{entry.path}: left out, neither a file nor a folder")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 import threading
 import time
@@ -9,11 +10,6 @@ from typing import TextIO
 
 from kci_storage.client.storage import printable
 from kci_storage.http.sizes import readable_size
-
-try:
-    from tqdm import tqdm
-except ImportError:  # the extra "client" is not installed: lines will do
-    tqdm = None
 
 INTERVAL = 30.0  # seconds between two lines
 
@@ -95,6 +91,8 @@ class Bar(Progress):
 
     def __init__(self) -> None:
         super().__init__()
+        from tqdm import tqdm
+
         self._bar = tqdm(total=0, unit="B", unit_scale=True, unit_divisor=1024, file=sys.stderr, dynamic_ncols=True)
 
     def _show(self) -> None:
@@ -103,7 +101,7 @@ class Bar(Progress):
 
     def _print(self, text: str, to: TextIO) -> None:
         with self._lock:
-            tqdm.write(text, file=to)
+            self._bar.write(text, file=to)
 
     def _end(self) -> None:
         self._bar.refresh()
@@ -114,4 +112,9 @@ def progress(quiet: bool) -> Progress:
     """What suits standard error."""
     if quiet:
         return Progress(quiet=True)
-    return Bar() if tqdm is not None and sys.stderr.isatty() else Lines()
+    return Bar() if sys.stderr.isatty() and _has_tqdm() else Lines()
+
+
+def _has_tqdm() -> bool:
+    """Whether the extra "client" is installed."""
+    return importlib.util.find_spec("tqdm") is not None

@@ -26,14 +26,20 @@ def server_url(option: str | None, environ: Mapping[str, str] = os.environ) -> s
     url = option or environ.get(URL_VARIABLE, "")
     if not url:
         raise UsageError(f"which server? give --url, or set {URL_VARIABLE}")
-    try:
-        parts = urlsplit(url)
-        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:
-        usable = False
-    if not usable or "@" in parts.netloc or parts.query or parts.fragment or not url.isprintable():
+    if not url.isprintable() or not _names_a_server(url):
         raise UsageError(f"{url!r} is no server's URL such as https://storage.example.com")
     return url.rstrip("/")
+
+
+def _names_a_server(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        return False
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        return False
+    return parts.scheme in ("http", "https") and bool(parts.hostname) and port != 0
 
 
 def token(option: Path | None, environ: Mapping[str, str] = os.environ) -> str:

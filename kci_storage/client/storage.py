@@ -9,7 +9,7 @@ import re
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 from urllib.parse import quote
 
 import requests
@@ -76,7 +76,7 @@ class Download:
             while piece := self._response.raw.read1(PIECE, decode_content=False):
                 yield piece
 
-    def __enter__(self) -> Download:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -253,8 +253,8 @@ def _network() -> Iterator[None]:
 def _reason(exc: BaseException) -> str:
     """What the innermost error says; the outer ones quote it in several layers."""
     inner = exc
-    while inner.__cause__ is not None or inner.__context__ is not None:
-        inner = inner.__cause__ or inner.__context__  # type: ignore[assignment]
+    while (cause := inner.__cause__ or inner.__context__) is not None:
+        inner = cause
     if isinstance(inner, TimeoutError) or isinstance(exc, requests.Timeout):
         return "the server does not answer in time"
     if isinstance(inner, urllib3.exceptions.IncompleteRead):
@@ -264,9 +264,9 @@ def _reason(exc: BaseException) -> str:
 
 
 def printable(text: str) -> str:
-    """A text on one line, without what a terminal would obey.
+    r"""A text on one line, without what a terminal would obey.
 
-    >>> printable("a\\x1b[31mb\\nc")
+    >>> printable("a\x1b[31mb\nc")
     'a?[31mb c'
     """
     return "".join(each if each.isprintable() else " " if each.isspace() else "?" for each in text)

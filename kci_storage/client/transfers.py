@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -20,27 +21,24 @@ def at_once(tasks: Sequence[Callable[[], T]], jobs: int) -> Iterator[T]:
     :raises BaseException: what a task raised, whatever it was; tasks should not.
     """
     waiting: queue.SimpleQueue[Callable[[], T]] = queue.SimpleQueue()
-    results: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
+    results: queue.SimpleQueue[Future[T]] = queue.SimpleQueue()
     for task in tasks:
         waiting.put(task)
     for _ in range(min(jobs, len(tasks))):
         threading.Thread(target=_work, args=(waiting, results), daemon=True).start()
     for _ in tasks:
-        result, error = results.get()
-        if error is not None:
-            raise error
-        yield result  # type: ignore[misc]
+        yield results.get().result()
 
 
-def _work(
-    waiting: queue.SimpleQueue[Callable[[], T]], results: queue.SimpleQueue[tuple[T | None, BaseException | None]]
-) -> None:
+def _work(waiting: queue.SimpleQueue[Callable[[], T]], results: queue.SimpleQueue[Future[T]]) -> None:
     while True:
         try:
             task = waiting.get_nowait()
         except queue.Empty:
             return
+        done: Future[T] = Future()
         try:
-            results.put((task(), None))
-        except BaseException as exc:
-            results.put((None, exc))
+            done.set_result(task())
+        except BaseException as exc:  # noqa: BLE001  (raised where the result is wanted)
+            done.set_exception(exc)
+        results.put(done)

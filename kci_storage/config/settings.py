@@ -52,8 +52,8 @@ class Setting:
     secret: bool = False  # its value is never shown
 
 
-def _setting(default: Any, help: str, **more: Any) -> Any:
-    setting = Setting(help, **more)
+def _setting(default: Any, purpose: str, **more: Any) -> Any:
+    setting = Setting(purpose, **more)
     return field(default=default, repr=not setting.secret, metadata={"setting": setting})
 
 

@@ -22,7 +22,7 @@ import enum
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 from kci_storage.config.settings import Config
 
@@ -109,7 +109,7 @@ class ObjectReader(ABC):
     def close(self) -> None:
         """Release the connection. Idempotent."""
 
-    def __enter__(self) -> ObjectReader:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -167,7 +167,7 @@ class ObjectWriter(ABC):
     def abort(self) -> None:
         """Discard the data. Idempotent; does nothing after a commit; never raises."""
 
-    def __enter__(self) -> ObjectWriter:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc_info: object) -> None:

@@ -16,6 +16,7 @@ import secrets
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Self
 
 import portalocker
 
@@ -188,7 +189,7 @@ class NewFile:
             os.close(self._fd)
             self._fd = -1
 
-    def __enter__(self) -> NewFile:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc_info: object) -> None:

@@ -20,8 +20,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, BinaryIO
+from collections.abc import Callable, Generator, Iterable, Iterator
+from typing import IO, Any, BinaryIO, Self
 
 NICENESS = 10  # a tenth of a processor when requests take all they can; less would prolong the locks that it takes
 GRACE = 2  # seconds that a job has for its present step when it is to stop
@@ -57,9 +57,9 @@ class Job:
             self._input.flush()
 
     @property
-    def _input(self) -> BinaryIO:
+    def _input(self) -> IO[bytes]:
         assert self._process.stdin is not None
-        return self._process.stdin  # type: ignore[return-value]
+        return self._process.stdin
 
     @property
     def pid(self) -> int:
@@ -96,7 +96,7 @@ class Job:
             self._input.close()
         self._process.wait()
 
-    def __enter__(self) -> Job:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -127,7 +127,7 @@ def _outcome(reports: BinaryIO) -> tuple[str, Any]:
         _work(work(*arguments), reports, parent)
     except BrokenPipeError:  # nobody listens any more
         raise
-    except Exception:
+    except Exception:  # noqa: BLE001  (the parent tells of it)
         return FAILED, traceback.format_exc()
     return DONE, None
 
@@ -152,9 +152,9 @@ class _Parent:
         self._begun.set()
 
 
-def _work(steps: Iterator[Any], reports: BinaryIO, parent: _Parent) -> None:
+def _work(steps: Generator[Any], reports: BinaryIO, parent: _Parent) -> None:
     parent.begin()
-    with contextlib.closing(steps):  # type: ignore[type-var]
+    with contextlib.closing(steps):
         if parent.is_gone.is_set():
             return
         for report in steps:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from pathlib import Path
+from typing import Self
 
 from kci_storage.cache.entry import Record
 from kci_storage.cache.names import Location
@@ -75,7 +76,7 @@ class Claim:
         if self.is_current():
             durable.remove(self._location.fill)
 
-    def __enter__(self) -> Claim:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc_info: object) -> None:

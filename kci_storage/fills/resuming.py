@@ -43,7 +43,7 @@ def resumed(
     buffer = memoryview(bytearray(min(stop - start, buffer_size)))
     while start < stop:
         try:
-            with reader or driver.read(info.key, start, stop, info.etag) as reader:
+            with reader or driver.read(info.key, start, stop, info.etag) as reader:  # noqa: PLR1704  (for this round)
                 if reader.info.size != info.size:
                     raise CorruptObject("the backend sent a damaged object", detail=f"{reader.info.size} B")
                 while size := reader.readinto(buffer):
@@ -95,9 +95,9 @@ def verified(info: ObjectInfo, pieces: Iterable[memoryview], before: Iterable[by
     :raises CorruptObject: it is not.
     """
     digests, missing = Digests(info), info.size
-    for data in before:
-        digests.update(data)
-        missing -= len(data)
+    for piece in before:
+        digests.update(piece)
+        missing -= len(piece)
     for data in pieces:
         missing -= len(data)
         if missing:

@@ -83,9 +83,9 @@ class _Form:
         if self._decoder.state is State.EPILOGUE:  # what comes after the closing boundary means nothing
             return
         if self._is_content(size):
-            yield Data(self._content(size), more_data=True)  # type: ignore[arg-type]
+            yield Data(self._content(size), more_data=True)  # type: ignore[arg-type]  # any buffer will do
             return
-        self._decoder.receive_data(self._view[self._margin : self._margin + size])  # type: ignore[arg-type]
+        self._decoder.receive_data(self._view[self._margin : self._margin + size])  # type: ignore[arg-type]  # the same
         if not _ends_in_boundary(self._decoder.buffer, self._boundary):
             yield from _decoded(self._decoder)
 
@@ -107,11 +107,11 @@ class _Form:
 
 
 def _ends_in_boundary(buffer: bytearray, boundary: bytes) -> bool:
-    """Whether what is here ends between a boundary and the end of its line: then the decoder has to wait for more.
+    r"""Whether what is here ends between a boundary and the end of its line: then the decoder has to wait for more.
 
     Werkzeug (3.1) takes the line break before such a boundary for content: the file got one byte more.
 
-    >>> _ends_in_boundary(bytearray(b"content\\r\\n--b-"), b"b"), _ends_in_boundary(bytearray(b"content-"), b"b")
+    >>> _ends_in_boundary(bytearray(b"content\r\n--b-"), b"b"), _ends_in_boundary(bytearray(b"content-"), b"b")
     (True, False)
     """
     tail = bytes(buffer[-len(boundary) - LONGEST_PADDING :])

@@ -112,10 +112,10 @@ class MultipartRanges:
 
     @property
     def segments(self) -> tuple[bytes | ByteRange, ...]:
-        """What to send, in order: literal bytes, and ranges of the content.
+        r"""What to send, in order: literal bytes, and ranges of the content.
 
         >>> MultipartRanges((ByteRange(0, 1), ByteRange(8, 9)), 9, "text/plain", "b").segments[0]
-        b'--b\\r\\nContent-Type: text/plain\\r\\nContent-Range: bytes 0-0/9\\r\\n\\r\\n'
+        b'--b\r\nContent-Type: text/plain\r\nContent-Range: bytes 0-0/9\r\n\r\n'
         """
         return tuple(self._segments())
 

@@ -97,7 +97,7 @@ class LineHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             _write_line(self.format(record))
-        except Exception:
+        except Exception:  # noqa: BLE001  (as logging's own handlers)
             self.handleError(record)
 
 

@@ -29,8 +29,12 @@ DRAIN_SIZE = 256 * 1024  # bytes
 class Task(Protocol):
     """Something that goes on whenever its socket is ready."""
 
-    sock: socket.socket
     event: int  # of the selectors module
+
+    @property
+    def sock(self) -> socket.socket:
+        """What it waits for."""
+
     request_id: str  # for the log
 
     def go_on(self) -> bool:

@@ -48,7 +48,7 @@ class SentFile:
         """
         if count > SMALL_FILE:
             sock.sendall(head, socket.MSG_MORE)
-            sock.sendfile(self, self._start, count)  # type: ignore[arg-type]
+            sock.sendfile(self, self._start, count)
         else:
             data = os.pread(self._fd, count, self._start)
             sock.sendall(head + data)
@@ -119,7 +119,7 @@ class SentSegments:
     def _send_region(self, sock: socket.socket, region: Any) -> None:
         file = _Position(region.fd, region.start)
         try:
-            sock.sendfile(file, region.start, region.stop - region.start)  # type: ignore[arg-type]
+            sock.sendfile(file, region.start, region.stop - region.start)
         finally:
             self._sent += file.position - region.start
         if file.position < region.stop:

@@ -193,7 +193,7 @@ class ClientSocket(socket.socket):
         """
         self.send_now(data)
 
-    def sendall(self, data: Any, flags: int = 0) -> None:  # type: ignore[override]
+    def sendall(self, data: Any, flags: int = 0) -> None:
         """As of a blocking socket."""
         sent = self.send(data, flags)
         if sent < len(data):

@@ -83,7 +83,7 @@ class FastLoop:
         """
         try:
             self._answer(conn)
-        except Exception:
+        except Exception:  # noqa: BLE001  (the thread goes on)
             _log_failure(conn)
             conn.keep = False
         self._go_on(conn)
@@ -99,7 +99,7 @@ class FastLoop:
                     self._answer(conn)
                 else:
                     break
-        except Exception:
+        except Exception:  # noqa: BLE001  (the thread goes on)
             _log_failure(conn)
             if conn is not None:
                 conn.keep = False
@@ -151,7 +151,7 @@ class FastLoop:
                         return conn
                 if not self._sweep():
                     return None
-            except Exception:  # the thread is for all connections
+            except Exception:  # noqa: BLE001  (the thread is for all connections)
                 _log_failure(None)
                 time.sleep(RETRY_SECONDS)
 
@@ -180,7 +180,7 @@ class FastLoop:
             if not conn.has_head:
                 return False
             self._answer(conn)
-        except Exception:
+        except Exception:  # noqa: BLE001  (the thread goes on)
             _log_failure(conn)
             conn.keep = False
         return conn.keep and not conn.has_more and conn.sock.rest is None and not self._is_stopping()

@@ -58,7 +58,7 @@ class TlsSocket(ClientSocket):
         self._written = 0  # bytes of plain text that are in there; sent only when all of it is
 
     @property
-    def is_handshaking(self) -> bool:  # type: ignore[override]
+    def is_handshaking(self) -> bool:  # type: ignore[override]  # a constant without TLS
         """Whether the client has begun, and not ended, to shake hands."""
         return self._gone > 0 and not self._established
 

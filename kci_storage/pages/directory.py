@@ -153,8 +153,9 @@ def natural(name: str) -> list[tuple[int, int | str]]:
     >>> sorted(["v6.10", "v6.9", "V6.1"], key=natural)
     ['V6.1', 'v6.9', 'v6.10']
     """
-    parts: list[tuple[int, int | str]] = []
-    for part in _DIGITS.split(name.casefold()):
-        if part:
-            parts.append((0, int(part)) if part.isdigit() and part.isascii() and len(part) < 100 else (1, part))
+    parts: list[tuple[int, int | str]] = [
+        (0, int(part)) if part.isdigit() and part.isascii() and len(part) < 100 else (1, part)
+        for part in _DIGITS.split(name.casefold())
+        if part
+    ]
     return [*parts, (2, name)]

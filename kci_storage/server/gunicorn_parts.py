@@ -79,7 +79,7 @@ PARTS = (
 
 def _check(part: Part) -> None:
     """:raises NotAsExpected: the part is not there, or takes other parameters."""
-    owner, _, attribute = part.name.rpartition(".")
+    _, _, attribute = part.name.rpartition(".")
     if part.assigned_in:
         if attribute not in _assigned(_found(part.module, part.assigned_in)):
             raise NotAsExpected(f"{part.module}.{part.name} is not set by {part.assigned_in}")
@@ -118,12 +118,12 @@ try:
 except (ImportError, NotAsExpected) as _exc:
     _stop(_exc)
 
-from gunicorn import glogging  # noqa: E402
-from gunicorn.config import Config  # noqa: E402
-from gunicorn.errors import AppImportError, HaltServer  # noqa: E402
-from gunicorn.http import errors  # noqa: E402
-from gunicorn.http.message import Request  # noqa: E402
-from gunicorn.workers import base  # noqa: E402
+from gunicorn import glogging
+from gunicorn.config import Config
+from gunicorn.errors import AppImportError, HaltServer
+from gunicorn.http import errors
+from gunicorn.http.message import Request
+from gunicorn.workers import base
 
 # Requests
 
@@ -313,9 +313,10 @@ def stop_despite_failures(server: Any) -> None:
     def stop_workers(graceful: bool = True) -> None:
         while True:
             try:
-                return stop(graceful)
+                stop(graceful)
             except HaltServer:
                 continue
+            return
 
     server.stop = stop_workers
 
@@ -382,5 +383,5 @@ def _rehearse() -> None:
 
 try:
     _rehearse()
-except Exception as _exc:  # whatever another version makes of them
+except Exception as _exc:  # noqa: BLE001  (whatever another version makes of them)
     _stop(f"{type(_exc).__name__}: {_exc}" if not isinstance(_exc, NotAsExpected) else _exc)

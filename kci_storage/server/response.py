@@ -164,7 +164,7 @@ class Response:
             return False
         elif isinstance(file, SentFile):
             self.headers_sent = True
-            file.send_to(self._sock, self._head(), length)  # type: ignore[arg-type]
+            file.send_to(self._sock, self._head(), length)  # type: ignore[arg-type]  # Socket is all that it uses
         elif not _has_descriptor(file):
             return False
         else:

@@ -34,14 +34,14 @@ class RunningDigests:
         before, self._size = self._size, self._size + len(data)
         if before <= ALONE < self._size:
             with contextlib.suppress(RuntimeError):  # the system gives no more threads; then it goes on without
-                for hash in self._hashes.values():
-                    self._helpers.append(_Helper(hash))
+                for each in self._hashes.values():
+                    self._helpers.append(_Helper(each))
         helped = [helper.hash for helper in self._helpers]
         for helper in self._helpers:
             helper.update(data)
-        for hash in self._hashes.values():
-            if hash not in helped:
-                hash.update(data)
+        for each in self._hashes.values():
+            if each not in helped:
+                each.update(data)
 
     def digest(self, name: str) -> bytes | None:
         """The digest of all that was taken, after which nothing more comes; None: it is not one of these."""
@@ -62,14 +62,14 @@ class RunningDigests:
 class _Helper:
     """A thread that digests what it is given.
 
-    :param hash: of hashlib; nobody else uses it before :meth:`close` has returned.
+    :param hashing: of hashlib; nobody else uses it before :meth:`close` has returned.
     """
 
-    def __init__(self, hash: Any):
-        self.hash = hash
+    def __init__(self, hashing: Any):
+        self.hash = hashing
         self._free: SimpleQueue[memoryview] = SimpleQueue()
         self._full: SimpleQueue[tuple[memoryview, int] | None] = SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name=hash.name, daemon=True)
+        self._thread = threading.Thread(target=self._run, name=hashing.name, daemon=True)
         self._thread.start()
         for _ in range(BUFFERS):
             self._free.put(memoryview(bytearray(BUFFER_SIZE)))

@@ -42,7 +42,7 @@ class Flights(Generic[T]):
     def _fly(self, name: Hashable, flight: Future[T], function: Callable[[], T]) -> None:
         try:
             result = function()
-        except BaseException as exc:
+        except BaseException as exc:  # noqa: BLE001  (raised by all that wait)
             self._land(name)
             flight.set_exception(exc)
         else:

@@ -47,7 +47,7 @@ class Downloads:
             response = self._respond(key, environ)
         except Refused:  # there are too many that last
             raise
-        except Exception as exc:
+        except Exception as exc:  # noqa: BLE001  (the application raises it)
             environ[FAILURE] = exc
             slots.may_block()
             return self._app(environ, start_response)

@@ -154,8 +154,9 @@ class PooledConnection:
             data = data[self.sock.send(data) :]
 
     def _receive_head(self) -> tuple[int, dict[str, str], bytes]:
-        """Status and headers of an answer, and the bytes after them that came along. Interim answers (RFC 9110,
-        15.2: 100 Continue, 103 Early Hints) are read past.
+        """Status and headers of an answer, and the bytes after them that came along.
+
+        Interim answers (RFC 9110, 15.2: 100 Continue, 103 Early Hints) are read past.
         """
         received = b""
         room = HEAD_SIZE
@@ -274,9 +275,9 @@ class Receiving:
 
 
 def _parsed(head: bytes) -> tuple[int, dict[str, str]]:
-    """Status and headers, whose names are in lower case.
+    r"""Status and headers, whose names are in lower case.
 
-    >>> _parsed(b"HTTP/1.1 206 Partial Content\\r\\nETag: \\"0x1\\"")
+    >>> _parsed(b'HTTP/1.1 206 Partial Content\r\nETag: "0x1"')
     (206, {'etag': '"0x1"'})
 
     :raises ValueError: it is no head.

@@ -349,7 +349,7 @@ class _Writer(ObjectWriter):
         info = ObjectInfo(
             self._key, digests.size, etag, 0, self._content_type, digests.sha256, digests.md5, self._tags
         )
-        return self._driver._commit(self._file, info, expected)
+        return self._driver._commit(self._file, info, expected)  # noqa: SLF001  (no part of the contract)
 
     def abort(self) -> None:
         with contextlib.suppress(OSError):

@@ -39,11 +39,11 @@ def content_type(root: Path, key: str) -> str | None:
 
 
 def parse(headers: bytes) -> str | None:
-    """The value of the last line ``content-type``.
+    r"""The value of the last line ``content-type``.
 
-    >>> parse(b"Content-Type: text/plain \\ntag-owner:me@example.com\\n")
+    >>> parse(b"Content-Type: text/plain \ntag-owner:me@example.com\n")
     'text/plain'
-    >>> parse(b"content-type:\\xff") is parse(b"") is None
+    >>> parse(b"content-type:\xff") is parse(b"") is None
     True
     """
     try:
