@@ -1,4 +1,4 @@
-"""Run the bench:
+"""Run the bench.
 
     python -m benchmarks [hits] [uploads] [archives] [cold]
 

@@ -30,8 +30,10 @@ def svg(rows: Iterable[Row]) -> str:
     height = TOP + LINE * len(compared) + 30
     width = LABELS + WIDTH + RIGHT
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
-        ' font-family="sans-serif" font-size="12">',
+        (
+            f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}"'
+            f' viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">'
+        ),
         f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
         _text(10, 18, "our speed as a share of theirs: right of 1, we are faster"),
         *_legend(systems),

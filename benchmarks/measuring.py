@@ -7,6 +7,7 @@ import statistics
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Self
 
 import psutil
 
@@ -191,7 +192,7 @@ class PrivateMemory:
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
-    def __enter__(self) -> PrivateMemory:
+    def __enter__(self) -> Self:
         self._thread.start()
         return self
 

@@ -1,4 +1,4 @@
-"""What the rules about who may come in cost a hit:
+"""What the rules about who may come in cost a hit.
 
     python -m benchmarks.rules [--turns 15] [--seconds 2]
 

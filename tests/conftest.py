@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -38,6 +38,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 # Skips
 
+Report = TypeVar("Report", pytest.TestReport, pytest.CollectReport)
+Wrapper: TypeAlias = Generator[None, Report, Report]  # a hook around another one, whose result comes from its `yield`
+
 
 def _forbid_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
     if os.environ.get(NO_SKIP_VARIABLE) and report.skipped and not hasattr(report, "wasxfail"):
@@ -47,7 +50,7 @@ def _forbid_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+def pytest_runtest_makereport(item: pytest.Item) -> Wrapper[pytest.TestReport]:
     """A skipped test."""
     report = yield
     _forbid_skip(report)
@@ -55,7 +58,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
+def pytest_make_collect_report(collector: pytest.Collector) -> Wrapper[pytest.CollectReport]:
     """A skipped module."""
     report = yield
     _forbid_skip(report)
@@ -150,4 +153,5 @@ def azure_server(shared_azure_server: Server, request: pytest.FixtureRequest) ->
 @pytest.fixture(params=["local", "azure"])
 def server(request: pytest.FixtureRequest) -> Server:
     """Both of them in turn."""
-    return request.getfixturevalue(f"{request.param}_server")
+    chosen: Server = request.getfixturevalue(f"{request.param}_server")
+    return chosen

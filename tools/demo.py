@@ -218,7 +218,7 @@ def difference(file: File, key: str, size: int, sha256: str) -> str | None:
 def served(server: Server) -> dict[str, int]:
     """How many downloads were answered from where, since the server's start, over all its workers."""
     text = requests.get(f"{server.url}/metrics", timeout=TIMEOUT).text
-    found = re.findall(r'^kci_storage_cache_requests_total\{result="(\w+)"\} (\S+)$', text, flags=re.M)
+    found = re.findall(r'^kci_storage_cache_requests_total\{result="(\w+)"\} (\S+)$', text, flags=re.MULTILINE)
     return {result: round(float(count)) for result, count in found}
 
 

@@ -80,13 +80,16 @@ def main() -> int:
         return 1
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "docs" / "pictures"
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="kci-storage-pictures-") as work, running_chromium() as browser:
-        with running(Server(Path(work), {"driver": "local", "server": {"workers": 1}})) as server:
-            store(server.storage_path)
-            for picture in PICTURES:
-                path = folder / f"{picture.name}.png"
-                take(browser, server.url, picture, path)
-                print(f"screenshots: {path}, {path.stat().st_size // KIB} KiB", flush=True)
+    with (
+        tempfile.TemporaryDirectory(prefix="kci-storage-pictures-") as work,
+        running_chromium() as browser,
+        running(Server(Path(work), {"driver": "local", "server": {"workers": 1}})) as server,
+    ):
+        store(server.storage_path)
+        for picture in PICTURES:
+            path = folder / f"{picture.name}.png"
+            take(browser, server.url, picture, path)
+            print(f"screenshots: {path}, {path.stat().st_size // KIB} KiB", flush=True)
     return 0
 
 

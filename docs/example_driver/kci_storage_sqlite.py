@@ -136,7 +136,7 @@ class _Writer(ObjectWriter):
 
     def __init__(self, driver: SqliteDriver, key: str, content_type: str):
         self._driver, self._key, self._content_type = driver, key, content_type
-        self._spool = tempfile.TemporaryFile()
+        self._spool = tempfile.TemporaryFile()  # noqa: SIM115  (closed when the writer is)
 
     def write(self, data: bytes | memoryview) -> None:
         with _own_errors():

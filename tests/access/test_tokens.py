@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from kci_storage.access import tokens
 from kci_storage.access.permissions import Permissions
 from kci_storage.access.tokens import Authenticator
+from kci_storage.config.settings import User as Configured
 from kci_storage.errors import Forbidden, Unauthorized
 
 JWT_SECRET = "jwt" * 20
@@ -415,7 +416,5 @@ def test_other_names_and_a_user_without_prefixes_may_not(email: str, key: str) -
 
 
 def test_the_configuration_names_users_in_the_same_way() -> None:
-    from kci_storage.config.settings import User as Configured
-
     user = Configured(name=EMAIL, prefixes=("allowed",))
     Permissions([user]).check(EMAIL, "allowed/x")

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Self
 
 import pytest
 
@@ -90,7 +91,7 @@ class Sending:
         self._wire = Wire(server)
         self.request_id = new_folder()
 
-    def __enter__(self) -> Sending:
+    def __enter__(self) -> Self:
         fields = {**self._server.headers(), **FORM_TYPE, "X-Request-ID": self.request_id}
         self._wire.send(request("POST", "/v1/archive", {**fields, "Content-Length": len(self._body)}))
         self._wire.send(self._body[: self._split])

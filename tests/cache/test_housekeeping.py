@@ -619,7 +619,7 @@ def leading_workers(server: Server) -> list[int]:
 def evicted(server: Server) -> list[str]:
     """Files and bytes, as the server counts them."""
     metrics = requests.get(f"{server.url}/metrics").text
-    return re.findall(r"^kci_storage_evicted_\w+_total (\S+)$", metrics, re.M)
+    return re.findall(r"^kci_storage_evicted_\w+_total (\S+)$", metrics, re.MULTILINE)
 
 
 class TestRealServers:

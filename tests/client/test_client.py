@@ -1119,11 +1119,11 @@ def test_every_command_and_option_is_documented_and_no_other():
     commands = options_of_the_parser()
     for name in commands:
         assert f"kci-storage {name} " in DOCUMENT or f"`{name} " in DOCUMENT, name
-    spans = re.findall(r"```sh\n(.*?)```", DOCUMENT, flags=re.S) + re.findall(r"`([^`\n]+)`", DOCUMENT)
+    spans = re.findall(r"```sh\n(.*?)```", DOCUMENT, flags=re.DOTALL) + re.findall(r"`([^`\n]+)`", DOCUMENT)
     written = {option for span in spans for option in re.findall(r"(?<![\w-])--?[a-z][a-z-]*", span)}
     assert written == set().union(*commands.values())
 
 
 def test_the_exit_codes_are_documented():
-    codes = {int(code) for code in re.findall(r"^\| (\d+) \|", DOCUMENT, flags=re.M)}
+    codes = {int(code) for code in re.findall(r"^\| (\d+) \|", DOCUMENT, flags=re.MULTILINE)}
     assert codes == {actions.DONE, actions.FAILED, actions.USAGE, actions.INTERRUPTED}

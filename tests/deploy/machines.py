@@ -31,8 +31,8 @@ from tests.support.wire import SECONDS
 BALANCER_CONF = Path(kci_storage.__file__).parent.parent / "deploy/nginx/balancer.conf"
 MACHINES = 3
 
-_SERVER = re.compile(r"^( +server )[0-9.]+:[0-9]+( .*\n)", re.M)
-_LOGGED = re.compile(r" to=(?P<to>.*?) upstream_status=.* request_id=(?P<request_id>\S+)$", re.M)
+_SERVER = re.compile(r"^( +server )[0-9.]+:[0-9]+( .*\n)", re.MULTILINE)
+_LOGGED = re.compile(r" to=(?P<to>.*?) upstream_status=.* request_id=(?P<request_id>\S+)$", re.MULTILINE)
 
 
 def configuration(addresses: Sequence[str], port: int, log: Path, **numbers: int) -> str:
@@ -85,7 +85,8 @@ class Balancer:
         """Back when it answers."""
         (self.folder / "nginx.conf").write_text(main_configuration(self.folder, "balancer.conf", beside=self._beside))
         self._configure()
-        command = [program(), "-p", self.folder, "-c", self.folder / "nginx.conf", "-e", self.folder / "error.log"]
+        errors = self.folder / "error.log"
+        command: list[str | Path] = [program(), "-p", self.folder, "-c", self.folder / "nginx.conf", "-e", errors]
         self._process = subprocess.Popen(command, cwd=self.folder, stdin=subprocess.DEVNULL)
         wait_until(self._is_up, START_SECONDS, "nginx's start")
 

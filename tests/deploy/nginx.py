@@ -65,7 +65,7 @@ def site(server: Server, port: int, tls_port: int, redirected_port: int, certifi
     :param cache: what nginx takes for the server's cache.
     """
     text = (DEPLOYED / "kci-storage.conf").read_text()
-    text = re.sub(r"^ +listen \[::\].*\n", "", text, flags=re.M)
+    text = re.sub(r"^ +listen \[::\].*\n", "", text, flags=re.MULTILINE)
     for old, new in (
         ("server 127.0.0.1:3000;", f"server 127.0.0.1:{server.port};"),
         ("listen 80;", f"listen 127.0.0.1:{redirected_port};"),
@@ -102,11 +102,12 @@ def nginx(folder: Path, server: Server, cache: Path | None = None, user: str = "
     """
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(contextlib.closing(reserve_port())) for _ in range(3)]
-        ports = [reserved.getsockname()[1] for reserved in sockets]
-        frontend = Frontend(server, *ports, self_signed(folder))
+        plain, secure, redirected = (reserved.getsockname()[1] for reserved in sockets)
+        frontend = Frontend(server, plain, secure, redirected, self_signed(folder))
         (folder / "nginx.conf").write_text(main_configuration(folder, "site.conf", user=user))
         shutil.copy(DEPLOYED / "kci-storage-proxy.conf", folder)
-        (folder / "site.conf").write_text(site(server, *ports, frontend.certificate, cache or server.cache_directory))
+        cache = cache or server.cache_directory
+        (folder / "site.conf").write_text(site(server, plain, secure, redirected, frontend.certificate, cache))
         stack.enter_context(_running(folder, frontend))
         yield frontend
 
@@ -114,7 +115,7 @@ def nginx(folder: Path, server: Server, cache: Path | None = None, user: str = "
 @contextlib.contextmanager
 def _running(folder: Path, frontend: Frontend) -> Iterator[None]:
     errors = folder / "error.log"
-    command = [program(), "-p", folder, "-c", folder / "nginx.conf", "-e", errors]
+    command: list[str | Path] = [program(), "-p", folder, "-c", folder / "nginx.conf", "-e", errors]
     process = subprocess.Popen(command, cwd=folder)
 
     def is_up() -> bool:

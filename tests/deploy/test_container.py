@@ -34,7 +34,7 @@ def compose() -> Any:
 def instruction(name: str) -> list[str]:
     """The arguments of an instruction of the last stage, lines joined."""
     stage = DOCKERFILE.rpartition("\nFROM ")[2].replace("\\\n", " ")
-    return re.findall(rf"^{name} +(.*)$", stage, re.M)
+    return re.findall(rf"^{name} +(.*)$", stage, re.MULTILINE)
 
 
 def health_check(server: Server) -> int:
@@ -68,8 +68,8 @@ def test_its_user_may_write_to_its_volumes():
 
 def test_both_stages_have_the_base_that_is_asked_for():
     """An environment's Python is a link to the base's."""
-    assert re.findall(r"^FROM (\S+)", DOCKERFILE, re.M) == ["${BASE}", "${BASE}"]
-    assert re.search(r"^ARG BASE=\S+$", DOCKERFILE.partition("\nFROM")[0], re.M)
+    assert re.findall(r"^FROM (\S+)", DOCKERFILE, re.MULTILINE) == ["${BASE}", "${BASE}"]
+    assert re.search(r"^ARG BASE=\S+$", DOCKERFILE.partition("\nFROM")[0], re.MULTILINE)
 
 
 def test_the_configuration_to_try_it_fits_the_containers(compose: Any):

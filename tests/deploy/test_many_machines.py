@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 import pytest
 import requests
@@ -180,8 +181,10 @@ def post_form(balancer: Balancer, folder: str, content: bytes) -> requests.Respo
 
 @dataclass
 class Load:
-    """Clients that download at random until they are told to stop: each resumes what is cut, and asks again where its
-    connection was closed before an answer came, as any client of a kept-alive connection has to (RFC 9112, 9.3.1).
+    """Clients that download at random until they are told to stop.
+
+    Each resumes what is cut, and asks again where its connection was closed before an answer came, as any client of a
+    kept-alive connection has to (RFC 9112, 9.3.1).
     """
 
     balancer: Balancer
@@ -230,7 +233,7 @@ class Load:
         enough = self.answered + more
         wait_until(lambda: self.answered >= enough, 2 * SECONDS, "answers")
 
-    def __enter__(self) -> Load:
+    def __enter__(self) -> Self:
         self._clients = [in_background(self._run, seed) for seed in range(8)]
         return self
 

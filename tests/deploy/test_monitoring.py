@@ -130,7 +130,7 @@ def test_an_alert_says_all_that_is_needed_at_night(name: str):
     assert alert["labels"]["severity"] in ("critical", "warning")
     assert set(alert["annotations"]) == {"summary", "description", "runbook"}
     assert alert["annotations"]["runbook"] == f"docs/monitoring.md#{name.lower()}"
-    [section] = re.findall(rf"^### {name}\n\n(.*?)(?=^###? |\Z)", DOCUMENT, flags=re.M | re.S)
+    [section] = re.findall(rf"^### {name}\n\n(.*?)(?=^###? |\Z)", DOCUMENT, flags=re.MULTILINE | re.DOTALL)
     assert section.startswith(f"*{alert['labels']['severity'].capitalize()}.* ")
 
 
@@ -410,7 +410,9 @@ def shown_metrics(page: str) -> Metrics:
 
 def documented_metrics() -> Metrics:
     """What the documentation's table has."""
-    rows = re.findall(r"^\| `(\w+)` \| (counter|gauge|histogram|summary) \| (.*?) ?\| .+ \|$", DOCUMENT, flags=re.M)
+    rows = re.findall(
+        r"^\| `(\w+)` \| (counter|gauge|histogram|summary) \| (.*?) ?\| .+ \|$", DOCUMENT, flags=re.MULTILINE
+    )
     return {name: (kind, frozenset(re.findall(r"`(\w+)`", labels))) for name, kind, labels in rows}
 
 

@@ -123,11 +123,10 @@ def test_restarts_under_load(server: Activated):
 
 def test_without_systemds_socket_who_comes_at_the_end_is_refused_at_once(tmp_path_factory: pytest.TempPathFactory):
     """Nobody waits for the end of others' downloads, only to be cut off then."""
-    with running(Server(tmp_path_factory.mktemp("server"), {})) as server:
-        with slow_download(server) as finish:
-            server.process.terminate()
-            wait_until(lambda: is_refused(server), SECONDS, "the port to be closed")
-            finish()
+    with running(Server(tmp_path_factory.mktemp("server"), {})) as server, slow_download(server) as finish:
+        server.process.terminate()
+        wait_until(lambda: is_refused(server), SECONDS, "the port to be closed")
+        finish()
 
 
 def is_refused(server: Server) -> bool:

@@ -89,7 +89,7 @@ def test_the_sample_as_it_stands_is_refused_for_want_of_a_secret(tmp_path):
 def tables() -> dict[str, list[list[str]]]:
     """The rows of each heading's table, without its head."""
     found: dict[str, list[list[str]]] = {}
-    for part in re.split(r"^## ", DOCUMENT, flags=re.M)[1:]:
+    for part in re.split(r"^## ", DOCUMENT, flags=re.MULTILINE)[1:]:
         rows = [line.strip("|").split(" | ") for line in part.splitlines() if line.startswith("| ")]
         if rows:
             found[part.splitlines()[0]] = [[cell.strip() for cell in row] for row in rows[2:]]

@@ -22,7 +22,7 @@ IMPLIED = {"HEAD", "OPTIONS"}  # which the text tells for all routes
 
 def rows(document: str, heading: str) -> list[list[str]]:
     """The cells of the first table below a heading, without its head."""
-    part = re.search(rf"^## {re.escape(heading)}$(.*?)(?=^## |\Z)", document, flags=re.M | re.S)[1]
+    part = re.search(rf"^## {re.escape(heading)}$(.*?)(?=^## |\Z)", document, flags=re.MULTILINE | re.DOTALL)[1]
     table = [line.strip("|").split(" | ") for line in part.splitlines() if line.startswith("| ")]
     return [[cell.strip().strip("`") for cell in row] for row in table[2:]]
 
@@ -66,7 +66,7 @@ def test_every_command_is_documented_and_no_other() -> None:
 
 def _code(text: str) -> list[str]:
     """What is set as code: blocks, and words in the text."""
-    blocks = re.findall(r"^```\w*\n(.*?)^```", text, flags=re.M | re.S)
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
     return [line for block in blocks for line in block.splitlines()] + re.findall(r"`([^`\n]+)`", text)
 
 
@@ -81,7 +81,7 @@ def anchor(heading: str) -> str:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_link_leads_somewhere(document: Path) -> None:
-    text = re.sub(r"^```.*?^```", "", document.read_text(), flags=re.M | re.S)
+    text = re.sub(r"^```.*?^```", "", document.read_text(), flags=re.MULTILINE | re.DOTALL)
     for link in re.findall(r"\]\(([^)\s]+)\)", text):
         if re.match(r"[a-z]+:", link):
             continue
@@ -89,7 +89,7 @@ def test_every_link_leads_somewhere(document: Path) -> None:
         target = (document.parent / name).resolve() if name else document
         assert target.exists() and target.is_relative_to(ROOT), link
         if fragment:
-            assert fragment in map(anchor, re.findall(r"^#+ (.*)$", target.read_text(), flags=re.M)), link
+            assert fragment in map(anchor, re.findall(r"^#+ (.*)$", target.read_text(), flags=re.MULTILINE)), link
 
 
 def test_every_document_can_be_reached_from_the_readme() -> None:
@@ -129,7 +129,7 @@ def test_the_architecture_has_the_layers_that_are_held() -> None:
     linter = configparser.ConfigParser()
     linter.read(ROOT / ".importlinter")
     held = linter["importlinter:contract:layers"]["layers"].split("\n")[1:]
-    quoted = re.findall(r"^> (.*)$", (ROOT / "docs/architecture.md").read_text(), flags=re.M)
+    quoted = re.findall(r"^> (.*)$", (ROOT / "docs/architecture.md").read_text(), flags=re.MULTILINE)
     named = " ".join(quoted).split(" → ")
     assert [layer.split(", ") for layer in named] == [layer.split(" | ") for layer in held]
 

@@ -14,7 +14,7 @@ from tests.drivers.contract import content_of
 from tests.support.harness import Server
 
 DOCUMENT = (Path(kci_storage.__file__).parent.parent / "docs/using.md").read_text()
-BLOCKS = re.findall(r"^```sh\n(.*?)^```", DOCUMENT, flags=re.M | re.S)
+BLOCKS = re.findall(r"^```sh\n(.*?)^```", DOCUMENT, flags=re.MULTILINE | re.DOTALL)
 EXAMPLE = "https://storage.example.com"
 UPLOADING = next(number for number, block in enumerate(BLOCKS) if "export TOKEN" in block)
 

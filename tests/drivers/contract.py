@@ -112,7 +112,8 @@ def get(driver: Driver, key: str, *args: Any, **kwargs: Any) -> bytes:
 def exists(driver: Driver, key: str) -> bool:
     """Whether there is such an object, by all ways of asking, which must agree."""
     answers = {key in listed(driver, prefix=key)}
-    for ask in (driver.stat, driver.read, *([driver.open] if isinstance(driver, LocalObjects) else [])):
+    ways: list[Callable[[str], Any]] = [driver.stat, driver.read]
+    for ask in [*ways, driver.open] if isinstance(driver, LocalObjects) else ways:
         try:
             answer = ask(key)
         except ObjectNotFound:
@@ -149,7 +150,7 @@ def at_once(*functions: Callable[[], Any]) -> list[Any]:
         barrier.wait()
         try:
             return function()
-        except Exception as exc:
+        except Exception as exc:  # noqa: BLE001  (the caller looks at it)
             return exc
 
     with ThreadPoolExecutor(len(functions)) as threads:
@@ -183,7 +184,7 @@ class DriverContract:
 
     # Writing
 
-    def test_nothing_is_visible_before_the_commit(self, driver):
+    def test_nothing_is_visible_before_the_commit(self, driver: Driver) -> None:
         content = content_of(SOME)
         with driver.writer("folder/a", "text/plain") as writer:
             writer.write(content)
@@ -193,7 +194,7 @@ class DriverContract:
         assert exists(driver, "folder/a")
         assert get(driver, "folder/a") == content
 
-    def test_the_previous_version_stays_until_the_commit(self, driver):
+    def test_the_previous_version_stays_until_the_commit(self, driver: Driver) -> None:
         old, new = content_of(1000, 1), content_of(SOME, 2)
         info = put(driver, "a", old)
         with driver.writer("a", "text/plain") as writer:
@@ -204,7 +205,7 @@ class DriverContract:
         assert get(driver, "a") == new
         assert listed(driver) == ["a"]
 
-    def test_tags_change_nothing_else(self, driver):
+    def test_tags_change_nothing_else(self, driver: Driver) -> None:
         content = content_of(SOME)
         with driver.writer("a", "text/plain", {"owner": "a_b.c", "kept for": "+-./:=_ 6m"}) as writer:
             writer.write(content)
@@ -213,7 +214,7 @@ class DriverContract:
         assert driver.list().objects[0].tags == info.tags
 
     @pytest.mark.parametrize("size", [0, 1, SOME])
-    def test_an_aborted_upload_leaves_nothing(self, driver, size):
+    def test_an_aborted_upload_leaves_nothing(self, driver: Driver, size: int) -> None:
         writer = driver.writer("folder/a", "text/plain")
         writer.write(content_of(size))
         writer.abort()
@@ -221,7 +222,7 @@ class DriverContract:
         assert not exists(driver, "folder/a")
 
     @pytest.mark.parametrize("size", [1, SOME])
-    def test_an_aborted_upload_leaves_the_previous_version(self, driver, size):
+    def test_an_aborted_upload_leaves_the_previous_version(self, driver: Driver, size: int) -> None:
         info = put(driver, "a", b"previous", "text/plain")
         with pytest.raises(RuntimeError), driver.writer("a", "image/png") as writer:
             writer.write(content_of(size))
@@ -229,7 +230,7 @@ class DriverContract:
         assert driver.stat("a") == info
         assert get(driver, "a") == b"previous"
 
-    def test_flushed_at_any_time_it_holds_nothing_and_is_the_same(self, driver):
+    def test_flushed_at_any_time_it_holds_nothing_and_is_the_same(self, driver: Driver) -> None:
         content = content_of(SOME)
         with driver.writer("a", "text/plain") as writer:
             for piece in (content[:10], content[10:20], content[20:]):
@@ -240,7 +241,7 @@ class DriverContract:
             writer.commit(digests_of(content))
         assert get(driver, "a") == content
 
-    def test_abort_after_a_commit_does_nothing(self, driver):
+    def test_abort_after_a_commit_does_nothing(self, driver: Driver) -> None:
         with driver.writer("a", "text/plain") as writer:
             writer.write(b"content")
             writer.commit(digests_of(b"content"))
@@ -248,21 +249,21 @@ class DriverContract:
         assert get(driver, "a") == b"content"
 
     @pytest.mark.parametrize("size", [0, 1, 65_535, 65_536, 65_537, 131_072, SOME])
-    def test_content_of_any_size_is_kept(self, driver, size):
+    def test_content_of_any_size_is_kept(self, driver: Driver, size: int) -> None:
         content = content_of(size)
         assert put(driver, "a", content).size == size
         assert get(driver, "a") == content
         assert driver.stat("a").size == size
 
     @pytest.mark.parametrize("size", [8 * KIB * KIB, 21 * KIB * KIB + 5])
-    def test_a_large_object_is_kept(self, production_driver, size):
+    def test_a_large_object_is_kept(self, production_driver: Driver, size: int) -> None:
         content = content_of(size)
         put(production_driver, "large", content)
         assert get(production_driver, "large") == content
         assert get(production_driver, "large", size - 10, None) == content[-10:]
 
     @pytest.mark.parametrize("piece", [1000, 65_536, 100_000, SOME])
-    def test_content_may_arrive_in_pieces_of_any_size(self, driver, piece):
+    def test_content_may_arrive_in_pieces_of_any_size(self, driver: Driver, piece: int) -> None:
         content = content_of(SOME)
         with driver.writer("a", "text/plain") as writer:
             writer.write(b"")
@@ -271,7 +272,7 @@ class DriverContract:
             writer.commit(digests_of(content))
         assert get(driver, "a") == content
 
-    def test_what_was_written_may_be_overwritten_by_its_owner(self, driver):
+    def test_what_was_written_may_be_overwritten_by_its_owner(self, driver: Driver) -> None:
         content = content_of(SOME)
         buffer = bytearray(50_000)
         with driver.writer("a", "text/plain") as writer:
@@ -283,7 +284,7 @@ class DriverContract:
         assert get(driver, "a") == content
 
     @pytest.mark.parametrize("size", [100, SOME])
-    def test_a_commit_of_another_size_than_was_written_is_refused(self, driver, size):
+    def test_a_commit_of_another_size_than_was_written_is_refused(self, driver: Driver, size: int) -> None:
         content = content_of(size)
         with GuardedDriver(driver).writer("a", "text/plain") as writer:
             writer.write(content[:-1])
@@ -294,7 +295,7 @@ class DriverContract:
     # Properties
 
     @pytest.mark.parametrize("size", [0, 10, SOME])
-    def test_properties_are_kept(self, driver, size):
+    def test_properties_are_kept(self, driver: Driver, size: int) -> None:
         content = content_of(size)
         digests = digests_of(content)
         before = int(time.time())
@@ -307,20 +308,20 @@ class DriverContract:
         with driver.read("folder/a.txt") as reader:
             assert reader.info == info
 
-    def test_an_etag_is_bare_and_each_version_has_another_one(self, driver):
+    def test_an_etag_is_bare_and_each_version_has_another_one(self, driver: Driver) -> None:
         etags = [put(driver, "a", content_of(size)).etag for size in (0, 5, 5 + SOME)]
         etags.append(put(driver, "a", content_of(5, seed=9)).etag)
         assert len(set(etags)) == 4
         assert all(etag and not set(etag) & set('", \\') and not etag.startswith("W/") for etag in etags)
 
-    def test_the_type_of_the_latest_version_counts(self, driver):
+    def test_the_type_of_the_latest_version_counts(self, driver: Driver) -> None:
         put(driver, "a", b"same", "text/plain")
         put(driver, "a", b"same", "image/png")
         assert driver.stat("a").content_type == "image/png"
         with driver.read("a") as reader:
             assert reader.info.content_type == "image/png"
 
-    def test_local_objects_are_given_with_their_properties(self, driver):
+    def test_local_objects_are_given_with_their_properties(self, driver: Driver) -> None:
         if not isinstance(driver, LocalObjects):
             return  # it does not claim the ability
         content = content_of(SOME)
@@ -335,7 +336,7 @@ class DriverContract:
     # Conditions
 
     @pytest.mark.parametrize("size", [10, SOME])
-    def test_a_commit_that_expects_nothing_replaces_nothing(self, driver, size):
+    def test_a_commit_that_expects_nothing_replaces_nothing(self, driver: Driver, size: int) -> None:
         first = put(driver, "a", content_of(size, 1), expected=Expectation.NOTHING)
         with pytest.raises(PreconditionFailed):
             put(driver, "a", content_of(size, 2), expected=Expectation.NOTHING)
@@ -343,7 +344,7 @@ class DriverContract:
         assert get(driver, "a") == content_of(size, 1)
 
     @pytest.mark.parametrize("size", [10, SOME])
-    def test_a_commit_that_expects_a_version_replaces_only_that(self, driver, size):
+    def test_a_commit_that_expects_a_version_replaces_only_that(self, driver: Driver, size: int) -> None:
         first = put(driver, "a", content_of(size, 1))
         second = put(driver, "a", content_of(size, 2), expected=first.etag)
         with pytest.raises(PreconditionFailed):
@@ -352,7 +353,7 @@ class DriverContract:
         assert get(driver, "a") == content_of(size, 2)
 
     @pytest.mark.parametrize("expected", ["0123456789abcdef", "0x8DC1234567890AB", "made-up", "*"])
-    def test_a_version_that_never_was_is_not_there(self, driver, expected):
+    def test_a_version_that_never_was_is_not_there(self, driver: Driver, expected: str) -> None:
         with pytest.raises(PreconditionFailed):
             put(driver, "a", b"content", expected=expected)
         assert not exists(driver, "a")
@@ -362,7 +363,7 @@ class DriverContract:
         assert get(driver, "a") == b"there"
 
     @pytest.mark.parametrize("size", [10, SOME])
-    def test_a_commit_may_be_tried_again_with_another_expectation(self, driver, size):
+    def test_a_commit_may_be_tried_again_with_another_expectation(self, driver: Driver, size: int) -> None:
         there = put(driver, "a", b"there")
         content = content_of(size)
         with driver.writer("a", "text/plain") as writer:
@@ -375,7 +376,7 @@ class DriverContract:
         assert driver.stat("a") == info
         assert get(driver, "a") == content
 
-    def test_only_one_of_several_writers_that_expect_nothing_gets_through(self, driver):
+    def test_only_one_of_several_writers_that_expect_nothing_gets_through(self, driver: Driver) -> None:
         def write(number: int) -> int:
             put(driver, "a", content_of(SOME, number), expected=Expectation.NOTHING)
             return number
@@ -388,7 +389,7 @@ class DriverContract:
 
     # Reading
 
-    def test_a_range_is_exactly_that(self, driver):
+    def test_a_range_is_exactly_that(self, driver: Driver) -> None:
         content = content_of(SOME)
         put(driver, "a", content)
         starts = [0, 1, 65_535, 65_536, 131_071, 200_000, SOME - 1, SOME, SOME + 1, 10 * SOME]
@@ -399,24 +400,24 @@ class DriverContract:
                 assert b"".join(reader) == content[start:stop], (start, stop)
 
     @pytest.mark.parametrize("bounds", [(0, None), (0, 0), (0, 1), (0, 100), (1, None), (5, 9), (9, 5)])
-    def test_ranges_of_an_empty_object_are_empty(self, driver, bounds):
+    def test_ranges_of_an_empty_object_are_empty(self, driver: Driver, bounds: tuple[int, int | None]) -> None:
         info = put(driver, "empty", b"")
         with driver.read("empty", *bounds) as reader:
             assert reader.info == info
             assert list(reader) == []
 
-    def test_the_properties_are_those_of_the_whole_whatever_the_range(self, driver):
+    def test_the_properties_are_those_of_the_whole_whatever_the_range(self, driver: Driver) -> None:
         info = put(driver, "a", content_of(SOME), "text/plain")
         for bounds in [(0, None), (0, 10), (SOME - 1, None), (SOME, None), (7, 7)]:
             with driver.read("a", *bounds) as reader:
                 assert reader.info == info
 
-    def test_pieces_are_neither_empty_nor_large(self, production_driver):
+    def test_pieces_are_neither_empty_nor_large(self, production_driver: Driver) -> None:
         put(production_driver, "a", content_of(20 * KIB * KIB))
         with production_driver.read("a") as reader:
             assert all(0 < len(piece) <= 8 * KIB * KIB for piece in reader)
 
-    def test_a_version_can_be_asked_for(self, driver):
+    def test_a_version_can_be_asked_for(self, driver: Driver) -> None:
         old = put(driver, "a", content_of(SOME, 1))
         assert get(driver, "a", etag=old.etag) == content_of(SOME, 1)
         assert get(driver, "a", 10, 70_000, etag=old.etag) == content_of(SOME, 1)[10:70_000]
@@ -428,7 +429,7 @@ class DriverContract:
             get(driver, "b", etag=old.etag)
 
     @pytest.mark.parametrize("newer_size", [10, SOME, 2 * SOME])
-    def test_a_read_never_mixes_versions(self, driver, newer_size):
+    def test_a_read_never_mixes_versions(self, driver: Driver, newer_size: int) -> None:
         old = content_of(SOME, 1)
         put(driver, "a", old)
         with driver.read("a") as reader:
@@ -440,7 +441,7 @@ class DriverContract:
                 assert content == old
         assert old.startswith(content)
 
-    def test_a_read_of_what_is_deleted_ends_rightly_or_fails(self, driver):
+    def test_a_read_of_what_is_deleted_ends_rightly_or_fails(self, driver: Driver) -> None:
         content = content_of(SOME)
         put(driver, "a", content)
         with driver.read("a") as reader:
@@ -452,7 +453,7 @@ class DriverContract:
                 assert got == content
         assert content.startswith(got)
 
-    def test_readers_among_writers_get_one_version_each(self, driver):
+    def test_readers_among_writers_get_one_version_each(self, driver: Driver) -> None:
         versions = {hashlib.sha256(content_of(SOME + n, n)).hexdigest(): content_of(SOME + n, n) for n in range(3)}
         put(driver, "a", content_of(SOME, 0))
         written = threading.Event()
@@ -469,7 +470,7 @@ class DriverContract:
             while not written.is_set():
                 with contextlib.suppress(ObjectChanged), self.begin_read(driver, "a") as reader:
                     content = b"".join(reader)
-                    assert content == versions[reader.info.sha256]
+                    assert content == versions[str(reader.info.sha256)]
                     assert reader.info.size == len(content)
                     whole += 1
             return whole
@@ -477,7 +478,7 @@ class DriverContract:
         results = at_once(write, read, read)
         assert not [result for result in results if isinstance(result, Exception)], results
 
-    def test_a_reader_may_be_closed_early_and_twice(self, driver):
+    def test_a_reader_may_be_closed_early_and_twice(self, driver: Driver) -> None:
         put(driver, "a", content_of(SOME))
         reader = driver.read("a")
         next(iter(reader))
@@ -487,7 +488,7 @@ class DriverContract:
 
     # Writers beside each other
 
-    def test_the_result_of_writers_at_once_is_wholly_ones(self, driver):
+    def test_the_result_of_writers_at_once_is_wholly_ones(self, driver: Driver) -> None:
         def write(number: int) -> int:
             put(driver, "folder/a", content_of(SOME + number, number), f"x/{number}")
             return number
@@ -503,7 +504,9 @@ class DriverContract:
         assert (info.content_type, info.sha256) == (f"x/{number}", digests_of(content_of(info.size, number)).sha256)
 
     @pytest.mark.parametrize("other_size", [10, SOME])
-    def test_a_writer_that_another_one_overtakes_is_wholly_stored_or_refused(self, driver, other_size):
+    def test_a_writer_that_another_one_overtakes_is_wholly_stored_or_refused(
+        self, driver: Driver, other_size: int
+    ) -> None:
         ours, other = content_of(SOME, 1), content_of(other_size, 2)
         with driver.writer("a", "text/plain") as writer:
             writer.write(ours[:200_000])
@@ -516,7 +519,7 @@ class DriverContract:
         assert get(driver, "a") == ours
         assert driver.stat("a").sha256 == digests_of(ours).sha256
 
-    def test_many_threads_may_use_it(self, driver):
+    def test_many_threads_may_use_it(self, driver: Driver) -> None:
         def work(number: int) -> None:
             key, content = f"shared/{number % 3}/{number}", content_of(70_000, number)
             put(driver, key, content)
@@ -528,7 +531,7 @@ class DriverContract:
 
     # Deleting
 
-    def test_a_deleted_object_is_gone(self, driver):
+    def test_a_deleted_object_is_gone(self, driver: Driver) -> None:
         put(driver, "folder/a", b"1")
         put(driver, "folder/b", b"2")
         driver.delete("folder/a")
@@ -537,13 +540,13 @@ class DriverContract:
         with pytest.raises(ObjectNotFound):
             driver.delete("folder/a")
 
-    def test_a_deleted_object_can_be_stored_again(self, driver):
+    def test_a_deleted_object_can_be_stored_again(self, driver: Driver) -> None:
         put(driver, "a", b"first", "text/plain")
         driver.delete("a")
         info = put(driver, "a", b"first", "image/png", expected=Expectation.NOTHING)
         assert info.content_type == driver.stat("a").content_type == "image/png"
 
-    def test_what_was_overwritten_does_not_come_back(self, driver):
+    def test_what_was_overwritten_does_not_come_back(self, driver: Driver) -> None:
         put(driver, "a", b"first")
         put(driver, "a", content_of(SOME))
         driver.delete("a")
@@ -552,7 +555,7 @@ class DriverContract:
     # What is not there
 
     @pytest.mark.parametrize("key", ["nothing", "no/such/file", "there/below", "the", "the/folder", "therefore"])
-    def test_what_is_not_there_is_not_found(self, driver, key):
+    def test_what_is_not_there_is_not_found(self, driver: Driver, key: str) -> None:
         put(driver, "there", b"a file")
         put(driver, "the/folder/file", b"in a folder")
         for ask in (driver.stat, driver.read, driver.delete):
@@ -562,7 +565,9 @@ class DriverContract:
         assert get(driver, "the/folder/file") == b"in a folder"
 
     @pytest.mark.parametrize(("first", "second"), [("a", "a/b"), ("a/b", "a"), ("a/b/c", "a"), ("a", "a/b/c")])
-    def test_keys_that_exclude_each_other_are_both_kept_or_one_is_refused(self, driver, first, second):
+    def test_keys_that_exclude_each_other_are_both_kept_or_one_is_refused(
+        self, driver: Driver, first: str, second: str
+    ) -> None:
         info = put(driver, first, b"first")
         try:
             put(driver, second, b"second")
@@ -574,7 +579,7 @@ class DriverContract:
         assert driver.stat(first) == info
         assert get(driver, first) == b"first"
 
-    def test_a_key_takes_the_place_of_a_folder_that_has_become_empty(self, driver):
+    def test_a_key_takes_the_place_of_a_folder_that_has_become_empty(self, driver: Driver) -> None:
         put(driver, "a/b/c", b"1")
         driver.delete("a/b/c")
         put(driver, "a", b"2")
@@ -590,29 +595,33 @@ class DriverContract:
         names += [f"many/{number:03}" for number in range(25)] + [f"wide/{number}/x" for number in range(12)]
         return {name: put(driver, name, name.encode()) for name in names}
 
-    def test_an_empty_store_has_one_empty_page(self, driver):
+    def test_an_empty_store_has_one_empty_page(self, driver: Driver) -> None:
         for delimiter in ("", "/"):
             page = driver.list(delimiter=delimiter)
             assert (page.objects, page.folders, page.next_marker) == ((), (), None)
 
     @pytest.mark.parametrize("details", [True, False])
-    def test_each_object_is_listed_once_over_all_pages(self, driver, tree, details):
+    def test_each_object_is_listed_once_over_all_pages(
+        self, driver: Driver, tree: dict[str, ObjectInfo], details: bool
+    ) -> None:
         assert sorted(listed(driver, details=details)) == sorted(tree)
 
-    def test_a_listing_tells_what_a_look_at_each_object_tells(self, driver, tree):
+    def test_a_listing_tells_what_a_look_at_each_object_tells(
+        self, driver: Driver, tree: dict[str, ObjectInfo]
+    ) -> None:
         for page in pages(driver):
             for info in page.objects:
                 seen = tree[info.key]
                 assert (info.size, info.etag, info.last_modified) == (seen.size, seen.etag, seen.last_modified)
 
-    def test_a_prefix_is_plain_text(self, driver, tree):
+    def test_a_prefix_is_plain_text(self, driver: Driver, tree: dict[str, ObjectInfo]) -> None:
         for prefix in ["a", "a/", "a/b", "a/bc", "a/bc/", "many/01", "z ", "é", "日", "B", "ab/c/d/e", "a/b.c"]:
             expected = sorted(key for key in tree if key.startswith(prefix))
             assert expected
             for details in (True, False):
                 assert sorted(listed(driver, prefix=prefix, details=details)) == expected, prefix
 
-    def test_a_prefix_that_no_key_has_gives_nothing(self, driver, tree):
+    def test_a_prefix_that_no_key_has_gives_nothing(self, driver: Driver, tree: dict[str, ObjectInfo]) -> None:
         absent = ["nothing", "A", "B/", "many/001/", "%", "<", "&", "x" * 300, "x" * 5000]
         impossible = ["a/b/", "a//", "/", "/a", "../", "./", ".", "..", "many/../a", ".kci", ".kci/", "\\"]
         impossible += ["\x00", "a\x01", "\x7f", "\ud800", "a\n", "\x00/", "\ud800/a"]
@@ -620,7 +629,7 @@ class DriverContract:
             for page in pages(GuardedDriver(driver), prefix=prefix, delimiter=delimiter):
                 assert (page.objects, page.folders) == ((), ()), prefix
 
-    def test_a_delimiter_gives_one_level(self, driver, tree):
+    def test_a_delimiter_gives_one_level(self, driver: Driver, tree: dict[str, ObjectInfo]) -> None:
         for prefix in ["", "a/", "a", "a/b", "ab/", "ab/c/", "many/", "wide/", "wide/1", "w"]:
             levels = [key[: end + 1] if (end := key.find("/", len(prefix))) >= 0 else key for key in tree]
             expected = {level for level in levels if level.startswith(prefix)}
@@ -631,20 +640,23 @@ class DriverContract:
             ]
             assert sorted(found) == sorted(expected), prefix
 
-    def test_a_page_may_be_asked_for_again(self, driver, tree):
-        for options in ({}, {"delimiter": "/"}, {"prefix": "many/"}):
+    def test_a_page_may_be_asked_for_again(self, driver: Driver, tree: dict[str, ObjectInfo]) -> None:
+        choices: list[dict[str, Any]] = [{}, {"delimiter": "/"}, {"prefix": "many/"}]
+        for options in choices:
             for page in pages(driver, **options):
                 if page.next_marker is not None:
                     marker = page.next_marker
                     assert driver.list(marker=marker, **options) == driver.list(marker=marker, **options)
 
-    def test_a_made_up_marker_gives_a_page_or_is_refused(self, driver, tree):
+    def test_a_made_up_marker_gives_a_page_or_is_refused(self, driver: Driver, tree: dict[str, ObjectInfo]) -> None:
         for marker in ["", "made up", "%%%", "\x01", "\ud800", "zzzz", "../", "a" * 2000]:
             with contextlib.suppress(BadRequest):
                 assert {info.key for info in driver.list(marker=marker).objects} <= set(tree), marker
 
     @pytest.mark.parametrize("details", [True, False])
-    def test_what_changes_between_pages_does_not_hide_the_rest(self, driver, tree, details):
+    def test_what_changes_between_pages_does_not_hide_the_rest(
+        self, driver: Driver, tree: dict[str, ObjectInfo], details: bool
+    ) -> None:
         for number in range(5):
             put(driver, f"many/{number:03}-gone", b"")
         found = []
@@ -659,7 +671,7 @@ class DriverContract:
     # Keys
 
     @pytest.mark.parametrize("key", HOSTILE_KEYS.values(), ids=HOSTILE_KEYS)
-    def test_a_valid_key_works_whatever_it_looks_like(self, driver, key):
+    def test_a_valid_key_works_whatever_it_looks_like(self, driver: Driver, key: str) -> None:
         assert keys.is_valid(key)
         put(driver, "another", b"another")
         content = content_of(70_000)
@@ -674,7 +686,7 @@ class DriverContract:
         driver.delete(key)
         assert not exists(driver, key)
 
-    def test_keys_that_look_alike_are_different(self, driver):
+    def test_keys_that_look_alike_are_different(self, driver: Driver) -> None:
         alike = ["a b", "a+b", "a%20b", "a%2520b", "A B", "a  b", "é", "e\u0301", "a", "a.", "a..", "%61"]
         for key in alike:
             put(driver, key, key.encode())
@@ -683,10 +695,10 @@ class DriverContract:
 
     # The driver itself
 
-    def test_a_backend_that_serves_passes_the_probe(self, driver):
+    def test_a_backend_that_serves_passes_the_probe(self, driver: Driver) -> None:
         driver.probe()
 
-    def test_it_may_be_closed_twice(self, driver):
+    def test_it_may_be_closed_twice(self, driver: Driver) -> None:
         put(driver, "a", b"content")
         driver.close()
         driver.close()

@@ -1,5 +1,6 @@
-"""Reads and writes go past the SDK, listings and deletions through it. Both have the same connections, retries,
-time-outs, proxies, certificates and errors.
+"""Reads and writes go past the SDK, listings and deletions through it.
+
+Both have the same connections, retries, time-outs, proxies, certificates and errors.
 """
 
 from __future__ import annotations

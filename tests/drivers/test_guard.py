@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -71,9 +71,9 @@ class Recorder(WrappingDriver):
 
 
 @pytest.fixture
-def recorder(tmp_path: Path) -> Iterator[Recorder]:
+def recorder(tmp_path: Path) -> Recorder:
     """A driver to be guarded."""
-    yield Recorder(tmp_path / "storage")
+    return Recorder(tmp_path / "storage")
 
 
 @pytest.mark.parametrize("key", INVALID)

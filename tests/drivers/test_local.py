@@ -553,12 +553,12 @@ def list_while_replaced(root: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[An
 
 
 def test_an_object_that_is_replaced_while_it_is_listed_is_listed(root, monkeypatch):
-    listed, old, new = list_while_replaced(root, monkeypatch)
+    listed, old, _ = list_while_replaced(root, monkeypatch)
     assert listed == [old]
 
 
 def test_an_object_whose_record_goes_while_it_is_listed_is_listed(plain_root, monkeypatch):
-    listed, old, new = list_while_replaced(plain_root, monkeypatch)
+    listed, _, new = list_while_replaced(plain_root, monkeypatch)
     assert listed == [new]
 
 

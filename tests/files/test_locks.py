@@ -158,7 +158,7 @@ class TestWaiting:
 
     def test_waiting_ends(self, locks: KeyLocks, peer: Peer) -> None:
         peer.call(take, locks.directory, "name")
-        with pytest.raises(WriteConflict, match="running for 0.05 seconds"), locks.hold("name", BRIEFLY):
+        with pytest.raises(WriteConflict, match=r"running for 0\.05 seconds"), locks.hold("name", BRIEFLY):
             pytest.fail("two hold the lock")
         with locks.hold_if_free("name") as lease:
             assert lease is None

@@ -114,18 +114,8 @@ def shared_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_names_of_others_stop_nothing(shared_memory: Path) -> None:
-    names = (
-        "-x",
-        "",
-        "-",
-        "-x-y",
-        f"-{10**30}-a",
-        "--1-a",
-        "-\u0663-a",
-        f"-{DEAD}",
-        f"-{DEAD}-a.b",
-        f"-{os.getpid()}-a",
-    )
+    names = ["-x", "", "-", "-x-y", f"-{10**30}-a", "--1-a", "-\u0663-a"]
+    names += [f"-{DEAD}", f"-{DEAD}-a.b", f"-{os.getpid()}-a"]
     folders = [shared_memory / f"{OURS}{name}" for name in names]
     for folder in folders:
         folder.mkdir()

@@ -306,10 +306,10 @@ def test_garbage_ends_the_connection(server: Server, garbage: bytes) -> None:
 def test_old_versions_are_refused(server: Server) -> None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns(DeprecationWarning):  # noqa: PT030  (its text is Python's)
         context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_1
     context.set_ciphers("ALL:@SECLEVEL=0")
-    with socket.create_connection(("127.0.0.1", server.port), SECONDS) as sock, pytest.raises(OSError):
+    with socket.create_connection(("127.0.0.1", server.port), SECONDS) as sock, pytest.raises(OSError):  # noqa: PT011
         context.wrap_socket(sock)
 
 

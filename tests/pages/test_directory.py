@@ -128,7 +128,7 @@ def test_nothing_but_the_page_s_own_style_and_script_is_allowed(stored):
     assert "default-src 'none'" in policy
     assert "unsafe" not in policy
     for tag in ("style", "script"):
-        (text,) = re.findall(f"<{tag}>(.*?)</{tag}>", response.text, flags=re.S)
+        (text,) = re.findall(f"<{tag}>(.*?)</{tag}>", response.text, flags=re.DOTALL)
         digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
         assert f"{tag}-src 'sha256-{digest}'" in policy
     assert Links(response.text).tags.count("script") == 1

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from xml.etree import ElementTree
+from xml.etree import ElementTree as ET
 
 import psutil
 import pytest
@@ -144,7 +144,7 @@ def test_the_progress_is_told_beside_the_table(run):
 
 
 def test_the_drawing_has_a_mark_for_each_ratio(run):
-    root = ElementTree.fromstring((run.out / "bench.svg").read_text())
+    root = ET.fromstring((run.out / "bench.svg").read_text())
     marks = [element for element in root.iter() if element.tag.endswith("title")]
     assert len(marks) == sum(len(row["ratios"]) for row in run.rows)
 
@@ -159,7 +159,7 @@ def test_rules_are_compared_turn_by_turn(programs, tmp_path):
     environ = environment(tmp_path, tmp_path)
     result = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=SECONDS)
     assert result.returncode == 0, result.stderr
-    assert len(re.findall(r"^  .+ / default: \d\.\d{3} ± \d\.\d{3}$", result.stdout, flags=re.M)) == 4
+    assert len(re.findall(r"^  .+ / default: \d\.\d{3} ± \d\.\d{3}$", result.stdout, flags=re.MULTILINE)) == 4
     assert list(tmp_path.iterdir()) == []
 
 
@@ -210,9 +210,11 @@ def test_an_unknown_group_is_one_line(tmp_path):
 
 def test_too_little_room_is_told_before_anything_starts(tmp_path, monkeypatch):
     monkeypatch.setenv("BENCH_DIR", str(tmp_path))
-    with pytest.raises(BenchError, match=rf"{tmp_path} has no \d+ MiB to spare"):
-        with stages.stage(dataclasses.replace(TINY, large=1 << 60)):
-            pytest.fail("it has begun")
+    with (
+        pytest.raises(BenchError, match=rf"{tmp_path} has no \d+ MiB to spare"),
+        stages.stage(dataclasses.replace(TINY, large=1 << 60)),
+    ):
+        pytest.fail("it has begun")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -298,10 +300,12 @@ def test_bodies_where_none_should_be_are_noticed():
 
 
 def test_a_server_that_had_trouble_is_no_measurement(tmp_path):
-    with pytest.raises(BenchError, match=r"not clean at its end: 1 times \['\[ERROR\] made up'\]"):
-        with stages._running(Server(tmp_path, {})) as server:
-            with server.log_path.open("a") as log:
-                log.write("[ERROR] made up\n")
+    with (
+        pytest.raises(BenchError, match=r"not clean at its end: 1 times \['\[ERROR\] made up'\]"),
+        stages._running(Server(tmp_path, {})) as server,
+        server.log_path.open("a") as log,
+    ):
+        log.write("[ERROR] made up\n")
 
 
 def test_what_was_measured_before_it_failed_is_shown(tmp_path, monkeypatch, capsys):
@@ -312,7 +316,7 @@ def test_what_was_measured_before_it_failed_is_shown(tmp_path, monkeypatch, caps
     monkeypatch.setitem(main.GROUPS, "hits", workloads)
     with ExitStack() as stack, pytest.raises(BenchError, match="no more"):
         main.run(["hits"], stages.Stage(TINY, tmp_path, stack))
-    assert re.search(r"^4 KiB +s +1\.50$", capsys.readouterr().out, flags=re.M)
+    assert re.search(r"^4 KiB +s +1\.50$", capsys.readouterr().out, flags=re.MULTILINE)
 
 
 # What becomes of the figures
@@ -390,7 +394,7 @@ def test_the_most_private_memory_is_seen_after_it_is_given_back():
 def test_a_drawing_keeps_what_is_beyond_its_ends():
     ratios = {"nginx": [1e9], "gunicorn": [1e-9]}
     drawing = chart.svg([dataclasses.replace(ROW, values={OURS: [1.0], **ratios})])
-    root = ElementTree.fromstring(drawing)
+    root = ET.fromstring(drawing)
     width = float(root.attrib["width"])
     marks = [e for e in root.iter() if e.tag.endswith("circle") and len(e)]
     assert len(marks) == 2 and all(chart.LABELS <= float(mark.attrib["cx"]) <= width for mark in marks)

@@ -87,7 +87,9 @@ def test_an_empty_folder_becomes_a_server_whose_lines_work(start, tmp_path):
     assert process.wait(STOP_SECONDS) == 0
 
 
-README_BLOCK = re.search(r"^```sh\n(TOKEN=.*?)^```", (ROOT / "README.md").read_text(), flags=re.M | re.S)[1]
+README_BLOCK = re.search(
+    r"^```sh\n(TOKEN=.*?)^```", (ROOT / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL
+)[1]
 
 
 def test_the_readmes_lines_work_as_they_stand_and_leave_the_readers_files_alone(start, tmp_path, port):
@@ -147,8 +149,10 @@ def test_a_port_in_use_is_one_line(start, tmp_path):
         port = taken.getsockname()[1]
         assert start(KCI_STORAGE_PORT=str(port)).wait(60) == os.EX_CONFIG
     assert output_of(tmp_path).splitlines()[1:] == [
-        f"run: cannot listen on 127.0.0.1:{port}: Address already in use; "
-        f"choose another port: make run KCI_STORAGE_PORT={port + 1}"
+        (
+            f"run: cannot listen on 127.0.0.1:{port}: Address already in use; "
+            f"choose another port: make run KCI_STORAGE_PORT={port + 1}"
+        )
     ]
 
 

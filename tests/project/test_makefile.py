@@ -12,7 +12,7 @@ import kci_storage
 
 ROOT = Path(kci_storage.__file__).parent.parent
 MAKEFILE = (ROOT / "Makefile").read_text()
-TARGETS = set(re.findall(r"^([a-z-]+):.*## ", MAKEFILE, flags=re.M))
+TARGETS = set(re.findall(r"^([a-z-]+):.*## ", MAKEFILE, flags=re.MULTILINE))
 
 
 def test_make_alone_prints_every_target_with_its_help():
@@ -22,7 +22,7 @@ def test_make_alone_prints_every_target_with_its_help():
 
 
 def test_every_target_that_is_no_file_has_help():
-    (phony,) = re.findall(r"^\.PHONY: (.*)$", MAKEFILE, flags=re.M)
+    (phony,) = re.findall(r"^\.PHONY: (.*)$", MAKEFILE, flags=re.MULTILINE)
     assert set(phony.split()) == TARGETS
 
 

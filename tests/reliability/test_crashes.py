@@ -401,11 +401,10 @@ class TestRealServers:
         """It has read the old version, and ends when nobody writes any more."""
         store(server, OLD)
         cool(server)
-        with ThreadPoolExecutor() as clients:
-            with pauses.during("in-read"):
-                clients.submit(served, server)
-                wait_until(lambda: pauses.waiting("in-read"), SECONDS, "a fill")
-                kill_at(server, pauses, "after-commit", lambda: store(server, NEW))
+        with ThreadPoolExecutor() as clients, pauses.during("in-read"):
+            clients.submit(served, server)
+            wait_until(lambda: pauses.waiting("in-read"), SECONDS, "a fill")
+            kill_at(server, pauses, "after-commit", lambda: store(server, NEW))
         wait_until(lambda: served(server) == NEW, START_SECONDS, "the backend's version")
         assert get_from_all(server) == {NEW}
 

@@ -6,6 +6,7 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable, Iterator
+from typing import Self
 
 import requests
 
@@ -41,7 +42,7 @@ class Load:
         wanted = self.answered + count
         wait_until(lambda: self.answered >= wanted or self.failures, SECONDS, "answers")
 
-    def __enter__(self) -> Load:
+    def __enter__(self) -> Self:
         for thread in self._threads:
             thread.start()
         self.wait_for_more()

@@ -66,8 +66,8 @@ def edit_class(packages: Path, part: Part, pattern: str, replacement: str) -> No
     """The same, in one class of the module."""
     path, owner = module_path(packages, part), part.name.partition(".")[0]
     text = path.read_text()
-    begin = re.search(rf"^class {owner}\b", text, re.M).start()  # type: ignore[union-attr]
-    end = re.search(r"^(?:class|def) |\Z", text[begin + 1 :], re.M).start() + begin + 1  # type: ignore[union-attr]
+    begin = re.search(rf"^class {owner}\b", text, re.MULTILINE).start()  # type: ignore[union-attr]
+    end = re.search(r"^(?:class|def) |\Z", text[begin + 1 :], re.MULTILINE).start() + begin + 1  # type: ignore[union-attr]
     block, times = re.subn(pattern, replacement, text[begin:end])
     assert times
     path.write_text(text[:begin] + block + text[end:])

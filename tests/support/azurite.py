@@ -1,5 +1,6 @@
-"""A real Azurite (Microsoft's Blob Storage emulator) for tests: one per test process, on a free port, in a temporary
-directory, with an account and a key of its own.
+"""A real Azurite (Microsoft's Blob Storage emulator) for tests.
+
+There is one per test process, on a free port, in a temporary directory, with an account and a key of its own.
 
 It is found by the environment variable ``KCI_STORAGE_AZURITE`` (a command line, or the path of its JavaScript entry
 point), else where ``make`` puts it. Without it, tests that need it are skipped.
@@ -84,7 +85,7 @@ def running_azurite(folder: Path) -> Iterator[Azurite]:
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            preexec_fn=_die_with_parent,
+            preexec_fn=_die_with_parent,  # noqa: PLW1509  (it takes no lock)
         )
     try:
         yield Azurite(process, f"{_wait_for_url(process, log)}/{account}", account, key)

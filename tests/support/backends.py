@@ -95,7 +95,7 @@ class _PausingWriter(ObjectWriter):
     def __init__(self, inner: ObjectWriter):
         self._inner = inner
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes | memoryview) -> None:
         self._inner.write(data)
 
     def flush(self) -> None:

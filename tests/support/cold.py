@@ -221,8 +221,8 @@ def crowd(
             selector.register(sock, selectors.EVENT_READ)
         while selector.get_map() and time.monotonic() - started < CROWD_SECONDS:
             for found, _ in selector.select(1):
+                assert isinstance(found.fileobj, socket.socket)
                 sock = found.fileobj
-                assert isinstance(sock, socket.socket)
                 visit = visits[sock]
                 size = _receive(sock, buffer)
                 visit.seconds = time.monotonic() - started
@@ -326,7 +326,7 @@ def in_background(function: Callable[..., T], *args: Any) -> Future[T]:
     def run() -> None:
         try:
             result.set_result(function(*args))
-        except BaseException as exc:
+        except BaseException as exc:  # noqa: BLE001  (raised where the result is wanted)
             result.set_exception(exc)
 
     threading.Thread(target=run, daemon=True).start()

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jwt
 import psutil
@@ -28,9 +28,12 @@ from tests.support.peers import holders
 START_SECONDS = 120  # a loaded machine starts two Python workers in well under this
 STOP_SECONDS = 60  # less than graceful_timeout, which would hide what hangs
 _TROUBLE = re.compile(
-    r"Traceback \(most recent call last\)|\[(?:ERROR|CRITICAL)\]|\blevel=(?:error|critical)\b", re.I
+    r"Traceback \(most recent call last\)|\[(?:ERROR|CRITICAL)\]|\blevel=(?:error|critical)\b", re.IGNORECASE
 )
 _ENVIRONMENT = ("KCI_STORAGE_", "STORAGE_DEBUG", "STORAGE_VERBOSE", "PROMETHEUS_", "GUNICORN_")
+
+
+T = TypeVar("T")
 
 
 def toml(document: Mapping[str, Any], section: str = "") -> str:
@@ -65,16 +68,16 @@ def _value(value: object) -> str:
 
 
 def unexpected(log: str, expected: Iterable[str] = ()) -> list[str]:
-    """The lines of a log that report trouble, but for those that match an expected pattern.
+    r"""The lines of a log that report trouble, but for those that match an expected pattern.
 
-    >>> unexpected("[INFO] fine\\n[ERROR] broken\\nlevel=error event=x", ["event=x"])
+    >>> unexpected("[INFO] fine\n[ERROR] broken\nlevel=error event=x", ["event=x"])
     ['[ERROR] broken']
     """
     lines = [line for line in log.splitlines() if _TROUBLE.search(line)]
     return [line for line in lines if not any(re.search(pattern, line) for pattern in expected)]
 
 
-def wait_until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
+def wait_until(condition: Callable[[], T | None], seconds: float, what: str) -> T:
     """Ask ``condition()`` until its answer is true, and give that answer; fail after ``seconds``."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

@@ -40,7 +40,8 @@ class LastAct:
 
     def __init__(self, config: pytest.Config):
         # A private name, as pytest-xdist uses it: no fixture runs in the process that distributes the tests.
-        self._run = Run(secrets.token_hex(16), config._tmp_path_factory.getbasetemp())
+        factory: pytest.TempPathFactory = vars(config)["_tmp_path_factory"]
+        self._run = Run(secrets.token_hex(16), factory.getbasetemp())
         self._guard = guarded(self._run)
         self._guard.__enter__()
         os.environ[VARIABLE] = self._run.name

@@ -71,9 +71,10 @@ def _serve(connection: Connection) -> None:
     with contextlib.suppress(EOFError):
         while True:
             function, args = connection.recv()
+            answer: tuple[Any, Exception | None]
             try:
                 answer = function(*args), None
-            except Exception as exc:
+            except Exception as exc:  # noqa: BLE001  (raised where the call was made)
                 answer = None, exc
             connection.send(answer)
 

@@ -76,9 +76,11 @@ def behind_nginx(azurite: Any, tmp_path_factory: pytest.TempPathFactory) -> Iter
     name = azurite.new_container()
     azure = {"account": azurite.account, "key": azurite.key, "endpoint": azurite.endpoint, "container": name}
     document = {"driver": "azure", "azure": azure, "server": {"accel_redirect": "/_cache/", "trusted_proxies": 1}}
-    with running(Server(tmp_path_factory.mktemp("server"), document)) as server:
-        with nginx(tmp_path_factory.mktemp("nginx"), server) as frontend:
-            yield frontend
+    with (
+        running(Server(tmp_path_factory.mktemp("server"), document)) as server,
+        nginx(tmp_path_factory.mktemp("nginx"), server) as frontend,
+    ):
+        yield frontend
 
 
 KINDS = ["local file", "hit", "miss"]
