@@ -18,8 +18,11 @@ test: $(VENV)/test.stamp ## run all tests (ARGS="-k upload" for some of them)
 	@tools/azurite.sh .tools $(VENV)
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
 
-check: $(VENV)/test.stamp ## look for mistakes without running anything
-	@$(VENV)/bin/python -m ruff check
+check: $(VENV)/test.stamp ## look for mistakes without running anything: lint, format, layers, types
+	@$(VENV)/bin/ruff check
+	@$(VENV)/bin/ruff format --check
+	@$(VENV)/bin/lint-imports --no-logo
+	@$(VENV)/bin/mypy
 
 demo: $(VENV)/test.stamp ## upload and download an arm64 kernel package, or DEMO_DIR=…, over Azurite, and compare
 	@tools/azurite.sh .tools $(VENV)
@@ -40,7 +43,7 @@ dashboard-picture: $(VENV)/test.stamp ## draw the picture of the dashboard again
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/python tools/dashboard_picture/take.py $(ARGS)
 
 clean: ## remove what make has made, but for config.toml and the stored files
-	rm -rf $(VENV) .tools build dist *.egg-info .pytest_cache .hypothesis .ruff_cache
+	rm -rf $(VENV) .tools build dist *.egg-info .pytest_cache .hypothesis .import_linter_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/run.stamp: setup.cfg setup.py tools/environment.sh
