@@ -117,10 +117,10 @@ def headers(problem: Problem, content_type: str, size: int) -> Headers:
 
 
 def body(problem: Problem, request_id: str, accept: str | None, path: str = "") -> tuple[str, bytes]:
-    """The content type and the content that a client prefers; the parameters are those of :func:`answer`.
+    r"""The content type and the content that a client prefers; the parameters are those of :func:`answer`.
 
     >>> body(Problem(404, "Not Found", "no such file"), "1", None)
-    ('text/plain; charset=utf-8', b'no such file\\n')
+    ('text/plain; charset=utf-8', b'no such file\n')
     """
     status, title, message, *_ = problem
     wanted = preferred(accept, (TEXT, *JSON, PAGE))

@@ -67,13 +67,13 @@ def _as_bytes(answer: problems.Answer, request_id: str) -> bytes:
 
 
 def _fields(head: bytes) -> dict[str, str]:
-    """What a head, which may be malformed, says of its answer.
+    r"""What a head, which may be malformed, says of its answer.
 
     :param head: may lack its end, and may have a part of the body behind it.
 
-    >>> _fields(b"GET / HTTP/1.1\\r\\nAccept: application/json\\r\\nX-Request")
+    >>> _fields(b"GET / HTTP/1.1\r\nAccept: application/json\r\nX-Request")
     {'accept': 'application/json'}
-    >>> _fields(b"GET / HTTP/1.1\\r\\n\\r\\nAccept: application/json\\r\\n")
+    >>> _fields(b"GET / HTTP/1.1\r\n\r\nAccept: application/json\r\n")
     {}
     """
     end = head.find(b"\r\n\r\n")
