@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """``make bench``: the server beside nginx, Varnish and bare gunicorn, under the same load.
 
 A group of workloads is a module (:mod:`~benchmarks.hits`, :mod:`~benchmarks.uploads`, :mod:`~benchmarks.archives`,

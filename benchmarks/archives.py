@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Archives: many small files to Azurite as one request, beside the same files one by one."""
 
 from __future__ import annotations

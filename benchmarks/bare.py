@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The floor of this kind of server: a function that opens a file and hands it to gunicorn, and nothing else.
 
 It answers ``GET`` with one range or a condition, and ``PUT``, below the folder that ``BENCH_FILES`` names. With

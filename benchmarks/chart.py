@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The ratios as a picture: one line for each workload, one mark for each yardstick, on a logarithmic scale."""
 
 from __future__ import annotations

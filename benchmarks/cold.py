@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Objects that no cache has yet: through us, nginx and Varnish, and straight from Azurite."""
 
 from __future__ import annotations

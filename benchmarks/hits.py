@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Downloads of what is there: from the cache, and from a folder."""
 
 from __future__ import annotations

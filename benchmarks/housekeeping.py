@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Housekeeping of a large cache: how long it takes, what memory it needs, and what hits notice of it.
 
 ``python -m benchmarks.housekeeping --entries 1000000``

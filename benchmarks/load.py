@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The clients: wrk for many requests, curl for large ones, and a crowd of readers. All check what they got."""
 
 from __future__ import annotations

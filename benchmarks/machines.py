@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Hits of three servers, directly and through the balancer of ``deploy/``: ``python -m benchmarks.machines``.
 
 All of it runs on one machine, so that the rates say little of three; the CPU time for a request says what each would

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What is measured: systems run in turns, their times, their CPU seconds, and what to make of them."""
 
 from __future__ import annotations

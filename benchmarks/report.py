@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What came out: as a table for people, and as JSON."""
 
 from __future__ import annotations

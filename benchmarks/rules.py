@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What the rules about who may come in cost a hit.
 
     python -m benchmarks.rules [--turns 15] [--seconds 2]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What runs during a bench: started when it is first needed, ended with the bench."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Uploads: large and small ones to local disk, and large ones to Azurite."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The programs that the server is compared with: each started on a free port, in a folder of its own."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The application: ``create_app`` registers the views and puts the middleware around them."""
 
 from __future__ import annotations

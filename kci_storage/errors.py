@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The one tree of errors, and the one table that says what each means over HTTP.
 
 Services and drivers raise these; views never catch them. ``app.py`` turns an error into a response by

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The events that services report, for whoever counts them.
 
 Services know this protocol and not Prometheus: :class:`kci_storage.monitoring.metrics.Metrics` implements it.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Keys: the names of stored files, and the rules that they follow. Pure.
 
 A key is UTF-8, relative and ``/``-separated. What breaks a rule is refused before any driver sees it: SDKs and file

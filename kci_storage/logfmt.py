@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """logfmt: ``key=value`` pairs, one line per event, safe against whatever a client sends."""
 
 from __future__ import annotations

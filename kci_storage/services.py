@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The parts of the server, wired. Nothing else knows all of them."""
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ from kci_storage.drivers.guard import GuardedDriver, GuardedFiles
 from kci_storage.fills.fills import Fills
 from kci_storage.monitoring.measured_driver import MeasuredDriver
 from kci_storage.monitoring.metrics import Metrics
-from kci_storage.store.negative_cache import Misses
+from kci_storage.store.negative_cache import NegativeCache
 from kci_storage.store.objects import Objects
 from kci_storage.store.uploads import Uploads
 from kci_storage.wsgi.responder import Responder
 
 
-class Follower(Protocol):
+class ConfigFollower(Protocol):
     """Takes over each new configuration while the worker runs."""
 
     def start(self) -> None:
@@ -54,7 +55,7 @@ class Parent(Protocol):
         """Where clients are counted, over all workers."""
         ...
 
-    def follower(self, apply: Callable[[Config], None]) -> Follower:
+    def follower(self, apply: Callable[[Config], None]) -> ConfigFollower:
         """Calls ``apply`` with each new configuration."""
         ...
 
@@ -77,7 +78,7 @@ class Services:
     policies: Policies
     metrics: Metrics
     housekeeper: Housekeeper
-    follower: Follower | None = None
+    follower: ConfigFollower | None = None
 
     @property
     def permissions(self) -> Permissions:
@@ -121,7 +122,7 @@ def build_services(config: Config, ledger: Ledger | None = None) -> Services:
     sweep = partial(drivers.sweep, config) if isinstance(driver, Sweepable) else None
     housekeeper = Housekeeper(cache, config.cache, metrics, sweep)
     guarded = GuardedDriver(MeasuredDriver(driver))
-    misses = Misses(config.cache.directory / "uploads")
+    misses = NegativeCache(config.cache.directory / "uploads")
     server = config.server
     fills = Fills(
         guarded,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Fixtures for all tests: servers over both drivers. No skips where none are allowed, and no process left behind."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The rules for keys: one row for each sentence of them, and the fast path held against the rules themselves."""
 
 from __future__ import annotations

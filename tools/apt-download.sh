@@ -1,4 +1,5 @@
 #!/bin/sh
+# SPDX-License-Identifier: LGPL-2.1-or-later
 # Download Debian packages into a folder, as root or not, without touching the system's package lists:
 #
 #     apt-download.sh FOLDER ARCHITECTURE PACKAGE…

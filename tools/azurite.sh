@@ -1,4 +1,5 @@
 #!/bin/sh
+# SPDX-License-Identifier: LGPL-2.1-or-later
 # Install Azurite, the emulator of Azure Storage that the tests run against: azurite.sh FOLDER ENVIRONMENT
 #
 # It lands in FOLDER/node_modules. node and npm are those of PATH, where node is 18 or newer; else they come from the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What ``make demo`` does: real input through a real server, both ways, and nothing may differ.
 
     demo.py [FOLDER]

@@ -1,4 +1,5 @@
 #!/bin/sh
+# SPDX-License-Identifier: LGPL-2.1-or-later
 # Make the virtual environment, or bring it up to date, with this project installed in it:
 #
 #     environment.sh FOLDER [EXTRA,…]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What ``make image-test`` does: build the container's image, and try it.
 
     image.py [BASE]

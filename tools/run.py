@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What ``make run`` does once the environment is there: a configuration, the server, and lines to paste.
 
 Without a configuration file, one is written: the local driver and a fresh secret. The lines are printed when the

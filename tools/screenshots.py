@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What ``make screenshots`` does: the pictures of directory pages in docs/, of files as a build leaves them.
 
     screenshots.py [FOLDER]

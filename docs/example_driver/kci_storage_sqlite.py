@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """An example of a driver: all objects in one SQLite file. It keeps the whole contract and takes five minutes to read.
 
 Configure it with ``driver = "sqlite"`` and ``file`` in ``[sqlite]``: a path, relative to the configuration's folder.

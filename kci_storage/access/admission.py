@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Who is let in: the rules of one configuration, in the order in which a request meets them."""
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from kci_storage.access.challenge import Challenge
 from kci_storage.access.crawlers import LONGEST_REMEMBERED, UserAgents
-from kci_storage.access.limits import Cells, Downloads, Ledger, Rate
+from kci_storage.access.limits import Cells, DownloadLimit, Ledger, RateLimit
 from kci_storage.errors import SubnetRefused, UserAgentRefused
 from kci_storage.http.networks import Subnets, around, parse_address
 
@@ -22,7 +23,7 @@ REMEMBERED_CLIENTS = 16_384  # addresses, about 500 bytes each
 REMEMBERED_VISITORS = 4096  # pairs of an address and a user agent, about as large
 
 
-class Request(Protocol):
+class CountedRequest(Protocol):
     """A request that wants to be let in: :class:`kci_storage.wsgi.exchange.Exchange`."""
 
     begun: float  # seconds on the monotonic clock
@@ -66,13 +67,13 @@ class Admission:
         self._ledger = ledger
         self._prefix_lengths = limits.ipv4_prefix_length, limits.ipv6_prefix_length
         per_second, downloads = limits.requests_per_second, limits.downloads_per_client
-        self._rate = Rate(ledger, per_second, limits.burst) if per_second else None
-        self._downloads = Downloads(ledger, downloads) if downloads else None
+        self._rate = RateLimit(ledger, per_second, limits.burst) if per_second else None
+        self._downloads = DownloadLimit(ledger, downloads) if downloads else None
         self._looks_at_clients = bool(config.block_subnets or per_second or downloads)
         self._client = functools.lru_cache(REMEMBERED_CLIENTS)(self._look_at_client)
         self._visitor = functools.lru_cache(REMEMBERED_VISITORS)(self._look_at)
 
-    def admit(self, environ: dict[str, Any], request: Request) -> Visitor:
+    def admit(self, environ: dict[str, Any], request: CountedRequest) -> Visitor:
         """Let a request in.
 
         :param request: told how it is counted, if it lasts.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The browser challenge: a program that calls itself a browser gets a file only once it has run a page's script.
 
 The script asks for a cookie, and loads the file again. The cookie says until when it is good and for which network it
@@ -41,7 +42,7 @@ FALLBACK_LINK = Template(_own("challenge_fallback.html"))
 POLICY = csp.policy(STYLE, SCRIPT, "connect-src 'self'", "img-src 'self'")
 
 
-class Verdict(enum.Enum):
+class ChallengeVerdict(enum.Enum):
     """What becomes of a download. Its value is the metric's label."""
 
     SHOWN = "shown"  # the page instead of the file
@@ -65,13 +66,17 @@ class Challenge:
         """Whether it is that of a browser which has to prove that it is one."""
         return self._user_agents.find(user_agent) is not None
 
-    def judge(self, environ: dict[str, Any]) -> Verdict | None:
+    def judge(self, environ: dict[str, Any]) -> ChallengeVerdict | None:
         """What becomes of a request that :meth:`concerns` says yes of; None: it is no download, so nothing."""
         if environ["REQUEST_METHOD"] not in ("GET", "HEAD") or not _names_file(environ["PATH_INFO"]):
             return None
         if self.has_passed(environ.get("HTTP_COOKIE", ""), environ.get("REMOTE_ADDR", "")):
-            return Verdict.PASSED
-        return Verdict.SLOWED if self.fallback_rate and _asks_for_fallback(environ["QUERY_STRING"]) else Verdict.SHOWN
+            return ChallengeVerdict.PASSED
+        return (
+            ChallengeVerdict.SLOWED
+            if self.fallback_rate and _asks_for_fallback(environ["QUERY_STRING"])
+            else ChallengeVerdict.SHOWN
+        )
 
     def has_passed(self, cookies: str, address: str) -> bool:
         """Whether a client has a cookie that is good.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Which user agents are not served: crawlers that one knows by the names that they give themselves.
 
 The names come from the package crawler-user-agents, a public list that its maintainers renew about weekly; it is the

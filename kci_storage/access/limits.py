@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """How much one client may have at once, counted over all workers of a server, without a lock between them.
 
 The counts are in memory that the workers share (:class:`Ledger`). A client has two cells there, chosen by a hash
@@ -116,7 +117,7 @@ def _no_counts() -> memoryview:
     return memoryview(bytearray(CELLS * COUNT_BYTES)).cast("I")
 
 
-class Downloads:
+class DownloadLimit:
     """How many downloads a client may have at a time.
 
     >>> downloads = Downloads(Ledger(rows=1), limit=1)
@@ -163,7 +164,7 @@ class Downloads:
         )
 
 
-class Rate:
+class RateLimit:
     """How often a client may ask.
 
     :param per_second: requests in the long run.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What may change while the server runs: who may come in, who may write what, and how long that is kept."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Tokens, and what their owners may write. It knows PyJWT, and nothing of HTTP but one header's value."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """An archive's files, unpacked: where they lie, how each becomes an upload, and what a worker's archives share."""
 
 from __future__ import annotations

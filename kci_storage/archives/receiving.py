@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Archives on their way in: unpacked while they arrive, looked at as a whole, then stored, many files at a time.
 
 An archive is decompressed once, while its client still sends it, and its files' contents go to one spool file. Each

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The uploads of an archive's files, many at a time, when all of it has been seen and nothing is wrong with it."""
 
 from __future__ import annotations

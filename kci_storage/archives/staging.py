@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """An archive's large files, sent to the backend while the rest of it still comes, and not committed.
 
 The backend shows nobody what is not committed. So when the archive is refused in the end, it has left nothing. No

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Archives: what a compressed tar holds, as it arrives. Pure: pieces of bytes in, files' names and contents out.
 
 Nothing that an archive says is believed before it is measured. A piece of what is unpacked has at most

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """``POST /v1/archive``: an archive, whose files become objects."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """``/v1/checkauth``: whether a token is good."""
 
 from __future__ import annotations

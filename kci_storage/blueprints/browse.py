@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Directory pages: HTML for people, the same as JSON for programs."""
 
 from __future__ import annotations

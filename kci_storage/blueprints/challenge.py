@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """``POST /v1/download-challenge``: the cookie for a browser that has run the page's script."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """How a path becomes a key, and what every view gets from its request."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """``GET`` and ``HEAD`` of a path that is no download that succeeds: those are :mod:`kci_storage.wsgi.downloads`'s."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What the views' errors are over HTTP, and the headers that all their answers have."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """``/v1/list``: every key, streamed a page of the backend at a time."""
 
 from __future__ import annotations

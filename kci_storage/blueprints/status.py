@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The status line, what browsers and crawlers ask for, health and metrics."""
 
 from __future__ import annotations

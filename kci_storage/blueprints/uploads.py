@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """``POST /upload``, ``PUT`` and ``DELETE`` of a key."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The directory that holds copies of backend objects.
 
 For a key whose SHA-512 is ``abcd…``, in the folder ``ab``:

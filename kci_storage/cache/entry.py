@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What the cache knows of a copy: its record, and how much all copies take."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Whether cached copies are still what the backend has: asked once in a while, and never for long.
 
 One thread asks for all that want to know about a copy, for a few seconds at most. While the backend is away, copies
@@ -26,7 +27,7 @@ QUIET = 5.0  # seconds after a failure for which the backend is not asked again
 REMEMBERED = 100_000  # copies; then the memory of what was checked starts afresh
 
 
-class Verdict(enum.Enum):
+class Revalidation(enum.Enum):
     """What asking has shown; the value is the metric's label."""
 
     FRESH = "fresh"
@@ -47,7 +48,7 @@ class Freshness:
         self._events = events
         self._period = period
         self._good_until: dict[str, float] = {}  # by generation; seconds since the epoch
-        self._running: dict[str, Future[Verdict]] = {}  # by generation
+        self._running: dict[str, Future[Revalidation]] = {}  # by generation
         self._away = False  # whether the last answer was none
         self._quiet_until = 0.0  # on the monotonic clock, in seconds
         self._mutex = threading.Lock()
@@ -61,62 +62,62 @@ class Freshness:
             until = 0.0 if record.doubtful else record.validated + self._period
         return time.time() >= until
 
-    def check(self, record: Record) -> Verdict:
+    def check(self, record: Record) -> Revalidation:
         """Ask the backend whether the copy is still right, or share the answer with who is asking.
 
         A copy that is not right is removed. It takes :data:`PATIENCE` at most.
         """
         with self._mutex:
             if not self.is_due(record):  # answered since the caller looked
-                return Verdict.FRESH
+                return Revalidation.FRESH
             question = self._running.get(record.generation) or self._ask(record)
         if question is None or self._away:
-            return Verdict.UNKNOWN
+            return Revalidation.UNKNOWN
         try:
             with slots.waiting(bounded=False):
                 return question.result(PATIENCE)
         except TimeoutError:
             self._away = True
-            return Verdict.UNKNOWN
+            return Revalidation.UNKNOWN
 
-    def _ask(self, record: Record) -> Future[Verdict] | None:
+    def _ask(self, record: Record) -> Future[Revalidation] | None:
         """The answer to come; None: the backend is to be left alone. The caller holds the mutex."""
         if time.monotonic() < self._quiet_until:
             return None
         if self._away:
             self._quiet_until = time.monotonic() + QUIET  # one question finds out whether it is back
-        question: Future[Verdict] = Future()
+        question: Future[Revalidation] = Future()
         threading.Thread(target=self._answer, args=(record, question), name="revalidate", daemon=True).start()
         self._running[record.generation] = question
         return question
 
-    def _answer(self, record: Record, question: Future[Verdict]) -> None:
-        verdict = Verdict.UNKNOWN
+    def _answer(self, record: Record, question: Future[Revalidation]) -> None:
+        verdict = Revalidation.UNKNOWN
         try:
             verdict = self._compare(record)
         finally:
             self._events.revalidated(verdict.value)
             with self._mutex:
-                self._away = verdict is Verdict.UNKNOWN
+                self._away = verdict is Revalidation.UNKNOWN
                 self._quiet_until = time.monotonic() + QUIET if self._away else 0.0
                 del self._running[record.generation]
             question.set_result(verdict)
 
-    def _compare(self, record: Record) -> Verdict:
+    def _compare(self, record: Record) -> Revalidation:
         asked = time.time()  # what the backend has said may be as old as the question
         try:
             current = self._driver.stat(record.info.key)
         except ObjectNotFound:
             self._cache.remove_version(record)
-            return Verdict.DELETED
+            return Revalidation.DELETED
         except StorageError:
-            return Verdict.UNKNOWN
+            return Revalidation.UNKNOWN
         if current.etag != record.info.etag:
             self._cache.remove_version(record)
-            return Verdict.CHANGED
+            return Revalidation.CHANGED
         self._cache.confirm(record)
         self._confirm(record, asked)
-        return Verdict.FRESH
+        return Revalidation.FRESH
 
     def _confirm(self, record: Record, asked: float) -> None:
         if len(self._good_until) >= REMEMBERED:

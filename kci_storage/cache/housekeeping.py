@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Keeping the cache within its limits, without anybody noticing.
 
 One thread over all workers sees to it, elected by a lock; when its worker dies, another worker's takes over. It looks

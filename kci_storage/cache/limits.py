@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The cache's limits: how much has to go, and which copies may."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Where the files of a key lie in the cache directory, and how they are called."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """``python -m kci_storage.cli``: the command, where its script is not on the path."""
 
 import sys

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The client's commands, as the command line describes them. What they do is only imported when one is run."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Completion for shells, made from the commands' own description."""
 
 from __future__ import annotations

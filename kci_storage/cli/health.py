@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Whether the server of a configuration answers: what ``kci-storage health`` asks, for containers and scripts."""
 
 from __future__ import annotations

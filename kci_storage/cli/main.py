@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The command ``kci-storage``.
 
 Exit codes: 0, done; 1, ``health`` found no server; 2, wrong usage; 78 (``EX_CONFIG`` of sysexits.h), the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The commands about retention: ``expire`` and ``lifecycle-policy``."""
 
 from __future__ import annotations

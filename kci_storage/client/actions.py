@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What the commands do, from the parsed arguments to the exit code."""
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any, TypeVar
 
 from kci_storage.client import paths, settings
 from kci_storage.client.downloads import download
-from kci_storage.client.errors import ClientError, Refused, UsageError
+from kci_storage.client.errors import ClientError, ServerRefused, UsageError
 from kci_storage.client.progress import Progress, progress
 from kci_storage.client.retries import Attempts
 from kci_storage.client.storage import Level, Properties, Storage, printable
@@ -278,7 +279,7 @@ def _level(session: Session, name: str) -> Iterator[dict[str, Any]]:
     attempts, prefix = session.attempts(name), f"{name}/" if name else ""
     try:
         level, following = attempts.run(lambda: session.storage.level(prefix))
-    except Refused as exc:
+    except ServerRefused as exc:
         if exc.status != 404:
             raise
         yield from _file(session, name)
@@ -297,7 +298,7 @@ def _entries(level: Level) -> Iterator[dict[str, Any]]:
 def _file(session: Session, name: str) -> Iterable[dict[str, Any]]:
     try:
         return [_listed(session.attempts(name).run(lambda: session.storage.properties(name)))] if name else []
-    except Refused as exc:
+    except ServerRefused as exc:
         if exc.status != 404:
             raise
         return []

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """One file comes: resumed where it was interrupted, verified, and only then under its name."""
 
 from __future__ import annotations

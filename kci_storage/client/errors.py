@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What can go wrong for a client: one line each, and whether trying again may help."""
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ class UsageError(ClientError):
     """The command cannot even begin: a setting is missing or impossible."""
 
 
-class Refused(ClientError):
+class ServerRefused(ClientError):
     """The server's answer is an error.
 
     :param status: its status code.

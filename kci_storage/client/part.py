@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The one place where the client writes files: what has come of a download, until it is whole.
 
 Beside the target lies ``<name>.<digest of the URL>.part``, and beside that a ``.json`` that says which version it is

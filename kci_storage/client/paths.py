@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Which local file belongs to which key. Pure, but for looking at local folders.
 
 As with ``cp -r``, a folder keeps its name: ``upload build --to x`` stores ``x/build/…``, ``download x/build/`` makes

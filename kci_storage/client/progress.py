@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What a person sees meanwhile: a bar on a terminal, else a line now and then."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Trying again: when, how often, and after how long."""
 
 from __future__ import annotations

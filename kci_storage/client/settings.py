@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Which server, and with which token."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The server, as a client sees it: one method for each request. Nothing is tried twice here."""
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from requests.adapters import HTTPAdapter
 from requests.auth import AuthBase
 
 from kci_storage import __version__, keys
-from kci_storage.client.errors import ClientError, Refused, Unexpected, Unreachable, UsageError
+from kci_storage.client.errors import ClientError, ServerRefused, Unexpected, Unreachable, UsageError
 from kci_storage.errors import BadKey
 
 PIECE = 256 * 1024  # bytes that are read or sent at a time
@@ -48,7 +49,7 @@ class Level:
     files: list[Properties]
 
 
-class Body(Protocol):
+class UploadBody(Protocol):
     """What is sent, as requests wants it: with a length, read in pieces."""
 
     def __len__(self) -> int: ...
@@ -86,7 +87,7 @@ class Download:
 class Storage:
     """A server. All methods may be called by many threads at once.
 
-    All of them raise :class:`~kci_storage.client.errors.Refused` when the server's answer is an error,
+    All of them raise :class:`~kci_storage.client.errors.ServerRefused` when the server's answer is an error,
     :class:`~kci_storage.client.errors.Unreachable` when there is none, and
     :class:`~kci_storage.client.errors.UsageError` for a key that cannot be.
 
@@ -130,7 +131,7 @@ class Storage:
             response.close()
             raise
 
-    def upload(self, key: str, body: Body, size: int, sha256: str, *, absent: bool = False) -> Properties:
+    def upload(self, key: str, body: UploadBody, size: int, sha256: str, *, absent: bool = False) -> Properties:
         """Store a file. The server compares what it gets with the digest, and stores nothing else.
 
         :param size: of the body, in bytes.
@@ -183,7 +184,7 @@ class Storage:
         *,
         write: bool = False,
         stream: bool = False,
-        body: Body | bytes | None = None,
+        body: UploadBody | bytes | None = None,
     ) -> requests.Response:
         with _network():
             response = self._session().request(
@@ -201,7 +202,7 @@ class Storage:
             if 200 <= response.status_code < 300:
                 return response
             with response:
-                raise Refused(response.status_code, _error_text(response), response.headers.get("Retry-After"))
+                raise ServerRefused(response.status_code, _error_text(response), response.headers.get("Retry-After"))
 
     def _session(self) -> requests.Session:
         """A session of the calling thread."""

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Several transfers at once."""
 
 from __future__ import annotations

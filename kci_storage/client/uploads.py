@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """One file goes: digested first, so that the server stores exactly it or nothing; sent again safely."""
 
 from __future__ import annotations

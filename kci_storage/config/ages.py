@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Ages and tags as the configuration writes them: ``30d``, ``6m``, and what may be the name of a tag."""
 
 from __future__ import annotations

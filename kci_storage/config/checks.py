@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Predicates on single values of the configuration."""
 
 from __future__ import annotations

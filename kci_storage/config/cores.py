@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """How many cores this process may use: fewer than the machine has, in a container or under systemd's limits."""
 
 from __future__ import annotations

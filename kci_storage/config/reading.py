@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Reading a configuration file, and saying in one line what is wrong with it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The configuration: one TOML file, read and validated once, then never changed.
 
 Every setting is defined in one place, a field of a dataclass below: its name, type and default, and, in

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Storage backends, found by name.
 
 A package adds one with an entry point in the group ``kci_storage.drivers`` that names its

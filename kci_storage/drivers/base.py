@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The driver contract: what a storage backend must be able to do.
 
 A driver is found by its name through the entry point group ``kci_storage.drivers`` and made once per worker

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Checks that are the same for every driver: which keys it may be asked for and may list, and the size of a commit.
 
 Other programs may store objects under names that this server cannot serve, and a client may ask for any name. Since

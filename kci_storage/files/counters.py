@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Numbers that several processes count in one file."""
 
 from __future__ import annotations

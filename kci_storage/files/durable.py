@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The one way in which this program writes files.
 
 A file comes into being under a name that nobody reads, is flushed, and is renamed to its final name; then its

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Jobs: generators that run in a process of their own, behind everything else, so that requests do not notice them.
 
 A thread that works through many files makes the requests of its process wait: whenever one of them comes back from a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Locks between the processes of one server, and what a lock that nobody holds any more means.
 
 A lock is a name in a folder: a hard link to a *marker*, a file of its holder's process that stays locked by ``flock``

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """System calls that Python has no name for."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The claim: the small file whose lock says who fetches an object, and whose content says what that is."""
 
 from __future__ import annotations

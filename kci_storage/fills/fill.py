@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Bringing a cold object into the cache, while everybody who asked for it reads along.
 
 Over all workers, one thread fetches: the *filler*. It holds the lock of the key's *claim*, a small file that says

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The filler: the one thread over all workers that fetches an object, and publishes it."""
 
 from __future__ import annotations

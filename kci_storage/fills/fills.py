@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The fills of one process, and who may join them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Reading one version of an object from the backend: through its failures, and checked against its digests."""
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def verified(info: ObjectInfo, pieces: Iterable[memoryview], before: Iterable[by
     :param before: what comes before them, and is not given again.
     :raises CorruptObject: it is not.
     """
-    digests, missing = Digests(info), info.size
+    digests, missing = ContentDigests(info), info.size
     for piece in before:
         digests.update(piece)
         missing -= len(piece)
@@ -109,7 +110,7 @@ def verified(info: ObjectInfo, pieces: Iterable[memoryview], before: Iterable[by
             yield data
 
 
-class Digests:
+class ContentDigests:
     """Those of a content that the backend knows.
 
     They are computed by the thread that fetches, piece by piece while these are in the processor's cache. It still

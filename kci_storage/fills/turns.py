@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Turns: how many fills of one process run at once, and how many requests may wait for theirs."""
 
 from __future__ import annotations

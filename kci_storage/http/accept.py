@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Content negotiation (RFC 9110, section 12.5.1): what a client prefers."""
 
 from __future__ import annotations

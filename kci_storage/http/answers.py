@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What answers have in common: their status lines, and the headers of all that scripts of any site may read. Pure."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What RFC 9110 says about one request for one version of an object, as pure decisions.
 
 Header values and the version's ETag, time and size go in; a status and byte ranges come out. Nothing here knows a

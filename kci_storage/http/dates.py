@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """HTTP dates (RFC 9110, section 5.6.7), and seconds since the epoch."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Digests in header fields: ``Content-MD5`` (RFC 1864) and ``Repr-Digest`` (RFC 9530)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What HTTP/1.1 asks of a request's head, beside its syntax: which host is meant, and where the body ends. Pure."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What type a file has, and whether a browser may show it. Pure.
 
 The table is the project's own and not the system's ``mime.types``, so every machine answers the same.

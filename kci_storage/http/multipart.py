@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Multipart forms (RFC 7578), piece by piece as they arrive.
 
 Werkzeug's decoder says what a form consists of. It copies each byte some four times, so it is given only the pieces

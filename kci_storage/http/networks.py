@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Client addresses and the networks that they lie in."""
 
 from __future__ import annotations

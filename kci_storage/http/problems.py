@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The one maker of error answers: what is wrong becomes a status line, headers and a body. Pure.
 
 The body is one line of text; problem details (RFC 9457) for clients that prefer JSON; a small page for browsers.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Byte ranges (RFC 9110, section 14): which parts of a file a ``Range`` asks for, and how several are sent."""
 
 from __future__ import annotations

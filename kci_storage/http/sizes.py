@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """How sizes are written for people. Pure."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Logging in logfmt: ``key=value`` pairs, one line per event, safe against whatever a client sends.
 
 Everything goes to standard error, where systemd and containers expect it: each line by one system call, and not so

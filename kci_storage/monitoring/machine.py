@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What is looked up at a scrape: the machine's processor, memory and load, and its disks."""
 
 from __future__ import annotations

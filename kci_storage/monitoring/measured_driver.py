@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """A driver around a driver: what is asked of the backend is counted and timed here, and waited for without a slot.
 
 All requests ask the backend through it. So this is the one place that releases the thread's slot to another request

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The metrics of requests and services, and the page that Prometheus reads.
 
 What can simply be looked up, such as free space, is looked up at each scrape. Labels are few and known: a route,

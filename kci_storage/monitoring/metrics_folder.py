@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The folder in which the workers' counters are kept (:mod:`kci_storage.monitoring.multiprocess`)."""
 
 from __future__ import annotations

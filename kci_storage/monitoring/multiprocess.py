@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Where counters live: in files of each worker, which any worker reads.
 
 They are files as prometheus_client's multiprocess mode has them, but this process decides where, and when: until

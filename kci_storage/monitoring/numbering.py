@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The workers' numbers: those that live have different ones, and a dead one's is given to another.
 
 So what is kept for each worker, such as its counters' files, does not grow with how often they are replaced.

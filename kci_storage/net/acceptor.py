@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Accepting connections, whatever accept(2) says: no error of it ends a worker."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What is done for a connection without a thread of its own: sending to slow readers, and closing with patience."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Response bodies that are files, or parts of files, and how they are sent."""
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from kci_storage.errors import StorageError
 SMALL_FILE = 64 * 1024  # bytes; copied, it leaves in one piece with its head, sooner than by sendfile
 
 
-class Sending(Protocol):
+class Transfer(Protocol):
     """What accompanies a body until its last byte has gone out: :class:`kci_storage.wsgi.exchange.Exchange`."""
 
     sent: int  # body bytes
@@ -39,7 +40,7 @@ class SentFile:
         self._start = self._position = start
         self._close = close
         self._kept = False
-        self.exchange: Sending | None = None
+        self.exchange: Transfer | None = None
 
     def send_to(self, sock: socket.socket, head: bytes, count: int) -> None:
         """Send a response's head, and so many bytes of the file.
@@ -99,7 +100,7 @@ class SentSegments:
         self._fd = fd
         self._close: Callable[[], None] | None = close
         self._sent = 0
-        self.exchange: Sending | None = None
+        self.exchange: Transfer | None = None
 
     def fileno(self) -> int:
         """The descriptor of a file that can be seeked."""
@@ -172,7 +173,7 @@ class _Position:
 
 
 @contextlib.contextmanager
-def cut_short(exchange: Sending | None) -> Iterator[None]:
+def cut_short(exchange: Transfer | None) -> Iterator[None]:
     """A body that fails after its head was sent ends the connection."""
     try:
         yield

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """A client's socket: it tries first, then waits, and knows how slow its client is.
 
 Its time-out is always for the next *progress*: with ``sendall`` Python would count it over all of the data, and a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """A client's connection: its request's head is collected before a thread sees it."""
 
 from __future__ import annotations

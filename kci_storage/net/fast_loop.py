@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The fast loop: one thread that answers the requests of many busy connections in turn.
 
 Most requests are hits, and a hit is a fraction of a millisecond of Python between some short system calls. With a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What threads leave for one that waits for sockets, and how they wake it."""
 
 from __future__ import annotations

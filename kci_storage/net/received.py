@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What has come on a connection and is yet to be read: a request's head, its body, and what may follow it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Thread slots: a request that waits releases its slot to another one.
 
 A worker has only so many slots. A request that waits for the backend, or for another request, does nothing with its

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The threads that answer requests, and the memory that they leave behind."""
 
 from __future__ import annotations

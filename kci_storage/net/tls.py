@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """TLS, for those who have no proxy in front.
 
 A connection is what it is without TLS: it never blocks, its request's head is collected by the main loop, and a slow

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Connections that cost no thread while they wait for their client's next request."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Content Security Policy for our own pages: nothing runs or is fetched but what this server wrote. Pure."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """One level of the store as a page: what is in it, in which order, and how it is named. Pure, but for the driver."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What a file is to people, by its name: which mark a directory page sets beside it. Pure.
 
 Content types do not say it: a kernel, a device tree and a module are all ``application/octet-stream``.

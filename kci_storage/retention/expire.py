@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Deleting what is over its age, for backends that do not do it themselves. It may run while the server does."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """How long objects are kept: the tags that say so, and what they mean. Pure.
 
 An object gets its tags when it is uploaded, and keeps them: other rules are for what is uploaded from then on.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """All that this server uses of gunicorn beyond its documentation; checked when it is imported.
 
 gunicorn documents its settings, its hooks and the base class of workers. What else is used stands here and nowhere

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """gunicorn's settings, all of them: which an operator may change, and which this server refuses, and why.
 
 A setting that gunicorn would heed and this server does not must not be taken in silence. So each is in one of the

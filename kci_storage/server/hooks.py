@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What gunicorn calls in the life of the master and of its workers; and what it loads for that.
 
 Used as ``gunicorn -c python:kci_storage.server.hooks``, and by ``gunicorn.conf.py`` for ``gunicorn wsgi:app``. On

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Whether a configuration can be used: checks that need more of the program than the file's own rules."""
 
 from __future__ import annotations

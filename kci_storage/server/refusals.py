@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Answers that do not come from the application: to heads that are malformed or late, and when it has failed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Building the server's parts with a configuration, in a process of its own, to see whether that works.
 
 ``python -m kci_storage.server.rehearsal FILE`` builds them as a worker does, without serving, and says in one line

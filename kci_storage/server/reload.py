@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What the master process keeps for its workers, who inherit it when they are forked; and SIGHUP.
 
 A worker is made from the configuration that the master found valid last. The file may be in the middle of a change,

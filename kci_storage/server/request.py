@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Answering one request: its head is parsed, the application is asked, and the connection may be kept or not."""
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ class Requests:
 
 
 class Channel:
-    """What the application may do to its connection (:class:`kci_storage.wsgi.exchange.Connection`)."""
+    """What the application may do to its connection (:class:`kci_storage.wsgi.exchange.ClientConnection`)."""
 
     def __init__(self, sock: ClientSocket, body: Body, response: Response, expects_continue: bool):
         self._sock = sock

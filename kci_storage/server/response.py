@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """How a response leaves: what the application says becomes what HTTP/1.1 has it (RFC 9112), at little cost.
 
 - Headers that were found right once are not checked again, and their lines are kept.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """gunicorn's settings, as the configuration and facts about gunicorn demand; a worker's number of connections."""
 
 from __future__ import annotations

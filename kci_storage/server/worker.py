@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The worker: a process that accepts connections and answers their requests.
 
 - A connection costs a thread only while something is done for it. Its request's head is collected by the main loop

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The content of an object, to be read: a file, an object that is arriving, or one that only the backend has."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Digests of content that passes, computed beside those who receive and store it.
 
 SHA-256 takes 0.7 seconds of a core for each GiB, MD5 1.7: more than all else that an upload needs. So beyond the

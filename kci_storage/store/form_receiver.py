@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The files of a multipart form, which are committed when its end has been seen."""
 
 from __future__ import annotations

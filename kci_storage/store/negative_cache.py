@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """A short memory of keys that are not there.
 
 CI jobs poll for files that are not built yet, and crawlers ask for what never was. Each process asks the backend for
@@ -29,7 +30,7 @@ class Miss(NamedTuple):
     changes: int  # what its counter was before the backend was asked
 
 
-class Misses:
+class NegativeCache:
     """The missing keys that one process remembers.
 
     :param path: the file of the counters, one for all processes.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Reading and deleting objects: what the views call, over the driver, the cache and the fills."""
 
 from __future__ import annotations
@@ -6,7 +7,7 @@ import time
 from collections.abc import Callable
 
 from kci_storage.cache.directory import Cache
-from kci_storage.cache.freshness import Freshness, Verdict
+from kci_storage.cache.freshness import Freshness, Revalidation
 from kci_storage.drivers.base import Driver, LocalObjects, ObjectInfo
 from kci_storage.errors import InsufficientStorage, ObjectNotFound, Overloaded, PreconditionFailed, StorageError
 from kci_storage.events import CacheStatus, Events
@@ -17,8 +18,8 @@ from kci_storage.http.conditions import UNCONDITIONAL, RequestHeaders, bounded_r
 from kci_storage.http.ranges import ByteRange
 from kci_storage.net import slots
 from kci_storage.store.contents import Content, FileContent, FilledContent, RemoteContent
-from kci_storage.store.negative_cache import Misses
-from kci_storage.store.single_flight import Flights
+from kci_storage.store.negative_cache import NegativeCache
+from kci_storage.store.single_flight import SingleFlight
 
 DIRECT_SIZE = 1024 * 1024  # bytes of a range that is asked for at once, before its object's properties are known
 LONGEST_POLL = 0.1  # seconds; who has waited for an upload for a second need not be told within 10 ms of its end
@@ -42,7 +43,7 @@ class Objects:
         local: LocalObjects | None,
         cache: Cache,
         fills: Fills,
-        misses: Misses,
+        misses: NegativeCache,
         events: Events,
         *,
         wait_timeout: float,
@@ -56,7 +57,7 @@ class Objects:
         self._events = events
         self._wait_timeout = wait_timeout
         self._freshness = Freshness(driver, cache, events, revalidate_after)
-        self._questions: Flights[ObjectInfo] = Flights()
+        self._questions: SingleFlight[ObjectInfo] = SingleFlight()
 
     def open(
         self,
@@ -117,9 +118,9 @@ class Objects:
         except BaseException:
             content.close()
             raise
-        if verdict is Verdict.UNKNOWN:
+        if verdict is Revalidation.UNKNOWN:
             content.status = CacheStatus.STALE
-        elif verdict is not Verdict.FRESH:
+        elif verdict is not Revalidation.FRESH:
             content.close()
             return None
         return content

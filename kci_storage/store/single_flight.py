@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Calls that several threads want at the same time, made once."""
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from kci_storage.net import slots
 T = TypeVar("T")
 
 
-class Flights(Generic[T]):
+class SingleFlight(Generic[T]):
     """The calls under way in one process, by name."""
 
     def __init__(self) -> None:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Taking objects in: one pass from the client through the hashes to the driver, and beside it to the cache.
 
 Nothing of a file is held in memory beyond the pieces in hand, and nothing is committed before the whole body has been
@@ -19,7 +20,7 @@ from kci_storage.events import Events
 from kci_storage.files import durable
 from kci_storage.http.multipart import READ_SIZE, Body, too_large
 from kci_storage.store.digests import RunningDigests
-from kci_storage.store.negative_cache import Misses
+from kci_storage.store.negative_cache import NegativeCache
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,7 @@ class Uploads:
         self,
         driver: Driver,
         cache: Cache,
-        misses: Misses,
+        misses: NegativeCache,
         events: Events,
         *,
         cached: bool,
@@ -250,7 +251,7 @@ class _Copy:
     The caller holds the key's lock. A disk that is full costs the copy, and not the upload.
     """
 
-    def __init__(self, cache: Cache, misses: Misses, key: str):
+    def __init__(self, cache: Cache, misses: NegativeCache, key: str):
         self._cache = cache
         self._misses = misses
         self._key = key

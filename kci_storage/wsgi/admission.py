@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Who is let in: crawlers, blocked networks, and clients that want too much are refused before any work.
 
 So are requests that HTTP/1.1 does not allow (:mod:`kci_storage.http.heads`). What is found out about an address with
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from kci_storage.access.challenge import POLICY, Challenge, Verdict
+from kci_storage.access.challenge import POLICY, Challenge, ChallengeVerdict
 from kci_storage.errors import ProtocolError, Refused, StorageError, meaning
 from kci_storage.http import heads, problems
 from kci_storage.http.answers import NO_STORE, STATUS_LINES, Headers
@@ -69,9 +70,9 @@ class Guard:
         if verdict is None:
             return self._app(environ, start_response)
         self._challenged(verdict.value)
-        if verdict is Verdict.SHOWN:
+        if verdict is ChallengeVerdict.SHOWN:
             return _show(challenge, environ, start_response)
-        if verdict is Verdict.SLOWED:
+        if verdict is ChallengeVerdict.SLOWED:
             start_response = _slowly(start_response, challenge.fallback_rate)
         return self._app(environ, start_response)
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Downloads, answered before the framework sees the request.
 
 Most requests are downloads, and Flask's dispatch would be most of what a hit costs, and a good part of what a small
@@ -18,7 +19,7 @@ from kci_storage.net import slots
 from kci_storage.net.bodies import SMALL_FILE
 from kci_storage.store.objects import Objects
 from kci_storage.wsgi.exchange import EXCHANGE
-from kci_storage.wsgi.responder import Responder, Response
+from kci_storage.wsgi.responder import DownloadResponse, Responder
 
 ROUTE = "download"  # the view's name, for the metrics
 FAILURE = "kci_storage.failure"  # the environ's key for what a download has raised
@@ -59,7 +60,7 @@ class Downloads:
         slots.may_block()
         return self._app(environ, start_response)
 
-    def _respond(self, key: str, environ: dict[str, Any]) -> Response:
+    def _respond(self, key: str, environ: dict[str, Any]) -> DownloadResponse:
         conditions = RequestHeaders.from_environ(environ)
         for _ in range(TRIES - 1):
             try:
@@ -68,7 +69,7 @@ class Downloads:
                 continue
         return self._respond_once(key, environ, conditions)
 
-    def _respond_once(self, key: str, environ: dict[str, Any], conditions: RequestHeaders) -> Response:
+    def _respond_once(self, key: str, environ: dict[str, Any], conditions: RequestHeaders) -> DownloadResponse:
         exchange = environ[EXCHANGE]
         content = self._objects.open(key, environ["REQUEST_METHOD"], conditions, exchange.lasts)
         exchange.route, exchange.cache = ROUTE, content.status.value

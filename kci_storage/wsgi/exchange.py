@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The border between gunicorn and the application: what was really read and sent.
 
 One :class:`Exchange` accompanies each request. Its body tells a client that went away from one that was done; its end
@@ -30,7 +31,7 @@ Environ = dict[str, Any]
 StartResponse = Callable[..., Any]
 
 
-class Connection(Protocol):
+class ClientConnection(Protocol):
     """What the worker lets the application do to a connection."""
 
     def continue_body(self) -> None:
@@ -96,7 +97,7 @@ class Exchange:
 
     def close_connection(self) -> None:
         """Have the connection closed after this response."""
-        connection: Connection | None = self.environ.get(CONNECTION)
+        connection: ClientConnection | None = self.environ.get(CONNECTION)
         if connection is not None:
             connection.close_afterwards()
 
@@ -123,7 +124,7 @@ class RequestBody(io.RawIOBase):
     def __init__(self, environ: Environ):
         super().__init__()
         self._input = environ.get("wsgi.input")
-        self._connection: Connection | None = environ.get(CONNECTION)
+        self._connection: ClientConnection | None = environ.get(CONNECTION)
         self.chunked = "chunked" in environ.get("HTTP_TRANSFER_ENCODING", "").lower()
         self.length = None if self.chunked else int(environ.get("CONTENT_LENGTH") or 0)  # bytes
         self.received = 0  # bytes

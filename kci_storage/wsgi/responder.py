@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """From a content and a request's conditions to the WSGI response: the one place where that is decided.
 
 It knows no framework: downloads are answered without (:mod:`kci_storage.wsgi.downloads`).
@@ -36,7 +37,7 @@ _PLAIN_RANGE = re.compile(r"bytes=(?:[0-9]{1,15}-[0-9]{0,15}|-[0-9]{1,15})")
 REMEMBERED_VERSIONS = 10_000  # of which the headers are kept ready; about 1 KiB each
 
 
-class Response(NamedTuple):
+class DownloadResponse(NamedTuple):
     """A WSGI response."""
 
     status: int
@@ -66,7 +67,7 @@ class Responder:
         self._cache_directory = cache_directory
         self._accel_redirect = accel_redirect
 
-    def respond(self, content: Content, environ: dict[str, Any], conditions: RequestHeaders) -> Response:
+    def respond(self, content: Content, environ: dict[str, Any], conditions: RequestHeaders) -> DownloadResponse:
         """The response to a ``GET`` or ``HEAD`` of an object (RFC 9110, sections 13 and 14).
 
         It owns the content from now on: the body's end closes it.
@@ -83,7 +84,7 @@ class Responder:
             content.close()
             if decision.status == 412:  # a 304 never has a body, and no length of one
                 headers.append(("Content-Length", "0"))
-            return Response(decision.status, headers, ())
+            return DownloadResponse(decision.status, headers, ())
         headers += _descriptors(info, purpose(environ["QUERY_STRING"]))
         if self._accel_redirect and isinstance(content, FileContent) and content.path is not None:
             if _nginx_agrees(environ, conditions, decision):
@@ -92,7 +93,7 @@ class Responder:
             return _several_ranges(content, decision.ranges, headers, _file_wrapper(environ))
         return _one_range(content, decision, headers, method, _file_wrapper(environ))
 
-    def _unsatisfiable(self, content: Content, environ: dict[str, Any]) -> Response:
+    def _unsatisfiable(self, content: Content, environ: dict[str, Any]) -> DownloadResponse:
         """The answer to a range that lies beyond the end (RFC 9110, 15.5.17)."""
         info, message = content.info, f"the file has {content.info.size} bytes"
         headers = (
@@ -102,15 +103,15 @@ class Responder:
         )
         problem = Problem(416, "Range Not Satisfiable", message, headers, self._cache_control)
         answer = environ[EXCHANGE].answer(problem)
-        return Response(416, answer.headers, () if environ["REQUEST_METHOD"] == "HEAD" else (answer.body,))
+        return DownloadResponse(416, answer.headers, () if environ["REQUEST_METHOD"] == "HEAD" else (answer.body,))
 
-    def _handed_over(self, content: FileContent, path: str, headers: Headers, decision: Decision) -> Response:
+    def _handed_over(self, content: FileContent, path: str, headers: Headers, decision: Decision) -> DownloadResponse:
         """nginx sends the file, or the part of it that the request's ``Range`` asks for; the worker is free."""
         location = self._accel_redirect + os.path.relpath(path, self._cache_directory)
         content.close()
         if decision.status == 200:  # with a 206, nginx does not say it by itself
             headers = [header for header in headers if header[0] != "Accept-Ranges"]
-        return Response(200, [*headers, ("X-Accel-Redirect", location), ("Content-Length", "0")], ())
+        return DownloadResponse(200, [*headers, ("X-Accel-Redirect", location), ("Content-Length", "0")], ())
 
 
 def _file_wrapper(environ: dict[str, Any]) -> FileWrapper | None:
@@ -188,7 +189,7 @@ def purpose(query: str) -> Purpose:
 
 def _one_range(
     content: Content, decision: Decision, headers: Headers, method: str, wrap_file: FileWrapper | None
-) -> Response:
+) -> DownloadResponse:
     """The whole object, or one part of it."""
     size = content.info.size
     wanted = decision.ranges[0] if decision.ranges else ByteRange(0, size)
@@ -197,17 +198,19 @@ def _one_range(
     headers.append(("Content-Length", str(wanted.length)))
     if method == "HEAD":
         content.close()
-        return Response(decision.status, headers, ())
+        return DownloadResponse(decision.status, headers, ())
     if wrap_file is None:
-        return Response(decision.status, headers, _as_bytes(content, content.read(wanted.start, wanted.stop)))
+        return DownloadResponse(decision.status, headers, _as_bytes(content, content.read(wanted.start, wanted.stop)))
     if isinstance(content, FileContent):
-        return Response(decision.status, headers, wrap_file(SentFile(content.fd, wanted.start, content.close)))
-    return Response(decision.status, headers, _arriving(content, wanted, wrap_file))
+        return DownloadResponse(
+            decision.status, headers, wrap_file(SentFile(content.fd, wanted.start, content.close))
+        )
+    return DownloadResponse(decision.status, headers, _arriving(content, wanted, wrap_file))
 
 
 def _several_ranges(
     content: Content, ranges: tuple[ByteRange, ...], headers: Headers, wrap_file: FileWrapper | None
-) -> Response:
+) -> DownloadResponse:
     """Several parts, as ``multipart/byteranges``; those of a file by ``sendfile``."""
     part_type = dict(headers)["Content-Type"]
     body = MultipartRanges(ranges, content.info.size, part_type, secrets.token_hex(16))
@@ -223,8 +226,8 @@ def _several_ranges(
     headers += (("Content-Type", body.content_type), ("Content-Length", str(body.content_length)))
     if wrap_file is not None and isinstance(content, FileContent):
         file = SentSegments(pieces(content.segments), content.fd, content.close)
-        return Response(206, headers, wrap_file(file))
-    return Response(206, headers, _as_bytes(content, pieces(content.read)))
+        return DownloadResponse(206, headers, wrap_file(file))
+    return DownloadResponse(206, headers, _as_bytes(content, pieces(content.read)))
 
 
 def _as_bytes(content: Content, pieces: Iterator[Any]) -> Iterable[bytes]:

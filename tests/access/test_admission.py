@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Access control: crawlers, blocked networks, and limits for each client (docs/access.md)."""
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from werkzeug.test import Client
 
 from kci_storage.access import crawlers
 from kci_storage.access.crawlers import UserAgents
-from kci_storage.access.limits import Downloads, Ledger, Rate
+from kci_storage.access.limits import DownloadLimit, Ledger, RateLimit
 from kci_storage.app import middleware
 from kci_storage.config.reading import load
 from kci_storage.errors import TooManyRequests
@@ -367,7 +368,7 @@ def test_who_has_no_address_is_not_limited(limited_server: Server) -> None:
 
 
 def test_the_bucket_fills_again_with_time() -> None:
-    rate = Rate(Ledger(rows=1), per_second=2, burst=3)
+    rate = RateLimit(Ledger(rows=1), per_second=2, burst=3)
 
     def taken(now: float) -> int:
         """How many requests are let in at this time."""
@@ -383,8 +384,8 @@ def test_the_bucket_fills_again_with_time() -> None:
 
 def test_a_stricter_limit_of_before_is_not_held_against_anybody() -> None:
     ledger = Ledger(rows=1)
-    Rate(ledger, per_second=0.001, burst=1).count((1, 2), now=100)
-    quick = Rate(ledger, per_second=10, burst=5)
+    RateLimit(ledger, per_second=0.001, burst=1).count((1, 2), now=100)
+    quick = RateLimit(ledger, per_second=10, burst=5)
     with pytest.raises(TooManyRequests):
         quick.count((1, 2), now=100)
     quick.count((1, 2), now=100.1)
@@ -474,7 +475,7 @@ def test_who_loses_the_race_for_the_last_place_is_refused(tmp_path: Path, monkey
     server.config_path.write_text(toml(server.document))
     client = Client(middleware(NotFound(), build_services(load(server.config_path, {}))))
     one, other = ({"REMOTE_ADDR": f"192.0.2.{n}"} for n in (1, 2))
-    monkeypatch.setattr(Downloads, "check", lambda *_: None)
+    monkeypatch.setattr(DownloadLimit, "check", lambda *_: None)
     for path in ("/large", "/v1/list"):
         with client.get("/large", environ_base=one, buffered=False) as first:
             assert first.status_code == 200

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The browser challenge: a browser gets a file once it has run a page's script (docs/access.md)."""
 
 from __future__ import annotations

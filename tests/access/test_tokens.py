@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Tokens that are accepted and refused, and what their owners may write."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Archives over HTTP: what is stored, and what is refused as a whole."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Large files of archives: sent to the backend while the rest of the archive comes, and stored only after its end."""
 
 from __future__ import annotations

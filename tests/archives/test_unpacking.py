@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What a compressed tar holds, and what is refused: pure, so table by table."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Every error over HTTP: its status, one line of text or problem details, and nothing of the server's inside."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """``GET /v1/list`` over HTTP."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The cache directory: how an entry comes, is found, is replaced and goes; and what heals by itself."""
 
 from __future__ import annotations

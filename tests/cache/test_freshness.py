@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Copies that are checked against the backend: rarely, together, and without waiting for one that is away."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The cache stays within its limits: what goes, in which order, what may not go, and who sees to it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """``kci-storage health``: whether the server of a configuration answers, however it listens."""
 
 from __future__ import annotations

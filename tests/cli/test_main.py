@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The command ``kci-storage``: contract section 4."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The client's commands, over real servers; faults are made by a proxy in between, or by a server that lies."""
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import pytest
 import kci_storage
 from kci_storage.cli import main as cli
 from kci_storage.client import actions
-from kci_storage.client.errors import Refused
+from kci_storage.client.errors import ServerRefused
 from kci_storage.client.paths import part_name
 from kci_storage.client.progress import Lines
 from kci_storage.client.storage import Storage
@@ -792,7 +793,7 @@ def test_a_content_that_changed_on_the_way_is_not_stored(local_server):
     put(local_server, f"{top}/a", b"old")
     storage = Storage(local_server.url, local_server.token())
     digest = hashlib.sha256(b"what was read first").hexdigest()
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(ServerRefused) as caught:
         storage.upload(f"{top}/a", FileBody(io.BytesIO(b"what was sent"), 13), 13, digest)
     assert caught.value.status == 400
     assert get(local_server, f"{top}/a").content == b"old"

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """``workers = 0``: how many cores the server may use."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The configuration: contract section 3."""
 
 from __future__ import annotations

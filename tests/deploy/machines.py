@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Several servers over one container, as machines would be, behind nginx with the configuration in ``deploy/``."""
 
 from __future__ import annotations

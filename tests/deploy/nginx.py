@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Real nginx in front of a server, with the site from ``deploy/``."""
 
 from __future__ import annotations

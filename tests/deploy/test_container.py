@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The container's files: that what they hold is right. ``make image-test`` builds the image and runs it."""
 
 from __future__ import annotations

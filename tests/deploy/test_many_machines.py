@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Three machines over one container behind nginx, configured by the file in ``deploy/``.
 
 The figures in docs/scaling.md are what ``pytest -s tests/deploy/test_many_machines.py`` prints.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """deploy/prometheus, deploy/grafana and docs/monitoring.md: rules that fire when they should, and no query in vain.
 
 A real Prometheus with the deployed configuration scrapes a real server; what it then answers shows whether a rule or

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """nginx in front, as deployed: TLS, and hits that nginx sends. What a download looks like: ``test_downloads.py``."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The units in ``deploy/systemd``, and what systemd does to the server: its socket, its signals, its patience."""
 
 from __future__ import annotations

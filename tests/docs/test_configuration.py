@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """config.toml.sample and docs/configuration.md say what the code does, no more and no less."""
 
 from __future__ import annotations

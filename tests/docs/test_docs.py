@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Docs and code say the same: routes, errors, commands, links. Settings and metrics have tests of their own."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """docs/drivers.md: its example is a driver, by the contract's own tests, and works under a server once installed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """docs/migration.md: a store that an earlier server has left, under this one."""
 
 from __future__ import annotations

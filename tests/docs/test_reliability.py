@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """docs/reliability.md names what there is."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """docs/using.md, followed word by word: each of its shell blocks runs, against a server, in the order of the page."""
 
 from __future__ import annotations

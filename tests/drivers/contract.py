@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What every driver must do: the sentences of ``kci_storage/drivers/base.py`` as tests.
 
 A driver's test class inherits :class:`DriverContract` and gives a fixture ``driver``; where it can, one whose blocks,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The Azure driver, over Azurite; and what it does when the backend fails, over a proxy that fails on request."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The HTTP that blobs are read and written by: which connections are used again, what is an answer, proxies, TLS."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Reads and writes go past the SDK, listings and deletions through it.
 
 Both have the same connections, retries, time-outs, proxies, certificates and errors.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What makes large cold objects fast must cost nobody else anything: reading ahead of those who read slowly."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What uploads and downloads cost: the requests to the backend, which is paid for each. docs/performance.md has them.
 
 They are counted by a proxy between the server and Azurite.

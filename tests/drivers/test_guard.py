@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The guard around every driver: invalid keys are neither asked for nor shown, and only whole contents are stored."""
 
 from __future__ import annotations

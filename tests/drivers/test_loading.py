@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Finding a driver by its name."""
 
 from __future__ import annotations

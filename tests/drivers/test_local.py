@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The local driver, and the folder that it keeps."""
 
 from __future__ import annotations

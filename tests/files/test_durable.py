@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Files are whole or not there: when a process is killed, when the disk is full, and when many write at once."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Jobs: what a process of its own reports, and that it ends with whoever started it."""
 
 from __future__ import annotations

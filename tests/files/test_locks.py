@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """One holder at a time over threads and processes, although the names come and go; and what the dead leave."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Cold objects while something fails: the backend, a worker, the object itself.
 
 Everybody gets the right bytes, or sees that bytes are missing; and nothing else ever gets into the cache.

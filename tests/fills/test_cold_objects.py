@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Cold objects while nothing fails: everybody gets them at once, from one fetch, whoever else is slow or leaves.
 
 The figures in docs/reliability.md are what these tests and those of ``test_cold_faults.py`` print (``pytest -s``).

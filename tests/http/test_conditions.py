@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """RFC 9110 as tables: one row for each sentence that applies, named by its section.
 
 The object of the tables has the ETag ``"v1"``, was last modified at ``MODIFIED``, and has 100 bytes.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Types by name, what uploaders may ask for, and what is sent as Content-Disposition."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Downloads say the SHA-256 of the whole file, where the backend knows it (RFC 9530)."""
 
 from __future__ import annotations

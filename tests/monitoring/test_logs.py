@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The server's log: one access line per request, in logfmt, safe against whatever a client sends."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The wrapper around every driver: a thread that waits for the backend releases its slot."""
 
 from __future__ import annotations

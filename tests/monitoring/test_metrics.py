@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """``GET /metrics`` over HTTP: the names that dashboards use, and numbers that are right over all workers."""
 
 from __future__ import annotations

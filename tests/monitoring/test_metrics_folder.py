@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Where the workers' counters are kept: a folder for each master, which may vanish, or the operator's."""
 
 from __future__ import annotations

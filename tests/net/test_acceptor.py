@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """No error of accept(2) goes any further (kci_storage/net/acceptor.py)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Clients in a hurry share a thread (kci_storage/net/fast_loop.py), and none of them waits for another one."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Slow and hostile clients, without a proxy in front: what they cost an innocent one beside them.
 
 Each attack has more connections than the server has threads. If a thread were tied to each of them, the innocent

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """TLS without a proxy: everything works as without it, and hostile clients hold up nobody."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Directory pages and files in a real browser."""
 
 from __future__ import annotations

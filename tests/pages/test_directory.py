@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Directory pages: one level of the store, for people and for programs."""
 
 from __future__ import annotations

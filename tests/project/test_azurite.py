@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The emulator that the tests run against: its end is an end."""
 
 from __future__ import annotations

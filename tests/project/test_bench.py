@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """``make bench``: a run with tiny files, what it makes of figures, and that it measures no errors."""
 
 from __future__ import annotations

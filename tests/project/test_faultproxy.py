@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The fault proxy itself: it does what it is told to, and nothing else. Else the tests that use it show nothing."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What `make check` cannot say of the code: which modules write files, and how large things may be."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What the tests' own guard does about processes that outlive them: a run of pytest in a run of pytest."""
 
 from __future__ import annotations

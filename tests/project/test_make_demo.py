@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """``make demo``, with a small folder, and whether it would notice."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """``make run``: from an empty folder to a server, and lines that work when pasted. The README has the same lines."""
 
 from __future__ import annotations

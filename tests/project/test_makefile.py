@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """``make`` alone, and what the README says about its targets."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What ``pip install .`` gives."""
 
 from __future__ import annotations
@@ -64,3 +65,20 @@ def test_the_wheel_says_where_the_project_lives(wheel):
         "Documentation": "/tree/main/docs",
     }
     assert urls["Issues"] == f"{home}/issues"
+
+
+SOURCES = ("*.py", "*.sh", ".ci/run")
+SPDX = "# SPDX-License-Identifier: LGPL-2.1-or-later"
+FETCHED = {".venv", ".tools", "build", "node_modules"}
+
+
+def sources() -> list[Path]:
+    """The files of this project that are Python or shell."""
+    found = (path.relative_to(ROOT) for pattern in SOURCES for path in ROOT.rglob(pattern))
+    return sorted(path for path in found if not FETCHED & set(path.parts))
+
+
+@pytest.mark.parametrize("path", sources(), ids=str)
+def test_every_source_file_says_its_licence_first(path):
+    lines = (ROOT / path).read_text().splitlines()
+    assert SPDX == next((line for line in lines if not line.startswith("#!")), None)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The shell tools behind make: what they say when something is missing."""
 
 from __future__ import annotations

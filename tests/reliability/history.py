@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What clients did and saw, and whether one storage can have behaved so: linearizability, per key.
 
 Every version is uploaded once, so a read says by itself which upload it saw. Gibbons and Korach ("Testing shared

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Whatever is interrupted wherever: what is served is what the backend has, and nothing is left behind."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Many clients of a server whose workers are killed all the time: nothing torn, nothing stale, nothing left behind.
 
 ``KCI_STORAGE_STRESS_SECONDS`` is how long, ``KCI_STORAGE_STRESS_SEED`` what the clients' choices begin with.

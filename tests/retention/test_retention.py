@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """How long objects are kept: their tags, and what deletes them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Clients that are there while something else happens to a server."""
 
 from __future__ import annotations

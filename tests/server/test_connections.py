@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """How many connections a worker has, and what becomes of it when the system has no means for one more."""
 
 from __future__ import annotations

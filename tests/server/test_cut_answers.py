@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """An answer that fails after it has begun does not look complete, whatever tells its end."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """A gunicorn that names something otherwise stops the start with one line (kci_storage/server/gunicorn_parts.py)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """gunicorn's own settings: each does what gunicorn says, or stops the start."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """A file of a GiB goes in and out, and the workers' memory stays where it was.
 
 ``KCI_STORAGE_LARGE_FILE`` is another size, in MiB: with 3,000, say, as many bytes as no 32 bits count.

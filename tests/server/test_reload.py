@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """SIGHUP: the configuration is read again, and nobody notices but those whom it concerns."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """A request's environ is as gunicorn would have it, also from a connection's second request on."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What an application says becomes what HTTP/1.1 has it (kci_storage/server/response.py)."""
 
 from __future__ import annotations

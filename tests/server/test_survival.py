@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Nothing that serves many dies of one: what fails unexpectedly is logged, and slots, loops and threads live on."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The worker's life: how it begins and ends. What it does for clients is in test_hostile_clients.py."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """A backend that hangs, and four times as many requests that ask it as there are slots: cached objects are served.
 
 What is compared is the order: the hits are answered while all others still wait. So a slow machine changes nothing.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Digests computed beside an upload."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Keys that are not there, asked for again and again: the backend hardly notices, and an upload is seen at once."""
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import pytest
 import requests
 
 from kci_storage.cache.directory import Cache
-from kci_storage.store.negative_cache import LIFETIME, REMEMBERED, Misses
+from kci_storage.store.negative_cache import LIFETIME, REMEMBERED, NegativeCache
 from tests.support.cold import Bench, figure, from_each_worker, in_background, only
 from tests.support.faultproxy import CONTENT, PROPERTIES, Hold
 from tests.support.harness import wait_until
@@ -35,15 +36,15 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def misses(tmp_path: Path, clock: Clock) -> Misses:
-    return Misses(tmp_path / "counters", clock)
+def misses(tmp_path: Path, clock: Clock) -> NegativeCache:
+    return NegativeCache(tmp_path / "counters", clock)
 
 
-def test_nothing_is_remembered_at_first(misses: Misses) -> None:
+def test_nothing_is_remembered_at_first(misses: NegativeCache) -> None:
     assert not misses.remembers("a")
 
 
-def test_a_miss_is_remembered_for_a_while(misses: Misses, clock: Clock) -> None:
+def test_a_miss_is_remembered_for_a_while(misses: NegativeCache, clock: Clock) -> None:
     misses.remember("a", misses.changes("a"))
     clock.now += LIFETIME - 0.01
     assert misses.remembers("a") and not misses.remembers("b")
@@ -51,13 +52,13 @@ def test_a_miss_is_remembered_for_a_while(misses: Misses, clock: Clock) -> None:
     assert not misses.remembers("a")
 
 
-def test_a_change_ends_the_memory(misses: Misses) -> None:
+def test_a_change_ends_the_memory(misses: NegativeCache) -> None:
     misses.remember("a", misses.changes("a"))
     misses.changed("a")
     assert not misses.remembers("a")
 
 
-def test_a_change_while_the_backend_was_asked_ends_it_too(misses: Misses) -> None:
+def test_a_change_while_the_backend_was_asked_ends_it_too(misses: NegativeCache) -> None:
     before = misses.changes("a")
     misses.changed("a")
     misses.remember("a", before)
@@ -66,24 +67,24 @@ def test_a_change_while_the_backend_was_asked_ends_it_too(misses: Misses) -> Non
 
 def change(path: Path, key: str) -> None:
     """An upload through another process."""
-    Misses(path).changed(key)
+    NegativeCache(path).changed(key)
 
 
-def test_a_change_by_another_process_ends_it_too(tmp_path: Path, misses: Misses) -> None:
+def test_a_change_by_another_process_ends_it_too(tmp_path: Path, misses: NegativeCache) -> None:
     misses.remember("a", misses.changes("a"))
     with peers(1) as [peer]:
         peer.call(change, tmp_path / "counters", "a")
     assert not misses.remembers("a")
 
 
-def test_a_change_of_another_key_hardly_ever_does(misses: Misses) -> None:
+def test_a_change_of_another_key_hardly_ever_does(misses: NegativeCache) -> None:
     misses.remember("a", misses.changes("a"))
     for number in range(8):
         misses.changed(f"another {number}")
     assert misses.remembers("a")
 
 
-def test_the_memory_is_bounded(misses: Misses) -> None:
+def test_the_memory_is_bounded(misses: NegativeCache) -> None:
     for number in range(REMEMBERED + 10):
         misses.remember(str(number), 0)
     assert len(misses._misses) <= REMEMBERED

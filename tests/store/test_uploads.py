@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Uploads over HTTP, by form and by PUT, and deletions: section 2.1 and 2.4 of what the server promises."""
 
 from __future__ import annotations

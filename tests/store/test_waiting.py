@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Requests that wait for an upload of their key: they have no thread that others need, and there are not too many.
 
 With two threads and one worker, whoever kept a thread while waiting would keep it from the innocent ones.

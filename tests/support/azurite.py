@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """A real Azurite (Microsoft's Blob Storage emulator) for tests.
 
 There is one per test process, on a free port, in a temporary directory, with an account and a key of its own.

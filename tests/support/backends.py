@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Drivers for tests, as a third party's package would bring them: a backend to crash against, and one that waits."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """A real browser for tests: Debian's Chromium, without a window, driven by Playwright."""
 
 from __future__ import annotations

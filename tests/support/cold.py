@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What tests of cold objects share: a server whose backend fails as it is told, and crowds of clients."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Disks for tests: file systems in memory that are soon full, or lack something."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """A backend that fails as it is told: an HTTP proxy in front of Azurite, with a script.
 
 The server's ``[azure] endpoint`` is the proxy's (a shared key does not sign the host). What goes wrong is said by

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """A real server for tests: gunicorn with several workers, in a folder and on a port of its own."""
 
 from __future__ import annotations

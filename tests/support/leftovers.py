@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The processes that a run of the tests has started and that outlive it.
 
 The first process of a run puts :data:`VARIABLE` into its environment, from which everything that it starts inherits

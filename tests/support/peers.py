@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Other processes for tests: each does what it is told, one call after the other, and can be killed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Interrupting a process between any two of its changes to the disk.
 
 The functions of ``os`` that change files are counted, and at one of them something happens instead: the process dies,

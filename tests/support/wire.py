@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What tests over HTTP share: connections without a library in between, forms byte by byte, and the server's log."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Downloads over HTTP: of local files, of copies in the cache, and of objects that only the backend has.
 
 What RFC 9110 says is decided by pure functions, whose tables are in ``test_http_semantics.py``; here it is shown that

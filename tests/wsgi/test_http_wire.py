@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """HTTP as bytes on a connection: hostile targets, early answers, connections that last and connections that break."""
 
 from __future__ import annotations

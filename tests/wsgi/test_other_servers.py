@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The application under other WSGI servers, which have no sendfile, or one of their own: the same answers."""
 
 from __future__ import annotations

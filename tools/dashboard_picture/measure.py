@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What the dashboard's queries give: of the deployed Prometheus, over a server that really had something to do."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What ``make dashboard-picture`` does: the pictures of Grafana's dashboard in docs/, without Grafana itself.
 
     take.py [MINUTES | FILE]

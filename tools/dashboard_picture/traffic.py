@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What a server of KernelCI meets in a day, within half an hour: for a picture of the dashboard.
 
 Most clients ask for what others asked for before; builds upload; some look around. Once a crawler reads what is old,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Make the container that the configuration names, as soon as Azurite answers. Nobody would in a new emulator."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Connections to a service: with or without TLS, directly or through an HTTP proxy.
 
 The proxy and the trusted certificates come from the environment variables that requests and curl know. They are read

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Azure Blob Storage.
 
 Each process has connections of its own, made after the fork: an inherited one would give one process another's

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The backend's refusals and failures, mapped to the server's errors: for both the SDK and the driver itself."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """HTTP/1.1 (RFC 9112) as far as the backend's protocol needs it: requests with a body in memory or none, and answers.
 
 All requests to the backend go through one pool, those of the SDK too. urllib3 needs three times as much processor

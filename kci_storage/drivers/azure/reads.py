@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Reading from Azure Blob Storage: properties and ranges of content, without the SDK.
 
 A reader receives its object in the caller's thread, range by range. A fast connection is the only one: each request

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The SDK over this driver's connections: azure-core's transport, implemented with :class:`~.service.Service`.
 
 The SDK signs requests and parses XML. Connections, proxies, certificates, time-outs, retries and errors are those of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Requests to the storage service, for the SDK too: the one retry policy, and errors in place of refusals."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Signatures for requests that the driver sends without the SDK: SAS tokens, as part of the query."""
 
 from __future__ import annotations

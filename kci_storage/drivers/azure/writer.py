@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """An upload to Azure Blob Storage: blocks are staged while it arrives, and their list is committed at the end.
 
 A small upload is a single request. The blocks of an upload that was given up cannot be deleted. They are visible to

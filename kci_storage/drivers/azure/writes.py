@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Writing to Azure Blob Storage: Put Blob, Put Block, Put Block List, without the SDK.
 
 Bodies are sent from the caller's buffer, without a copy, so it must not change meanwhile.

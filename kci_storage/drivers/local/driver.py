@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """The local driver: objects are plain files under one folder, at the path of their key, for an operator to look at.
 
 A file put there by hand is an object too. The properties that a file does not have by itself (content type, digests,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """Content types that an earlier storage server of KernelCI recorded for the files of its local driver.
 
 A file may have a side file ``.metadata/<SHA-512 of its key, in hex>.headers`` with lines ``name:value``. Side files

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """What is known of a local object beyond what its file says: content type, digests, ETag, tags.
 
 Such a record lies on the file itself, as an extended attribute (``getfattr -n user.kci-storage FILE`` shows it), or,

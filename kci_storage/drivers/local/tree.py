@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
 """A folder of plain files, addressed by keys: the paths of the local driver.
 
 A key of 1,024 characters can be 4,096 bytes, more than the system accepts as one path. Such a file is reached folder
