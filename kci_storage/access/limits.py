@@ -120,7 +120,7 @@ def _no_counts() -> memoryview:
 class DownloadLimit:
     """How many downloads a client may have at a time.
 
-    >>> downloads = Downloads(Ledger(rows=1), limit=1)
+    >>> downloads = DownloadLimit(Ledger(rows=1), limit=1)
     >>> end = downloads.begin((1, 2))
     >>> downloads.begin((1, 2))
     Traceback (most recent call last):
@@ -170,7 +170,7 @@ class RateLimit:
     :param per_second: requests in the long run.
     :param burst: requests at once, after a pause.
 
-    >>> rate = Rate(Ledger(rows=1), per_second=2, burst=1)
+    >>> rate = RateLimit(Ledger(rows=1), per_second=2, burst=1)
     >>> rate.count((1, 2), now=100.0)
     >>> rate.count((1, 2), now=100.25)
     Traceback (most recent call last):

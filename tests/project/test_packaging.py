@@ -81,4 +81,4 @@ def sources() -> list[Path]:
 @pytest.mark.parametrize("path", sources(), ids=str)
 def test_every_source_file_says_its_licence_first(path):
     lines = (ROOT / path).read_text().splitlines()
-    assert SPDX == next((line for line in lines if not line.startswith("#!")), None)
+    assert next((line for line in lines if not line.startswith("#!")), None) == SPDX
