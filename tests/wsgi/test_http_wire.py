@@ -160,18 +160,19 @@ def test_what_is_too_much_is_refused(local_server: Server, data: bytes, status: 
     assert_error(exchange(local_server, data), status, local_server)
 
 
-def test_a_refused_head_is_heeded_all_the_same(local_server: Server):
+@pytest.mark.parametrize(("size", "end"), [(20_000, b"\r\n"), (70_000, b"")], ids=["whole", "endless"])
+def test_a_refused_head_is_heeded_all_the_same(local_server: Server, size: int, end: bytes):
     """Its client may have said in which form it wants the answer, and by which ID it will look for it."""
     said = {"Accept": "application/json", "X-Request-ID": new_folder()}
-    endless = request("GET", "/", {**said, "Padding": "x" * 70_000}).removesuffix(b"\r\n")
-    answer = exchange(local_server, endless)
+    head = request("GET", "/", {**said, "Padding": "x" * size}).removesuffix(b"\r\n") + end
+    answer = exchange(local_server, head)
     assert (answer.status, answer.headers["Content-Type"]) == (431, "application/problem+json")
     assert_common_headers(answer)
     assert json.loads(answer.body)["title"] == "Request Header Fields Too Large"
     assert answer.headers["X-Request-ID"] == said["X-Request-ID"]
     assert access(local_server, answer)["status"] == "431"
     with Wire(local_server) as wire:
-        wire.send(endless.replace(b"GET", b"HEAD"))
+        wire.send(head.replace(b"GET", b"HEAD"))
         assert wire.answer("HEAD").status == 431
         assert wire.rest() == b""
 
