@@ -300,7 +300,7 @@ def test_what_is_not_there_is_said_in_words(visit):
     for path, words in (("/nothing/", "no such folder"), ("/build/nothing", "no such file")):
         answer = visitor.page.goto(path)
         assert answer.status == 404
-        assert visitor.page.inner_text("pre").strip().startswith(words)
+        assert visitor.page.inner_text("p >> nth=0").strip().startswith(words)
     visitor.expected = "status of 404"
 
 

@@ -246,7 +246,7 @@ def check_after_kill(world: World, scenario: Scenario, killed: bool) -> None:
         assert then == stored, f"then {then!r} is served, not {stored!r}"
     world.cache.sweep()
     world.services.housekeeper._driver = None
-    world.services.driver._driver.inner.sweep()
+    world.services.driver._driver._driver.inner.sweep()
     wrong = world.cache.check() + [str(path) for path in world.temporary_files()]
     assert wrong == [], wrong
     assert world.get() == stored
