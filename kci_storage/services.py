@@ -122,7 +122,7 @@ def build_services(config: Config, ledger: Ledger | None = None) -> Services:
     sweep = partial(drivers.sweep, config) if isinstance(driver, Sweepable) else None
     housekeeper = Housekeeper(cache, config.cache, metrics, sweep)
     guarded = GuardedDriver(MeasuredDriver(driver))
-    misses = NegativeCache(config.cache.directory / "uploads")
+    negative_cache = NegativeCache(config.cache.directory / "uploads")
     server = config.server
     fills = Fills(
         guarded,
@@ -130,12 +130,12 @@ def build_services(config: Config, ledger: Ledger | None = None) -> Services:
         metrics,
         housekeeper.make_room,
         at_once=fills_at_once(config),
-        queue_size=server.threads // 2,  # the other half is for those who need not wait
+        queue_size=server.threads // 2,  # the other half is for requests that need not wait
     )
     uploads = Uploads(
         guarded,
         cache,
-        misses,
+        negative_cache,
         metrics,
         cached=local is None,
         lock_timeout=server.lock_timeout,
@@ -150,7 +150,7 @@ def build_services(config: Config, ledger: Ledger | None = None) -> Services:
             local,
             cache,
             fills,
-            misses,
+            negative_cache,
             metrics,
             wait_timeout=server.lock_timeout,
             revalidate_after=config.cache.revalidate_after,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from kci_storage.events import Events
 from kci_storage.files import durable
 from kci_storage.http.multipart import READ_SIZE
-from kci_storage.store.digests import ALONE
+from kci_storage.store.digests import INLINE_SIZE
 from kci_storage.store.uploads import Stored, Upload, Uploads
 
 UPLOAD_MEMORY = 96 * 1024 * 1024  # bytes that the uploads of one worker's archives may hold, all together
@@ -91,7 +91,7 @@ def held_for(size: int) -> int:
     >>> held_for(1000), held_for(10**9) == MOST_HELD + DIGESTING
     (1000, True)
     """
-    return min(size, MOST_HELD) + (DIGESTING if size > ALONE else 0)
+    return min(size, MOST_HELD) + (DIGESTING if size > INLINE_SIZE else 0)
 
 
 class Budget:

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Objects: reading, storing and deleting them, whichever driver has them."""
+"""Reading, storing and deleting objects, independent of the storage driver."""

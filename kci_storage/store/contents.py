@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The content of an object, to be read: a file, an object that is arriving, or one that only the backend has."""
+"""The content of an object, open for reading: a local file, a running fill, or a read from the backend."""
 
 from __future__ import annotations
 
@@ -23,25 +23,26 @@ from kci_storage.fills.fills import Fills
 from kci_storage.fills.resuming import resumed, verified
 from kci_storage.http.ranges import ByteRange
 
-FOLLOW_AHEAD = 1024 * 1024  # bytes; a range that begins this little ahead of a running fill follows it
+FOLLOW_AHEAD = 1024 * 1024  # bytes; a range that begins at most this far ahead of a running fill follows it
 
 
 class Content(ABC):
-    """One version of an object, to be read. The caller closes it."""
+    """One version of an object, open for reading. The caller closes it."""
 
     info: ObjectInfo
     status: CacheStatus
 
     @abstractmethod
     def segments(self, start: int, stop: int) -> Iterator[bytes | Region]:
-        """The bytes from ``start`` up to ``stop``, where that is possible as regions of a file; never silently fewer.
+        """The bytes from ``start`` up to, not including, ``stop``: regions of a file where possible, else bytes.
 
-        :raises ObjectChanged: before the first byte: the version is gone; ask anew.
-        :raises StorageError: they cannot be had.
+        :returns: all of them; a read that ends early raises.
+        :raises ObjectChanged: the version is gone. Before the first byte: the caller opens the object again.
+        :raises StorageError: they cannot be read.
         """
 
     def read(self, start: int, stop: int) -> Iterator[bytes]:
-        """The same, all as bytes."""
+        """As :meth:`segments`, but everything as bytes."""
         for segment in self.segments(start, stop):
             if isinstance(segment, bytes):
                 yield segment
@@ -50,14 +51,14 @@ class Content(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Let go. Idempotent."""
+        """Release files and connections. Idempotent."""
 
 
 class FileContent(Content):
     """A complete file on this machine.
 
-    :param fd: the file, which is closed with the content.
-    :param path: where it lies.
+    :param fd: the open file; closed with the content.
+    :param path: its path in the cache; None: an object of the local driver.
     """
 
     def __init__(self, info: ObjectInfo, status: CacheStatus, fd: int, path: str | None):
@@ -76,9 +77,9 @@ class FileContent(Content):
 
 
 class FilledContent(Content):
-    """An object that is arriving.
+    """An object that is being fetched into the cache.
 
-    :param fill: joined by the caller, and left with the content.
+    :param fill: joined by the caller; left when the content is closed.
     """
 
     status = CacheStatus.MISS
@@ -99,7 +100,7 @@ class FilledContent(Content):
         except (BackendError, ObjectNotFound):
             raise
         except StorageError:
-            # A full disk here, a filler lost in another process: what fails a fill need not fail a download.
+            # A full disk or a filler that died ends the fill, but the download can go on from the backend.
             self._events.uncached()
             pieces = resumed(self._driver, self.info, position, stop, begun=position > start)
             whole = stop - start == self.info.size
@@ -114,11 +115,11 @@ class FilledContent(Content):
 
 
 class RemoteContent(Content):
-    """An object of which only the properties are here, and maybe only a part is wanted.
+    """An object whose properties are known and whose bytes are in the backend; maybe only a range is needed.
 
     :param fills: None: the cache has no room for it.
-    :param patience: seconds to wait for a fill to begin.
-    :param begun: a part that is on its way already, closed with the content.
+    :param wait_timeout: seconds to wait for a fill to begin.
+    :param begun: a range and the open read of it; closed with the content.
     """
 
     status = CacheStatus.MISS
@@ -129,7 +130,7 @@ class RemoteContent(Content):
         fills: Fills | None,
         info: ObjectInfo,
         events: Events,
-        patience: float,
+        wait_timeout: float,
         begun: tuple[ByteRange, ObjectReader] | None = None,
     ):
         self.info = info
@@ -137,7 +138,7 @@ class RemoteContent(Content):
         self._driver = driver
         self._events = events
         self._fills = fills
-        self._patience = patience
+        self._wait_timeout = wait_timeout
         self._followed: list[FilledContent] = []
 
     def segments(self, start: int, stop: int) -> Iterator[bytes | Region]:
@@ -154,13 +155,13 @@ class RemoteContent(Content):
         return 2 * (stop - start) >= self.info.size
 
     def _to_follow(self, fills: Fills, start: int, stop: int) -> FilledContent | None:
-        """The running fill if it soon gets there, or a new one for who wants most of the object; else None.
+        """The running fill if it soon reaches ``start``, or a new one if most of the object is wanted; else None.
 
-        Who wants less, such as a crawler that reads the end of every image, starts no fill.
+        A smaller range, such as that of a crawler that reads the end of every image, starts no fill.
         """
         wants_most = self._wants_most(start, stop)
-        running, here = fills.progress(self.info.key) or (None, 0)
-        if start > here + FOLLOW_AHEAD:
+        running, available = fills.progress(self.info.key) or (None, 0)
+        if start > available + FOLLOW_AHEAD:
             if wants_most:
                 with contextlib.suppress(Overloaded):
                     fills.join(self.info.key).leave()
@@ -171,11 +172,11 @@ class RemoteContent(Content):
 
     def _follow(self, fill: Fill) -> FilledContent | None:
         try:
-            if fill.wait_for_info(self._patience).etag == self.info.etag:
+            if fill.wait_for_info(self._wait_timeout).etag == self.info.etag:
                 return FilledContent(self._driver, self.info, fill, self._events)
         except AlreadyCached:
             fill.leave()
-            raise ObjectChanged("the file has just been fetched") from None  # so that the caller finds it
+            raise ObjectChanged("the file has just been fetched") from None  # the caller looks again, and finds it
         except InsufficientStorage:
             self._events.uncached()
         except BaseException:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Digests of content that passes, computed beside those who receive and store it.
+"""Digests of an upload's content, computed while it is received and stored.
 
-SHA-256 takes 0.7 seconds of a core for each GiB, MD5 1.7: more than all else that an upload needs. So beyond the
-first MiB each digest has a thread of its own, to which the content is handed in buffers that are used again and
-again; hashlib lets other threads run meanwhile. A small file is over before a thread would have begun.
+SHA-256 takes 0.7 seconds of a core for each GiB, MD5 1.7: more than everything else that an upload needs. So beyond
+the first MiB each digest has a thread of its own, which gets the content in a few reused buffers; hashlib releases
+the interpreter lock meanwhile. A small file is done sooner than a thread would have started.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ import threading
 from queue import SimpleQueue
 from typing import Any
 
-ALONE = 1024 * 1024  # bytes that are digested in the caller's thread
+INLINE_SIZE = 1024 * 1024  # bytes that are digested in the caller's thread; beyond it, each digest has its own
 BUFFER_SIZE = 256 * 1024  # bytes; they stay in the processor's cache between the copy and the digest
-BUFFERS = 4  # for each digest of more than ALONE
+BUFFERS = 4  # of each digest thread
 
 
 class RunningDigests:
-    """Some digests of one content, which comes in pieces.
+    """Several digests of one content, which comes in pieces.
 
-    :param names: as hashlib has them.
+    :param names: hashlib's names of the algorithms.
     """
 
     def __init__(self, *names: str):
@@ -31,10 +31,10 @@ class RunningDigests:
         self._size = 0  # bytes
 
     def update(self, data: bytes | memoryview) -> None:
-        """Take the next piece, which is the caller's again afterwards."""
+        """Digest the next piece. It is copied where that is needed: the caller may reuse its buffer."""
         before, self._size = self._size, self._size + len(data)
-        if before <= ALONE < self._size:
-            with contextlib.suppress(RuntimeError):  # the system gives no more threads; then it goes on without
+        if before <= INLINE_SIZE < self._size:
+            with contextlib.suppress(RuntimeError):  # no more threads can be started: digest in this one
                 for each in self._hashes.values():
                     self._helpers.append(_Helper(each))
         helped = [helper.hash for helper in self._helpers]
@@ -45,25 +45,28 @@ class RunningDigests:
                 each.update(data)
 
     def digest(self, name: str) -> bytes | None:
-        """The digest of all that was taken, after which nothing more comes; None: it is not one of these."""
+        """The digest of everything so far; nothing may be added afterwards. None: this algorithm is not computed."""
         self.close()
         return self._hashes[name].digest() if name in self._hashes else None
 
     def hex(self, name: str) -> str:
-        """The same as text."""
+        """As :meth:`digest`, in hexadecimal digits.
+
+        :raises KeyError: this algorithm is not computed.
+        """
         self.close()
         return self._hashes[name].hexdigest()
 
     def close(self) -> None:
-        """End the threads, when they have done what they were given. Idempotent."""
+        """Wait until the threads have digested what they were given, and end them. Idempotent."""
         while self._helpers:
             self._helpers.pop().close()
 
 
 class _Helper:
-    """A thread that digests what it is given.
+    """A thread that computes one digest.
 
-    :param hashing: of hashlib; nobody else uses it before :meth:`close` has returned.
+    :param hashing: a hashlib object; only this thread uses it until :meth:`close` has returned.
     """
 
     def __init__(self, hashing: Any):

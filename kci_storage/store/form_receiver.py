@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The files of a multipart form, which are committed when its end has been seen."""
+"""The files of a multipart form: received one by one, and committed after the form's last byte."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from kci_storage.files import durable
 from kci_storage.http.multipart import READ_SIZE, Body, form_events, too_large
 from kci_storage.store.uploads import Stored, Upload, Uploads
 
-LONGEST_PATH_FIELD = 8 * 1024  # bytes; a key has at most 1,024 characters
-MOST_FILES = 1_000  # each keeps a few files open until the form's end
-FORM_HELD = 16 * 1024 * 1024  # bytes of a form's files that may wait in memory for its end
+MAX_PATH_FIELD_BYTES = 8 * 1024  # bytes; a key has at most 1,024 characters
+MAX_FILES = 1_000  # each keeps a few files open until the form's end
+MAX_MEMORY = 16 * 1024 * 1024  # bytes of a form's files that may be kept in memory until its end
 FILE_FIELD = re.compile(r"file[0-9]+")
-# A backslash that escapes nothing: a Windows path, of which the decoder would silently drop the separators.
+# A backslash that escapes nothing: a Windows path, whose separators the decoder would drop silently.
 LONE_BACKSLASH = re.compile(r'\\(?!["\\])')
 
 
 @dataclass(frozen=True, slots=True)
 class FormPlan:
-    """What the caller decides about a form's files.
+    """The caller's decisions on a form's files, as functions of the key.
 
     :param admit: raises when the key may not be written.
-    :param content_type: the type to store, by the key.
-    :param tags: those to store, by the key.
+    :param content_type: the content type to store.
+    :param tags: the tags to store.
     """
 
     admit: Callable[[str], None]
@@ -47,14 +47,14 @@ class Spooled:
     file: durable.NewFile
 
     def close(self) -> None:
-        """Let go of it; it is gone."""
+        """Delete the spool file."""
         self.file.discard()
 
 
 def store_form(uploads: Uploads, body: Body, boundary: bytes, plan: FormPlan) -> list[Stored]:
     """Store the files of a multipart form (RFC 7578).
 
-    :raises BadForm: it is malformed, has no file, or names a key twice. Nothing is stored.
+    :raises BadForm: the form is malformed, has no file, or names a key twice. Nothing is stored.
     :raises StorageError: a commit failed; the message says which files had been stored by then.
     """
     with contextlib.closing(FormReceiver(uploads, plan)) as form:
@@ -64,24 +64,24 @@ def store_form(uploads: Uploads, body: Body, boundary: bytes, plan: FormPlan) ->
 
 
 class FormReceiver:
-    """Takes a form's parts, in whatever order they come, and commits its files at the end.
+    """Receives a form's parts, in any order, and commits its files at the end.
 
-    A file whose ``path`` is not known yet goes to a spool file first.
+    A file that comes before the form's field ``path`` goes to a spool file first.
     """
 
     def __init__(self, uploads: Uploads, plan: FormPlan):
         self._uploads = uploads
         self._plan = plan
         self._path: str | None = None
-        self._path_text: bytearray | None = None  # while the field comes in
+        self._path_text: bytearray | None = None  # while the field is being received
         self._keys: set[str] = set()
-        self._files: list[Upload | Spooled] = []  # as the form has them
+        self._files: list[Upload | Spooled] = []  # in the form's order
         self._write: Callable[[bytes | memoryview], None] | None = None
 
     def take(self, event: Event) -> None:
-        """Take what the decoder saw.
+        """Process one event of the decoder.
 
-        :raises BadForm: it cannot be.
+        :raises BadForm: the form is not as it has to be.
         :raises StorageError: the file may not, or cannot, be stored.
         """
         if isinstance(event, Data):
@@ -103,11 +103,14 @@ class FormReceiver:
             self._end_upload(self._files[-1])
 
     def _end_upload(self, upload: Upload) -> None:
-        """Small files wait in memory to be committed by one request each; many of them, and large ones, must not."""
+        """End an upload, and keep the form's memory within :data:`MAX_MEMORY`: the largest files are flushed first.
+
+        A small file stays in memory, since one request to the backend can then send and commit it.
+        """
         upload.end()
         waiting = sorted((file for file in self._files if isinstance(file, Upload)), key=lambda file: file.held)
         held = sum(upload.held for upload in waiting)
-        while held > FORM_HELD:
+        while held > MAX_MEMORY:
             largest = waiting.pop()
             held -= largest.held
             largest.flush()
@@ -121,7 +124,7 @@ class FormReceiver:
     def _add_to_path(self, data: bytes | memoryview) -> None:
         assert self._path_text is not None
         self._path_text += data
-        if len(self._path_text) > LONGEST_PATH_FIELD:
+        if len(self._path_text) > MAX_PATH_FIELD_BYTES:
             raise BadKey("path is too long: a key has at most 1,024 characters")
 
     def _set_path(self, text: bytes) -> None:
@@ -136,8 +139,8 @@ class FormReceiver:
     def _begin_file(self, event: File) -> None:
         if LONE_BACKSLASH.search(event.headers.get("Content-Disposition", "")):
             raise BadKey("a file name contains a backslash")
-        if len(self._files) == MOST_FILES:
-            raise BadForm(f"a form may have at most {MOST_FILES} files; send the others in another one")
+        if len(self._files) == MAX_FILES:
+            raise BadForm(f"a form may have at most {MAX_FILES} files; send the others in another one")
         if self._path is None:
             self._write = self._spool(event.filename)
         else:
@@ -146,7 +149,7 @@ class FormReceiver:
             self._write = upload.write
 
     def _spool(self, filename: str) -> Callable[[bytes | memoryview], None]:
-        keys.for_upload("", filename)  # as much as can be said without the path
+        keys.for_upload("", filename)  # refuses a bad file name now; the rest needs the path
         spool = self._uploads.cache.new_spool()
         self._files.append(Spooled(filename, spool))
 
@@ -170,9 +173,9 @@ class FormReceiver:
         return self._uploads.begin(key, self._plan.content_type(key), self._plan.tags(key))
 
     def commit(self) -> list[Stored]:
-        """Store the files, each in turn.
+        """Commit the files, one after another.
 
-        :raises BadForm: there is none, or no path.
+        :raises BadForm: the form has no file, or no path.
         :raises StorageError: one failed; the message says which had been stored by then.
         """
         if not self._files:
@@ -192,10 +195,10 @@ class FormReceiver:
         return stored
 
     def _all_uploaded(self) -> list[Upload]:
-        """The files, of which those that were spooled are uploaded only now."""
-        for place, file in enumerate(self._files):
+        """All files as uploads: those in spool files are sent to the driver now."""
+        for index, file in enumerate(self._files):
             if isinstance(file, Spooled):
-                self._files[place] = upload = self._upload_spooled(file)
+                self._files[index] = upload = self._upload_spooled(file)
                 self._end_upload(upload)
         return [file for file in self._files if isinstance(file, Upload)]
 
@@ -210,7 +213,7 @@ class FormReceiver:
         return upload
 
     def close(self) -> None:
-        """Let go of everything; what was not committed is gone."""
-        with contextlib.ExitStack() as held:  # one that cannot be removed keeps no other's lock
+        """Discard every file that was not committed, and release the locks."""
+        with contextlib.ExitStack() as held:  # every file is closed, even if removing one of them fails
             for file in self._files:
                 held.callback(file.close)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Reading and deleting objects: what the views call, over the driver, the cache and the fills."""
+"""Reading and deleting objects, for the views: over the driver, the cache and the fills."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from kci_storage.store.contents import Content, FileContent, FilledContent, Remo
 from kci_storage.store.negative_cache import NegativeCache
 from kci_storage.store.single_flight import SingleFlight
 
-DIRECT_SIZE = 1024 * 1024  # bytes of a range that is asked for at once, before its object's properties are known
-LONGEST_POLL = 0.1  # seconds; who has waited for an upload for a second need not be told within 10 ms of its end
+MAX_DIRECT_RANGE = 1024 * 1024  # bytes of a range that is read at once, before its object's properties are known
+MAX_POLL_INTERVAL = 0.1  # seconds; a request that has waited for an upload for a second need not be exact to 10 ms
 
 
-def _nothing() -> None:
-    """Nobody wants to know."""
+def _ignore() -> None:
+    """The caller need not be told."""
 
 
 class Objects:
     """The objects of the store.
 
-    :param local: the driver's ability to open objects as local files, if it has that.
+    :param local: the driver, if it can open objects as local files; else None.
     :param wait_timeout: seconds to wait for an upload of the key, or for a backend's first byte.
-    :param revalidate_after: seconds after which a copy is checked against the backend; 0: never.
+    :param revalidate_after: seconds after which a copy is revalidated with the backend; 0: never.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Objects:
         local: LocalObjects | None,
         cache: Cache,
         fills: Fills,
-        misses: NegativeCache,
+        negative_cache: NegativeCache,
         events: Events,
         *,
         wait_timeout: float,
@@ -53,7 +53,7 @@ class Objects:
         self._local = local
         self._cache = cache
         self._fills = fills
-        self._misses = misses
+        self._negative_cache = negative_cache
         self._events = events
         self._wait_timeout = wait_timeout
         self._freshness = Freshness(driver, cache, events, revalidate_after)
@@ -64,18 +64,19 @@ class Objects:
         key: str,
         method: str = "GET",
         conditions: RequestHeaders = UNCONDITIONAL,
-        lasts: Callable[[], None] = _nothing,
+        before_blocking: Callable[[], None] = _ignore,
     ) -> Content:
-        """The object, to be read.
+        """Open an object for reading.
 
-        :param method: with another one than ``GET``, and under conditions, maybe only its properties are wanted, or
-            some of its bytes: then no more than those is fetched if it is not here.
-        :param lasts: called before what may take a while; what it raises ends that.
-        :raises ObjectNotFound: there is none.
+        :param method: the request's; another one than ``GET`` needs only the object's properties.
+        :param conditions: the request's preconditions and range; with these, no more is fetched of an object that is
+            not cached than the request needs.
+        :param before_blocking: called before this call may block; what it raises is passed on.
+        :raises ObjectNotFound: there is no such object.
         :raises Overloaded: an upload of the key took too long to wait for.
-        :raises BackendError: it is not here, and cannot be fetched.
+        :raises BackendError: the object is not cached, and cannot be fetched.
         """
-        content = self._open(key, method, conditions, lasts)
+        content = self._open(key, method, conditions, before_blocking)
         self._events.served(content.status)
         return content
 
@@ -84,28 +85,31 @@ class Objects:
         info, fd = local.open(key)
         return FileContent(info, CacheStatus.HIT, fd, None)
 
-    def _open(self, key: str, method: str, conditions: RequestHeaders, lasts: Callable[[], None]) -> Content:
+    def _open(
+        self, key: str, method: str, conditions: RequestHeaders, before_blocking: Callable[[], None]
+    ) -> Content:
         if self._local is not None:
             return self._open_local(self._local, key)
         started = time.monotonic()
         while True:
-            content = self._open_copy(key, lasts) or self._open_cold(key, method, conditions, lasts)
+            content = self._open_copy(key, before_blocking)
+            content = content or self._open_cold(key, method, conditions, before_blocking)
             if content is not None:
                 return content
             self._wait_for_writer(key, started)
 
     def _wait_for_writer(self, key: str, started: float) -> None:
-        """Wait until something may have come of the key's upload; less often look those who have waited long."""
+        """Wait until the key's upload may have ended. It looks less often the longer it has waited."""
         with slots.waiting():
             while True:
                 waited = time.monotonic() - started
                 if waited > self._wait_timeout:
                     raise Overloaded("an upload of this file is running; try later", retry_after=5)
-                time.sleep(min(LONGEST_POLL, max(POLL_INTERVAL, waited / 10)))
+                time.sleep(min(MAX_POLL_INTERVAL, max(POLL_INTERVAL, waited / 10)))
                 if self._cache.has_copy(key) or not self._cache.is_being_written(key):
                     return
 
-    def _open_copy(self, key: str, lasts: Callable[[], None]) -> FileContent | None:
+    def _open_copy(self, key: str, before_blocking: Callable[[], None]) -> FileContent | None:
         entry = self._cache.lookup(key)
         if entry is None:
             return None
@@ -113,7 +117,7 @@ class Objects:
         if not self._freshness.is_due(entry.record):
             return content
         try:
-            lasts()
+            before_blocking()
             verdict = self._freshness.check(entry.record)
         except BaseException:
             content.close()
@@ -126,36 +130,36 @@ class Objects:
         return content
 
     def _open_cold(
-        self, key: str, method: str, conditions: RequestHeaders, lasts: Callable[[], None]
+        self, key: str, method: str, conditions: RequestHeaders, before_blocking: Callable[[], None]
     ) -> Content | None:
-        """A content that is fetched; None when one has to look again."""
-        lasts()
+        """Open an object that is not cached; None: the caller has to look into the cache again."""
+        before_blocking()
         if self._cache.is_being_written(key):
             return None
-        if self._misses.remembers(key):
+        if self._negative_cache.remembers(key):
             raise ObjectNotFound("no such file")
-        changes = self._misses.changes(key)
+        changes = self._negative_cache.changes(key)
         try:
             return self._fetch(key, method, conditions)
         except AlreadyCached:
             return None
-        except InsufficientStorage:  # not even for the first byte of a fill
+        except InsufficientStorage:  # a fill could not even begin
             self._events.uncached()
             return self._open_remote(key, None)
         except ObjectNotFound:
-            self._misses.remember(key, changes)
+            self._negative_cache.remember(key, changes)
             raise
 
     def _fetch(self, key: str, method: str, conditions: RequestHeaders) -> Content:
         if method == "GET" and conditions == UNCONDITIONAL:
             return self._open_fill(key)
         wanted = bounded_range(conditions) if method == "GET" else None
-        if wanted is not None and wanted.length <= DIRECT_SIZE and self._fills.progress(key) is None:
+        if wanted is not None and wanted.length <= MAX_DIRECT_RANGE and self._fills.progress(key) is None:
             return self._open_range(key, wanted)
         return self._open_remote(key, self._fills)
 
     def _open_range(self, key: str, wanted: ByteRange) -> RemoteContent:
-        """A small part, which one request brings together with the object's properties."""
+        """Open a small range: one request to the backend gets it together with the object's properties."""
         reader = self._driver.read(key, wanted.start, wanted.stop)
         return RemoteContent(
             self._driver, self._fills, reader.info, self._events, self._wait_timeout, (wanted, reader)
@@ -170,19 +174,19 @@ class Objects:
             raise
 
     def _open_remote(self, key: str, fills: Fills | None) -> RemoteContent:
-        # Who asks after a change on this server must not share an answer from before it.
-        question = key, self._misses.changes(key)
+        # A request that comes after a change on this server must not share an answer from before it.
+        question = key, self._negative_cache.changes(key)
         info = self._questions.share(question, lambda: self._driver.stat(key))
         return RemoteContent(self._driver, fills, info, self._events, self._wait_timeout)
 
     def delete(self, key: str, may_delete: Callable[[ObjectInfo], bool] | None = None) -> None:
         """Delete the object and its copy.
 
-        :param may_delete: None: always; else it is given the present version, while nobody can replace it.
-        :raises ObjectNotFound: there is none.
+        :param may_delete: called with the present version while the key is locked; None: always.
+        :raises ObjectNotFound: there is no such object.
         :raises PreconditionFailed: the present version may not be deleted.
         :raises WriteConflict: an upload of the key took too long to wait for.
-        :raises BackendError: it failed, or nobody knows.
+        :raises BackendError: the deletion failed, or its outcome is unknown.
         """
         with self._events.waiting_for(self._cache.writing(key, self._wait_timeout)):
             slots.refuse_no_longer()  # a failure from here on has the copy doubted
@@ -204,4 +208,4 @@ class Objects:
     def _forget(self, key: str) -> None:
         self._cache.remove(key)
         self._cache.revoke_fill(key)
-        self._misses.changed(key)
+        self._negative_cache.changed(key)

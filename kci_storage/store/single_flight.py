@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Calls that several threads want at the same time, made once."""
+"""Single flight: a call that several threads need at the same time is made once."""
 
 from __future__ import annotations
 
@@ -15,46 +15,47 @@ T = TypeVar("T")
 
 
 class SingleFlight(Generic[T]):
-    """The calls under way in one process, by name."""
+    """The running calls of one process, by name."""
 
     def __init__(self) -> None:
-        self._under_way: dict[Hashable, Future[T]] = {}
+        self._running: dict[Hashable, Future[T]] = {}
         self._mutex = threading.Lock()
 
     def share(self, name: Hashable, function: Callable[[], T]) -> T:
-        """What ``function()`` returns or raises, called by the first of those who want this name at the same time.
+        """The result of ``function()``, shared with every thread that asks for the same name while it runs.
 
+        :returns: what it returns; what it raises is raised in each of these threads.
         :raises Overloaded: too many requests wait already.
         """
         with self._mutex:
-            flight = self._under_way.get(name)
-            mine = flight is None
-            if flight is None:
-                flight = self._under_way[name] = Future()
-        if mine:
-            self._fly(name, flight, function)
+            call = self._running.get(name)
+            is_first = call is None
+            if call is None:
+                call = self._running[name] = Future()
+        if is_first:
+            self._run(name, call, function)
         else:
-            _wait_for(flight)
-        error = flight.exception()
+            _wait_for(call)
+        error = call.exception()
         if error is not None:
             raise copy.copy(error)  # one for each thread, since raising it changes it
-        return flight.result()
+        return call.result()
 
-    def _fly(self, name: Hashable, flight: Future[T], function: Callable[[], T]) -> None:
+    def _run(self, name: Hashable, call: Future[T], function: Callable[[], T]) -> None:
         try:
             result = function()
         except BaseException as exc:  # noqa: BLE001  (raised by all that wait)
-            self._land(name)
-            flight.set_exception(exc)
+            self._forget(name)
+            call.set_exception(exc)
         else:
-            self._land(name)
-            flight.set_result(result)
+            self._forget(name)
+            call.set_result(result)
 
-    def _land(self, name: Hashable) -> None:
+    def _forget(self, name: Hashable) -> None:
         with self._mutex:
-            del self._under_way[name]
+            del self._running[name]
 
 
-def _wait_for(flight: Future[T]) -> None:
+def _wait_for(call: Future[T]) -> None:
     with slots.waiting():
-        wait([flight])
+        wait([call])

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Taking objects in: one pass from the client through the hashes to the driver, and beside it to the cache.
+"""Uploads: one pass from the client through the digests to the driver and, as a copy, to the cache.
 
-Nothing of a file is held in memory beyond the pieces in hand, and nothing is committed before the whole body has been
-seen. The driver commits first, then the cache: an upload that was answered with success is in both, and one that was
-cut off anywhere is in neither.
+No more of a file is in memory than the pieces in hand, and nothing is committed before the whole body was received.
+The driver commits first, then the cache: an upload that was answered with success is in both, and an upload that was
+interrupted anywhere is in neither.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from kci_storage.store.negative_cache import NegativeCache
 
 @dataclass(frozen=True, slots=True)
 class ExpectedDigests:
-    """What the client says of the content: raw digests, or None for what it does not say."""
+    """The digests that the client sent with the content: raw bytes, or None for one that it did not send."""
 
     md5: bytes | None = None
     sha256: bytes | None = None
@@ -37,22 +37,22 @@ class Stored:
 
     info: ObjectInfo
     sha256: str  # hex
-    created: bool = False  # whether it is certain that there was none before
+    created: bool = False  # whether it is certain that the key was new
 
 
 class Uploads:
     """Begins uploads.
 
-    :param cached: whether a copy of what is uploaded goes into the cache.
+    :param cached: whether a copy of each upload goes into the cache.
     :param lock_timeout: seconds to wait for another upload of the same key.
-    :param max_bytes: the largest file that is taken.
+    :param max_bytes: the size of the largest file that is accepted.
     """
 
     def __init__(
         self,
         driver: Driver,
         cache: Cache,
-        misses: NegativeCache,
+        negative_cache: NegativeCache,
         events: Events,
         *,
         cached: bool,
@@ -61,7 +61,7 @@ class Uploads:
     ):
         self.driver = driver
         self.cache = cache
-        self.misses = misses
+        self.negative_cache = negative_cache
         self.events = events
         self.cached = cached
         self.lock_timeout = lock_timeout
@@ -72,21 +72,21 @@ class Uploads:
     ) -> Upload:
         """Take the key's lock and begin a new version; the caller closes it.
 
-        :param tags: stored with it.
-        :param md5: whether its MD5 is wanted even if the driver does not need it.
+        :param content_type: stored with the object, as are the tags.
+        :param md5: whether its MD5 is computed even if the driver does not need it.
         :raises WriteConflict: another upload of the key took too long to wait for.
         :raises Overloaded: too many requests wait for others already.
-        :raises KeyConflict: the backend cannot hold the key beside one that it has.
+        :raises KeyConflict: the backend cannot store the key beside an existing one.
         """
         return Upload(self, key, content_type, tags, self.lock(key), md5=md5)
 
     def stage(self, key: str, content_type: str, tags: Mapping[str, str] | None = None) -> Upload:
-        """Begin a new version without the key's lock; the caller closes it, and has that lock when it commits.
+        """Begin a new version without the key's lock; the caller closes it, and holds that lock when it commits.
 
-        Meanwhile others may write the key. Their commit may make the backend throw away what was written here.
+        Meanwhile other writers may write the key. Their commit may make the backend discard what was written here.
 
-        :param tags: stored with it.
-        :raises KeyConflict: the backend cannot hold the key beside one that it has.
+        :param content_type: stored with the object, as are the tags.
+        :raises KeyConflict: the backend cannot store the key beside an existing one.
         """
         return Upload(self, key, content_type, tags, contextlib.nullcontext())
 
@@ -109,10 +109,12 @@ class Uploads:
     ) -> Stored:
         """Store a body under a key.
 
-        :param tags: stored with it.
-        :param may_replace: None: always; else it is given the present version, or None when there is none.
+        :param content_type: stored with the object, as are the tags.
+        :param digests: to compare the body with.
+        :param may_replace: called with the present version, or None when there is none; None: always.
         :raises PreconditionFailed: the present version may not be replaced.
-        :raises DigestMismatch: the body is not what the client said.
+        :raises DigestMismatch: the body does not have the client's digests.
+        :raises StorageError: as of :meth:`begin`, and of :class:`Upload`'s methods.
         """
         with contextlib.closing(self.begin(key, content_type, tags, md5=digests.md5 is not None)) as upload:
             expected = self._expectation(key, may_replace) if may_replace else None
@@ -125,7 +127,7 @@ class Uploads:
             return Stored(upload.commit(expected), upload.sha256, created=expected is Expectation.NOTHING)
 
     def _expectation(self, key: str, may_replace: Callable[[ObjectInfo | None], bool]) -> str | Expectation:
-        """What must be stored at the commit, since it is stored now and may be replaced."""
+        """The version that is stored now and may be replaced; at the commit, it still has to be the stored one."""
         try:
             present = self.driver.stat(key)
         except ObjectNotFound:
@@ -136,9 +138,9 @@ class Uploads:
 
 
 class Upload:
-    """A file on its way in. Without a commit, it leaves nothing.
+    """An upload in progress. Without a commit, it leaves nothing behind.
 
-    :param lock: what it holds until it is closed.
+    :param lock: held until the upload is closed.
     """
 
     def __init__(
@@ -162,13 +164,13 @@ class Upload:
             stack.callback(self._digests.close)
             stack.enter_context(lock)
             self._writer = stack.enter_context(uploads.driver.writer(key, content_type, tags))
-            self._copy = _Copy(uploads.cache, uploads.misses, key) if uploads.cached else _NoCopy()
+            self._copy = _Copy(uploads.cache, uploads.negative_cache, key) if uploads.cached else _NoCopy()
             self._held = stack.pop_all()
 
     def write(self, data: bytes | memoryview) -> None:
-        """Take the next piece, which is the caller's again afterwards.
+        """Append a piece; the caller may reuse its buffer afterwards.
 
-        :raises UploadTooLarge: it is one too many.
+        :raises UploadTooLarge: the file exceeds the limit.
         :raises StorageError: the backend failed.
         """
         self._size += len(data)
@@ -179,16 +181,16 @@ class Upload:
         self._copy.write(data)
 
     def end(self) -> None:
-        """All of it has come; it may wait for its commit. The threads and buffers of its digests are not kept."""
+        """The content is complete: end the threads of its digests. The commit may come later."""
         self._digests.close()
 
     @property
     def held(self) -> int:
-        """Bytes that are kept in memory until the commit."""
+        """How many bytes are kept in memory until the commit."""
         return self._writer.held
 
     def flush(self) -> None:
-        """Keep nothing in memory until the commit.
+        """Send everything to the backend, so that nothing is kept in memory until the commit.
 
         :raises StorageError: the backend failed.
         """
@@ -196,11 +198,11 @@ class Upload:
 
     @property
     def sha256(self) -> str:
-        """Hex, of all that was written."""
+        """The SHA-256 of everything that was written, in hexadecimal digits."""
         return self._digests.hex("sha256")
 
     def verify(self, expected: ExpectedDigests) -> None:
-        """Compare what was written with what the client said.
+        """Compare the content with the client's digests.
 
         :raises DigestMismatch: they differ.
         """
@@ -211,13 +213,15 @@ class Upload:
             raise DigestMismatch(f"the body's MD5 is {md5.hex()}, not what Content-MD5 says")
 
     def commit(self, expected: str | Expectation = Expectation.ANYTHING, *, replay: bool = True) -> ObjectInfo:
-        """Make it the object, for every worker, from the moment that this returns. The key's lock is held.
+        """Make it the object: every worker serves it once this has returned. The caller holds the key's lock.
 
-        :param expected: what must be stored at this moment.
-        :param replay: whether to send again what the backend has thrown away, which takes memory as an upload does.
-        :raises WriteConflict: it has, and that may not or cannot be.
-        :raises PreconditionFailed: something else is; commit may be called again.
-        :raises StorageError: it failed, or nobody knows; the copy of the previous version is doubted then.
+        :param expected: the version that must be stored at this moment.
+        :param replay: whether to send the content again if the backend has discarded it. That takes as much memory
+            as an upload.
+        :raises WriteConflict: the backend has discarded the content, and it may not or cannot be sent again.
+        :raises PreconditionFailed: another version is stored; commit may be called again.
+        :raises StorageError: the commit failed, or its outcome is unknown; the copy of the previous version is
+            marked doubtful then.
         """
         digests = Digests(self._size, self.sha256, self._digests.digest("md5"))
         with self._copy.committing():
@@ -227,10 +231,10 @@ class Upload:
         return info
 
     def commit_new_or_replaced(self) -> Stored:
-        """As :meth:`commit`, over whatever is there, and say whether there was something.
+        """As :meth:`commit`, over any version, and find out whether there was one.
 
-        Where there is a cached copy, there was something. Else it tries the commit as a new object first, which costs
-        the backend more requests only where there was one after all.
+        Where there is a cached copy, there was an object. Else this tries to commit a new object first, which costs
+        more requests to the backend only if there was one after all.
         """
         if self._copy.has_predecessor():
             return Stored(self.commit(), self.sha256)
@@ -240,27 +244,27 @@ class Upload:
             return Stored(self.commit(), self.sha256)
 
     def close(self) -> None:
-        """Let go of everything; what was not committed is gone. Idempotent."""
-        with self._held:  # the lock goes even if a file cannot be removed
+        """Discard what was not committed, and release the lock. Idempotent."""
+        with self._held:  # the lock is released even if a file cannot be removed
             self._copy.discard()
 
 
 class _Copy:
-    """What an upload means for the cache: a copy of the new version, and nothing that is left of the old one.
+    """An upload's copy in the cache, which replaces that of the old version.
 
-    The caller holds the key's lock. A disk that is full costs the copy, and not the upload.
+    The caller holds the key's lock. On a full disk there is no copy, and the upload goes on.
     """
 
-    def __init__(self, cache: Cache, misses: NegativeCache, key: str):
+    def __init__(self, cache: Cache, negative_cache: NegativeCache, key: str):
         self._cache = cache
-        self._misses = misses
+        self._negative_cache = negative_cache
         self._key = key
         self._part: durable.NewFile | None = None
         with contextlib.suppress(InsufficientStorage):
             self._part = cache.new_part(key)
 
     def write(self, data: bytes | memoryview) -> None:
-        """Take the next piece."""
+        """Append a piece."""
         if self._part is None:
             return
         try:
@@ -272,7 +276,7 @@ class _Copy:
 
     @property
     def replay(self) -> Callable[[], Iterator[bytes]] | None:
-        """What gives the whole content again; None: nothing does."""
+        """A function that returns the whole content again, in pieces; None: the content is not kept."""
         return self._content if self._part else None
 
     def _content(self) -> Iterator[bytes]:
@@ -281,12 +285,12 @@ class _Copy:
             yield os.pread(self._part.fileno(), READ_SIZE, start)
 
     def has_predecessor(self) -> bool:
-        """Whether there is a copy of the version before."""
+        """Whether there is a copy of the previous version."""
         return self._cache.has_copy(self._key)
 
     @contextlib.contextmanager
     def committing(self) -> Iterator[None]:
-        """The driver commits during the block. If it fails, or nobody knows, the old copy is doubted."""
+        """The driver commits during the block. If that fails, or its outcome is unknown, the old copy is doubtful."""
         self._cache.announce_commit(self._key)
         try:
             yield
@@ -295,12 +299,12 @@ class _Copy:
         except BaseException:
             self._cache.doubt(self._key)
             raise
-        # Whatever comes of the copy, nobody may go on with what was true before the commit.
+        # From here on, no request may be answered with the state before the commit, whether or not there is a copy.
         self._cache.revoke_fill(self._key)
-        self._misses.changed(self._key)
+        self._negative_cache.changed(self._key)
 
     def publish(self, info: ObjectInfo) -> None:
-        """Have it served, by every worker, in place of the one before."""
+        """Serve the new copy, in every worker, in place of the old one."""
         if self._part is None:
             self._cache.remove(self._key)
             return
@@ -316,7 +320,7 @@ class _Copy:
 
 
 class _NoCopy:
-    """The same where objects are served from where the driver has them: nothing is to be done."""
+    """In place of :class:`_Copy` where the driver's objects are local files, which need no copy."""
 
     replay = None
     committing = contextlib.nullcontext
@@ -324,7 +328,7 @@ class _NoCopy:
     def write(self, data: bytes | memoryview) -> None: ...
 
     def has_predecessor(self) -> bool:
-        """Nobody knows."""
+        """Unknown."""
         return False
 
     def publish(self, info: ObjectInfo) -> None: ...

@@ -10,12 +10,13 @@ import threading
 import pytest
 
 from kci_storage.store import digests
-from kci_storage.store.digests import ALONE, BUFFER_SIZE, BUFFERS, RunningDigests
+from kci_storage.store.digests import BUFFER_SIZE, BUFFERS, INLINE_SIZE, RunningDigests
 
-SIZES = [0, 1, BUFFER_SIZE, ALONE - 1, ALONE, ALONE + 1, ALONE + BUFFER_SIZE + 1, ALONE + 3 * BUFFERS * BUFFER_SIZE]
+AROUND_INLINE = [INLINE_SIZE - 1, INLINE_SIZE, INLINE_SIZE + 1, INLINE_SIZE + BUFFER_SIZE + 1]
+SIZES = [0, 1, BUFFER_SIZE, *AROUND_INLINE, INLINE_SIZE + 3 * BUFFERS * BUFFER_SIZE]
 
 
-@pytest.mark.parametrize("piece", [1000, BUFFER_SIZE, BUFFER_SIZE + 1, 10 * ALONE])
+@pytest.mark.parametrize("piece", [1000, BUFFER_SIZE, BUFFER_SIZE + 1, 10 * INLINE_SIZE])
 @pytest.mark.parametrize("size", SIZES)
 def test_they_are_those_of_the_content(size: int, piece: int):
     """The buffer that the pieces come in is used again at once, as a request's is."""
@@ -32,7 +33,7 @@ def test_they_are_those_of_the_content(size: int, piece: int):
     assert running.digest("sha1") is None
 
 
-@pytest.mark.parametrize(("size", "threads"), [(ALONE, 0), (ALONE + 1, 2)])
+@pytest.mark.parametrize(("size", "threads"), [(INLINE_SIZE, 0), (INLINE_SIZE + 1, 2)])
 def test_only_large_content_costs_threads_and_they_end(size: int, threads: int):
     others = set(threading.enumerate())  # of tests before, of which some may end now
     running = RunningDigests("sha256", "md5")
@@ -52,7 +53,7 @@ def test_a_system_that_gives_no_more_threads(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(digests.threading, "Thread", NoThread)
     running = RunningDigests("sha256", "md5")
-    content = os.urandom(ALONE + 1)
+    content = os.urandom(INLINE_SIZE + 1)
     running.update(content)
     running.update(content)
     assert running.digest("sha256") == hashlib.sha256(2 * content).digest()

@@ -13,7 +13,7 @@ import pytest
 import requests
 
 from kci_storage.cache.directory import Cache
-from kci_storage.store.negative_cache import LIFETIME, REMEMBERED, NegativeCache
+from kci_storage.store.negative_cache import LIFETIME, MAX_ENTRIES, NegativeCache
 from tests.support.cold import Bench, figure, from_each_worker, in_background, only
 from tests.support.faultproxy import CONTENT, PROPERTIES, Hold
 from tests.support.harness import wait_until
@@ -36,33 +36,33 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def misses(tmp_path: Path, clock: Clock) -> NegativeCache:
+def negative_cache(tmp_path: Path, clock: Clock) -> NegativeCache:
     return NegativeCache(tmp_path / "counters", clock)
 
 
-def test_nothing_is_remembered_at_first(misses: NegativeCache) -> None:
-    assert not misses.remembers("a")
+def test_nothing_is_remembered_at_first(negative_cache: NegativeCache) -> None:
+    assert not negative_cache.remembers("a")
 
 
-def test_a_miss_is_remembered_for_a_while(misses: NegativeCache, clock: Clock) -> None:
-    misses.remember("a", misses.changes("a"))
+def test_a_miss_is_remembered_for_a_while(negative_cache: NegativeCache, clock: Clock) -> None:
+    negative_cache.remember("a", negative_cache.changes("a"))
     clock.now += LIFETIME - 0.01
-    assert misses.remembers("a") and not misses.remembers("b")
+    assert negative_cache.remembers("a") and not negative_cache.remembers("b")
     clock.now += 0.02
-    assert not misses.remembers("a")
+    assert not negative_cache.remembers("a")
 
 
-def test_a_change_ends_the_memory(misses: NegativeCache) -> None:
-    misses.remember("a", misses.changes("a"))
-    misses.changed("a")
-    assert not misses.remembers("a")
+def test_a_change_ends_the_memory(negative_cache: NegativeCache) -> None:
+    negative_cache.remember("a", negative_cache.changes("a"))
+    negative_cache.changed("a")
+    assert not negative_cache.remembers("a")
 
 
-def test_a_change_while_the_backend_was_asked_ends_it_too(misses: NegativeCache) -> None:
-    before = misses.changes("a")
-    misses.changed("a")
-    misses.remember("a", before)
-    assert not misses.remembers("a")
+def test_a_change_while_the_backend_was_asked_ends_it_too(negative_cache: NegativeCache) -> None:
+    before = negative_cache.changes("a")
+    negative_cache.changed("a")
+    negative_cache.remember("a", before)
+    assert not negative_cache.remembers("a")
 
 
 def change(path: Path, key: str) -> None:
@@ -70,25 +70,25 @@ def change(path: Path, key: str) -> None:
     NegativeCache(path).changed(key)
 
 
-def test_a_change_by_another_process_ends_it_too(tmp_path: Path, misses: NegativeCache) -> None:
-    misses.remember("a", misses.changes("a"))
+def test_a_change_by_another_process_ends_it_too(tmp_path: Path, negative_cache: NegativeCache) -> None:
+    negative_cache.remember("a", negative_cache.changes("a"))
     with peers(1) as [peer]:
         peer.call(change, tmp_path / "counters", "a")
-    assert not misses.remembers("a")
+    assert not negative_cache.remembers("a")
 
 
-def test_a_change_of_another_key_hardly_ever_does(misses: NegativeCache) -> None:
-    misses.remember("a", misses.changes("a"))
+def test_a_change_of_another_key_hardly_ever_does(negative_cache: NegativeCache) -> None:
+    negative_cache.remember("a", negative_cache.changes("a"))
     for number in range(8):
-        misses.changed(f"another {number}")
-    assert misses.remembers("a")
+        negative_cache.changed(f"another {number}")
+    assert negative_cache.remembers("a")
 
 
-def test_the_memory_is_bounded(misses: NegativeCache) -> None:
-    for number in range(REMEMBERED + 10):
-        misses.remember(str(number), 0)
-    assert len(misses._misses) <= REMEMBERED
-    assert misses.remembers(str(REMEMBERED + 9))
+def test_the_memory_is_bounded(negative_cache: NegativeCache) -> None:
+    for number in range(MAX_ENTRIES + 10):
+        negative_cache.remember(str(number), 0)
+    assert len(negative_cache._entries) <= MAX_ENTRIES
+    assert negative_cache.remembers(str(MAX_ENTRIES + 9))
 
 
 # Over HTTP
@@ -169,7 +169,7 @@ def test_an_upload_ends_what_each_worker_remembers(bench: Bench) -> None:
         with only(bench.server, pid):
             assert get(bench.server, key).status_code == 404
         assert put(bench.server, key, b"content").status_code == 201
-        evict(bench, key)  # what is cached is found without a look into the memory of misses
+        evict(bench, key)  # what is cached is found without a look into the negative cache
         with only(bench.server, pid):
             assert get(bench.server, key).content == b"content"
 
