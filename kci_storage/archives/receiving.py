@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Archives on their way in: unpacked while they arrive, looked at as a whole, then stored, many files at a time.
+"""Receiving archives: unpacked while they are received, checked as a whole, then stored, many files at a time.
 
-An archive is decompressed once, while its client still sends it, and its files' contents go to one spool file. Each
-file is read from there by whoever uploads it, and nothing is held in memory but the pieces in hand. Large files are
-sent to the backend while the rest of the archive still comes (:mod:`.staging`). But nothing is stored before all of
-it has been seen: an archive that is refused has left nothing.
+An archive is decompressed once, while its client still sends it, and its files' contents go to one spool file. The
+thread that uploads a file reads it from there, and nothing is in memory but the pieces in hand. Large files are sent
+to the backend while the rest of the archive is still being received (:mod:`.staging`). But nothing is committed
+before the whole archive was received and accepted: a refused archive leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -25,31 +25,33 @@ from kci_storage.events import Events
 from kci_storage.http.multipart import Body, form_events
 from kci_storage.net import slots
 from kci_storage.net.threads import give_back_memory
-from kci_storage.store.form_receiver import LONGEST_PATH_FIELD
+from kci_storage.store.form_receiver import MAX_PATH_FIELD_BYTES
 from kci_storage.store.uploads import Uploads
 
-UNPACKED_AT_ONCE = 32  # archives, of one worker; each may need as much memory as its compression allows
+MAX_UNPACKING = 32  # archives of one worker at a time; each may need as much memory as its compression allows
 
 
 class Archives:
-    """Takes archives.
+    """Receives and stores archives.
 
     :param limits: how large one may be.
-    :param parallelism: files of them that are uploaded at a time.
+    :param parallelism: how many of their files are uploaded at a time.
     """
 
     def __init__(self, uploads: Uploads, events: Events, limits: Limits, parallelism: int):
         self.uploads = uploads
         self.limits = limits
         self.uploader = Uploader(uploads, events, parallelism)
-        self._unpacking = threading.BoundedSemaphore(UNPACKED_AT_ONCE)
+        self._unpacking = threading.BoundedSemaphore(MAX_UNPACKING)
 
     def store(self, body: Body, boundary: bytes, plan: ArchivePlan) -> ArchiveReport:
         """Store the files of the archive in a multipart form (RFC 7578), under the form's ``path``.
 
-        :raises BadArchive: it cannot be taken. Nothing is stored, as with all errors.
-        :raises BadForm: the form is malformed, or has not one ``archive`` and one ``path``.
+        :returns: what was stored, and which files failed.
+        :raises BadArchive: the archive is not acceptable. Nothing is stored, as with all errors.
+        :raises BadForm: the form is malformed, or has not exactly one ``archive`` and one ``path``.
         :raises Forbidden: a key may not be written.
+        :raises Overloaded: too many archives are being unpacked.
         """
         with self.uploads.cache.new_spool() as spool:
             try:
@@ -68,11 +70,14 @@ class Archives:
 
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:
-        """Be one of those that are unpacked during the block."""
+        """Count as one of the archives that are being unpacked, during the block.
+
+        :raises Overloaded: there were too many for all of the time that a request may wait.
+        """
         if not self._unpacking.acquire(blocking=False):
             with slots.waiting():
-                mine = self._unpacking.acquire(timeout=self.uploads.lock_timeout)
-            if not mine:
+                acquired = self._unpacking.acquire(timeout=self.uploads.lock_timeout)
+            if not acquired:
                 raise Overloaded("too many archives are being unpacked; try later", retry_after=5)
         try:
             yield
@@ -81,7 +86,7 @@ class Archives:
 
 
 class _Form:
-    """A form with an archive on its way in; its fields come in any order."""
+    """A form with an archive, while it is received; its fields come in any order."""
 
     def __init__(self, files: ArchiveFiles, staging: Staging, limits: Limits):
         self._plan = files.plan
@@ -89,10 +94,10 @@ class _Form:
         self._staging = staging
         self._limits = limits
         self._prefix: str | None = None
-        self._found: dict[str, Extent] | None = None  # by name; of two files of one name the last, as tar has it
+        self._found: dict[str, Extent] | None = None  # by name; of two files of one name the last, as in tar
 
     def receive(self, events: Iterator[Event]) -> None:
-        """Take all of it."""
+        """Receive the whole form."""
         for event in events:
             if isinstance(event, Field | File):
                 self._take(event, _content(events))
@@ -102,7 +107,7 @@ class _Form:
             self._take_path(content)
         elif part.name == "archive":
             self._take_archive(content, getattr(part, "filename", ""))
-        for _ in content:  # of a part that nobody wanted
+        for _ in content:  # skip what is left of the part
             pass
 
     def _take_path(self, content: Iterator[Piece]) -> None:
@@ -130,10 +135,10 @@ class _Form:
         try:
             self._spool.write(piece)
         except InsufficientStorage:
-            if not self._staging.give_up():  # there is room for the archive, but not for copies of its files as well
+            if not self._staging.cancel():  # there may be room for the archive, if not for copies of its files too
                 raise
             self._spool.write(piece[self._spool.size - before :])
-        self._staging.go_on()
+        self._staging.begin_waiting()
 
     def _key(self, prefix: str, name: str) -> str:
         key = keys.for_upload(prefix, name)
@@ -141,10 +146,10 @@ class _Form:
         return key
 
     def files(self) -> tuple[str, Mapping[str, Extent]]:
-        """The folder, and what is to be stored, by key.
+        """The folder, and the files to store, by key.
 
         :raises BadForm: a field is missing.
-        :raises BadArchive: there is nothing.
+        :raises BadArchive: the archive is empty.
         """
         if self._found is None:
             raise BadForm("the form has no archive: name its field archive")
@@ -157,7 +162,7 @@ class _Form:
 
 
 def _content(events: Iterator[Event]) -> Iterator[Piece]:
-    """The content of the part that has begun."""
+    """The content of the part whose head was the last event."""
     for event in events:
         assert isinstance(event, Data)
         yield event.data
@@ -169,7 +174,7 @@ def _path_text(content: Iterator[Piece]) -> str:
     text = bytearray()
     for piece in content:
         text += piece
-        if len(text) > LONGEST_PATH_FIELD:
+        if len(text) > MAX_PATH_FIELD_BYTES:
             raise BadKey("path is too long: a key has at most 1,024 characters")
     try:
         return text.decode()

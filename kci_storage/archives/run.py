@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The uploads of an archive's files, many at a time, when all of it has been seen and nothing is wrong with it."""
+"""The uploads of an archive's files, many at a time, once the whole archive was received and accepted."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 
 from kci_storage import logfmt
-from kci_storage.archives.files import ArchiveFiles, Extent, held_for
+from kci_storage.archives.files import ArchiveFiles, Extent, memory_for
 from kci_storage.archives.staging import StagedFile
 from kci_storage.errors import BackendError, InsufficientStorage, StorageError, WriteConflict
 from kci_storage.store.uploads import Stored
@@ -21,18 +21,18 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class ArchiveReport:
-    """What came of an archive."""
+    """The outcome of an archive."""
 
     prefix: str  # the folder of its files; empty: the root
-    uploaded: int = 0  # files
-    size: int = 0  # bytes in them
+    uploaded: int = 0  # files that were stored
+    size: int = 0  # bytes in these
     failures: list[str] = field(default_factory=list)  # "key: reason"
 
 
 class Run:
     """The uploads of one archive's files.
 
-    It has at most ``parallelism`` of them with the threads, so that those of several archives take turns.
+    At most ``parallelism`` of them are submitted to the shared threads at a time, so that archives take turns.
 
     :param prefix: the folder of the files, for the report.
     """
@@ -42,14 +42,15 @@ class Run:
         self._uploader = files.uploader
         self._report = ArchiveReport(prefix)
         self._mutex = threading.Lock()
-        self._places = threading.Semaphore(files.uploader.parallelism)
-        self._failed_in_a_row = 0  # for reasons that are not the file's own
-        self._again: dict[str, Extent] = {}  # what was staged, but is of no use
+        self._submitted = threading.Semaphore(files.uploader.parallelism)
+        self._failed_in_a_row = 0  # not counting failures for which the file itself is the reason
+        self._again: dict[str, Extent] = {}  # files that were staged in vain, to be sent again
 
     def upload(self, extents: Mapping[str, Extent], staged: Mapping[str, StagedFile]) -> ArchiveReport:
-        """Upload them all; one that fails keeps no other from being stored.
+        """Upload all files. One that fails does not keep the others from being stored.
 
-        :param staged: those that are with the backend already, or on their way, by key.
+        :param extents: the files, by key.
+        :param staged: those that were sent to the backend already, or are being sent, by key.
         """
         self._upload_all(in_order(extents, staged), staged)
         self._upload_all(self._again, {})
@@ -65,15 +66,15 @@ class Run:
                 else:
                     begun.append(self._begin(key, extent, staged.get(key)))
         finally:
-            wait(begun)  # whatever happens: they read the spool file
+            wait(begun)  # even after an error: these uploads read the spool file
 
     def _begin(self, key: str, extent: Extent, staged: StagedFile | None) -> Future[None]:
-        held = 0 if staged else held_for(extent.size)
-        self._places.acquire()
-        self._uploader.memory.take(held)
-        return self._uploader.threads.submit(self._upload, key, extent, staged, held)
+        memory = 0 if staged else memory_for(extent.size)
+        self._submitted.acquire()
+        self._uploader.memory.acquire(memory)
+        return self._uploader.threads.submit(self._upload, key, extent, staged, memory)
 
-    def _upload(self, key: str, extent: Extent, staged: StagedFile | None, held: int) -> None:
+    def _upload(self, key: str, extent: Extent, staged: StagedFile | None, memory: int) -> None:
         try:
             with self._uploader.events.uploading():
                 stored = self._commit(key, staged) if staged else self._store(key, extent)
@@ -87,8 +88,8 @@ class Run:
             log.exception(logfmt.line(event="internal_error", key=key, error=repr(exc)))
             self._failed(key, "internal error", exc)
         finally:
-            self._uploader.memory.give_back(held)
-            self._places.release()
+            self._uploader.memory.release(memory)
+            self._submitted.release()
 
     def _store(self, key: str, extent: Extent) -> Stored:
         with contextlib.closing(self._files.begin(key)) as upload:
@@ -97,7 +98,7 @@ class Run:
             return Stored(upload.commit(), upload.sha256)
 
     def _commit(self, key: str, staged: StagedFile) -> Stored | None:
-        """Commit what was staged; None: it is of no use, and the file is to be sent again."""
+        """Commit a staged file; None: that is not possible, and the file has to be sent again."""
         try:
             upload = staged.take()
         except StorageError:
@@ -125,10 +126,10 @@ class Run:
 
 
 def in_order(extents: Mapping[str, Extent], staged: Mapping[str, StagedFile]) -> dict[str, Extent]:
-    """The same files: first those that are staged, which need but a request, and last those that are being staged.
+    """Sort the files: first the staged ones, which need one request each, and last those that are being staged.
 
-    So a thread that is to commit one waits for it as briefly as can be. It waits for a call that the threads got
-    earlier, and they take them up in turn: so it always ends.
+    So a thread that commits a file hardly waits for its staging. This cannot deadlock: the staging was submitted to
+    the same threads earlier, and they take calls in order.
     """
 
     def rank(key: str) -> int:

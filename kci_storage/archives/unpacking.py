@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Archives: what a compressed tar holds, as it arrives. Pure: pieces of bytes in, files' names and contents out.
+"""Unpacking a compressed tar while it is received. Pure: pieces of bytes in, files' names and contents out.
 
-Nothing that an archive says is believed before it is measured. A piece of what is unpacked has at most
-:data:`PIECE_SIZE` bytes, however well it was compressed, and the limits are looked at with each header: a bomb costs
-what it may have until there, and no more. A header's block is Python's to read (``tarfile``). What stands between
-them is read here: ``tarfile`` takes a broken header for the archive's end, and extended ones of any size into memory.
+No size in an archive is trusted before it is checked. A piece of unpacked data has at most :data:`PIECE_SIZE` bytes,
+however well it was compressed, and the limits are checked with each header: a decompression bomb costs no more than
+the limits allow. ``tarfile`` parses the headers' blocks. The blocks between them are read here, since ``tarfile``
+takes a broken header for the archive's end, and reads extended headers of any size into memory.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ else:
     from backports import zstd
 
 PIECE_SIZE = 256 * 1024  # bytes that are unpacked at a time, at most
-MOST_MEMORY = 128 * 1024 * 1024  # bytes that unpacking may need: `xz -9` needs 65 MiB, `zstd --ultra -22` this
-ZSTD_WINDOW_LOG = MOST_MEMORY.bit_length() - 1
-LONGEST_EXTENSION = 64 * 1024  # bytes of one extended header; they hold a path, and extended attributes
-HEADERS_PER_FILE = 8  # that an archive may have on average, folders' and extended ones too
+MAX_MEMORY = 128 * 1024 * 1024  # bytes that unpacking may need: `xz -9` needs 65 MiB, `zstd --ultra -22` this much
+ZSTD_WINDOW_LOG = MAX_MEMORY.bit_length() - 1
+MAX_EXTENSION_SIZE = 64 * 1024  # bytes of one extended header: a path, and extended attributes
+HEADERS_PER_FILE = 8  # that an archive may have on average, those of folders and extended headers included
 SPARE_HEADERS = 1_000
-MOST_FRAMES = 100_000  # of compressed data; each costs some microseconds, even if nothing is in it
+MAX_FRAMES = 100_000  # of compressed data; each costs some microseconds, even if it is empty
 BLOCK = tarfile.BLOCKSIZE  # bytes
 
 _MAGIC = {b"\x1f\x8b": "gzip", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _ZSTD_SKIPPABLE = re.compile(rb"[\x50-\x5f]\x2a\x4d\x18")  # RFC 8878, 3.1.2; pzstd begins with one
 _SUFFIXES = {"gz": "gzip", "tgz": "gzip", "xz": "xz", "txz": "xz", "zst": "zstd", "tzst": "zstd"}
-_LONGEST_MAGIC = 6  # bytes
+_MAX_MAGIC_SIZE = 6  # bytes
 _RECORD = re.compile(rb"([1-9][0-9]{0,5}) ([^=\n]+)=")  # of a pax header: its length, its name
 _REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 _EXTENDED = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
@@ -71,7 +71,7 @@ class Limits:
 
     @property
     def unpacked(self) -> int:
-        """Bytes that it may have with its headers and what pads it, were each as large as is usual at most."""
+        """How many bytes it may have unpacked, headers and padding included."""
         return self.total_bytes + 4 * BLOCK * self.headers
 
 
@@ -87,7 +87,7 @@ class Member:
 
 
 class _Decompressor(Protocol):
-    """One frame, as ``lzma`` and ``zstd`` have it."""
+    """Decompresses one frame. The decompressor objects of ``lzma`` and ``zstd`` have these members."""
 
     @property
     def eof(self) -> bool:
@@ -95,18 +95,18 @@ class _Decompressor(Protocol):
 
     @property
     def needs_input(self) -> bool:
-        """Whether nothing more comes without further input."""
+        """Whether no more output can be had without further input."""
 
     @property
     def unused_data(self) -> bytes:
-        """What came after the frame's end."""
+        """The input after the frame's end."""
 
     def decompress(self, data: Any, max_length: int) -> bytes:
-        """The next bytes, at most so many."""
+        """The next bytes, at most ``max_length``."""
 
 
 class _Gzip:
-    """One gzip member, in the manner of the others."""
+    """Decompresses one gzip member, as a :class:`_Decompressor`."""
 
     def __init__(self) -> None:
         self._inner = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
@@ -127,7 +127,7 @@ class _Gzip:
 
 
 def _xz() -> _Decompressor:
-    return lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=MOST_MEMORY)
+    return lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=MAX_MEMORY)
 
 
 def _zstd() -> _Decompressor:
@@ -140,15 +140,16 @@ _DECOMPRESSORS: dict[str, Callable[[], _Decompressor]] = {"gzip": _Gzip, "xz": _
 
 
 def decompressed(pieces: Iterable[Piece], filename: str = "") -> Iterator[Piece]:
-    """What an archive is unpacked, in pieces; one that is not compressed is given as it is.
+    """Decompress an archive; one that is not compressed is returned as it is.
 
-    :param pieces: the archive. Each is done with before the next one is asked for.
-    :param filename: says how it is compressed where its content does not.
-    :raises BadArchive: it is broken, or ends before its end, or needs more memory than it may.
+    :param pieces: the archive. No piece is used after the next one was asked for.
+    :param filename: its suffix tells the compression where the content does not.
+    :returns: the unpacked content, in pieces.
+    :raises BadArchive: the data is broken, is cut short, or needs more than :data:`MAX_MEMORY`.
     """
     rest = iter(pieces)
     head = b""
-    while len(head) < _LONGEST_MAGIC and (piece := next(rest, None)) is not None:
+    while len(head) < _MAX_MAGIC_SIZE and (piece := next(rest, None)) is not None:
         head += piece
     kind = compression(head, filename)
     begun = chain((head,), rest)
@@ -156,7 +157,7 @@ def decompressed(pieces: Iterable[Piece], filename: str = "") -> Iterator[Piece]
 
 
 def compression(head: bytes, filename: str) -> str | None:
-    r"""How an archive is compressed: by its content, else by its name; None: it is not.
+    r"""How an archive is compressed: told by its first bytes, else by its name; None: it is not.
 
     >>> compression(b"\x1f\x8b\x08\x00\x00\x00", "a.tar"), compression(b"a/b/c\x00", "a.tar")
     ('gzip', None)
@@ -185,7 +186,7 @@ def _unpacked(pieces: Iterable[Piece], kind: str) -> Iterator[bytes]:
 
 
 def _frames(pieces: Iterable[Piece], new: Callable[[], _Decompressor]) -> Iterator[bytes]:
-    """The content of frames that follow each other, as the tools of all three formats allow, and zeros after each."""
+    """The content of concatenated frames, with zeros after each: the tools of all three formats allow both."""
     frame, begun, ended = new(), False, 0
     for data in pieces:
         while data or (begun and not frame.needs_input):
@@ -196,8 +197,8 @@ def _frames(pieces: Iterable[Piece], new: Callable[[], _Decompressor]) -> Iterat
                 yield piece
             if frame.eof:
                 data, frame, begun, ended = frame.unused_data, new(), False, ended + 1
-                if ended == MOST_FRAMES:
-                    raise BadArchive(f"the archive's compressed data has more than {MOST_FRAMES} parts")
+                if ended == MAX_FRAMES:
+                    raise BadArchive(f"the archive's compressed data has more than {MAX_FRAMES} parts")
     if begun:
         raise _cut_short()
 
@@ -212,7 +213,7 @@ def _cut_short() -> BadArchive:
 
 def _too_much_memory() -> BadArchive:
     return BadArchive(
-        f"unpacking the archive needs more than {readable_size(MOST_MEMORY)} of memory: compress it less"
+        f"unpacking the archive needs more than {readable_size(MAX_MEMORY)} of memory: compress it less"
     )
 
 
@@ -220,26 +221,26 @@ def _too_much_memory() -> BadArchive:
 
 
 class TarReader:
-    """The regular files of a tar archive, one after another. Folders are left out; anything else is refused.
+    """The regular files of a tar archive, one after another. Folders are skipped; other entries are refused.
 
-    It is read to its very end: what follows it may only be zeros.
+    The archive is read to the last byte: only zeros may follow its end.
 
-    :param pieces: as :func:`decompressed` gives them.
+    :param pieces: the archive, as :func:`decompressed` returns it.
     """
 
     def __init__(self, pieces: Iterable[Piece], limits: Limits):
         self._pieces = iter(pieces)
         self._limits = limits
-        self._rest = memoryview(b"")  # of the present piece
-        self._unpacked = 0  # bytes that came
+        self._rest = memoryview(b"")  # of the current piece
+        self._unpacked = 0  # bytes taken from the pieces
         self._headers = self._files = 0
-        self._total = 0  # bytes of files
-        self._left = 0  # bytes of the present file
+        self._total = 0  # bytes in all files so far
+        self._left = 0  # bytes of the current file that are still to be read
 
     def __iter__(self) -> Iterator[Member]:
-        """Each file; before the next one is asked for, :meth:`content` may be.
+        """Each file; :meth:`content` may be read before the next file is asked for.
 
-        :raises BadArchive: it is broken, cut short or too large, or has something in it that may not be.
+        :raises BadArchive: the archive is broken, cut short or too large, or has an entry that cannot be stored.
         """
         extended: dict[str, bytes] = {}
         while (header := self._header()) is not None:
@@ -251,7 +252,7 @@ class TarReader:
                 continue
             if (member := self._member(header, extended)) is not None:
                 yield member
-                for _ in self.content():  # what the caller has left
+                for _ in self.content():  # skip what the caller did not read
                     pass
                 self._skip_padding(member.size)
             extended = {}
@@ -260,16 +261,16 @@ class TarReader:
         self._check_end()
 
     def content(self) -> Iterator[memoryview]:
-        """The present file's, in pieces, each good until the next is asked for."""
+        """The current file's content, in pieces, each valid until the next one is asked for."""
         while self._left:
             piece = self._take(self._left)
             self._left -= len(piece)
             yield piece
 
-    # What comes
+    # Reading
 
-    def _take(self, most: int) -> memoryview:
-        """The next bytes, at least one, at most so many."""
+    def _take(self, max_size: int) -> memoryview:
+        """The next bytes, at least one, at most ``max_size``."""
         while not self._rest:
             piece = next(self._pieces, None)
             if piece is None:
@@ -278,11 +279,11 @@ class TarReader:
             if self._unpacked > self._limits.unpacked:
                 raise self._too_large()
             self._rest = memoryview(piece)
-        taken, self._rest = self._rest[:most], self._rest[most:]
+        taken, self._rest = self._rest[:max_size], self._rest[max_size:]
         return taken
 
     def _read(self, size: int) -> bytes:
-        """So many bytes."""
+        """The next ``size`` bytes."""
         data = bytearray()
         while len(data) < size:
             data += self._take(size - len(data))
@@ -292,7 +293,7 @@ class TarReader:
         self._read(-size % BLOCK)
 
     def _check_end(self) -> None:
-        """After the end there is nothing but zeros: another archive there would be left out without a word."""
+        """Check that only zeros follow the end: a second archive there would be ignored silently."""
         for piece in chain((self._rest,), self._pieces):
             self._unpacked += len(piece)
             if self._unpacked > self._limits.unpacked:
@@ -317,8 +318,8 @@ class TarReader:
             raise BadArchive(f"the archive {what}") from None
 
     def _extension(self, header: tarfile.TarInfo) -> dict[str, bytes]:
-        """What an extended header says of the file after it."""
-        if not 0 <= header.size <= LONGEST_EXTENSION:
+        """The records of an extended header, which describe the entry after it."""
+        if not 0 <= header.size <= MAX_EXTENSION_SIZE:
             raise BadArchive("the archive has an extended header that is too long")
         data = self._read(header.size)
         self._skip_padding(header.size)
@@ -327,13 +328,13 @@ class TarReader:
         return pax_records(data)
 
     def _check_global(self, header: tarfile.TarInfo) -> None:
-        """What holds for all files may be a comment, as git's is; it cannot be a name or a size."""
+        """Check that a global header sets no name or size; a comment, such as that of git, is allowed."""
         for name in self._extension(header):
             if name in ("path", "linkpath", "size") or name.startswith("GNU.sparse."):
                 raise BadArchive(f"the archive has a global header that sets {name}")
 
     def _member(self, header: tarfile.TarInfo, extended: dict[str, bytes]) -> Member | None:
-        """The file that a header begins; None: a folder."""
+        """The file of a header; None: a folder."""
         raw = extended["path"].decode("utf-8", "surrogateescape") if "path" in extended else header.name
         is_folder = header.type == tarfile.DIRTYPE or (header.type == tarfile.AREGTYPE and raw.endswith("/"))
         name = relative_name(raw)
@@ -349,15 +350,15 @@ class TarReader:
         return self._counted(Member(name, _size(header, extended)))
 
     def _counted(self, member: Member) -> Member:
-        """The same, when it is within the limits."""
+        """The same file, counted and checked against the limits."""
         self._files += 1
         self._total += member.size
         self._left = member.size
         if self._files > self._limits.files:
             raise BadArchive(f"the archive has more than {self._limits.files} files")
         if member.size > self._limits.file_bytes:
-            most = readable_size(self._limits.file_bytes)
-            raise BadArchive(f"the archive's file {shown(member.name)} has more than {most}")
+            limit = readable_size(self._limits.file_bytes)
+            raise BadArchive(f"the archive's file {shown(member.name)} has more than {limit}")
         if self._total > self._limits.total_bytes:
             raise self._too_large()
         return member
@@ -367,9 +368,9 @@ class TarReader:
 
 
 def relative_name(name: str) -> str:
-    """The name of a tar entry as a part of a key: as in `tar -c .`, each ``.`` is left out.
+    """The name of a tar entry, relative to the archive's folder, without the ``.`` segments of `tar -c .`.
 
-    :raises BadArchive: it leads elsewhere.
+    :raises BadArchive: the name is absolute, or has a ``..`` segment.
 
     >>> relative_name("./dtbs//arm/a.dtb")
     'dtbs/arm/a.dtb'
@@ -383,7 +384,7 @@ def relative_name(name: str) -> str:
 def pax_records(data: bytes) -> dict[str, bytes]:
     r"""The records of a pax extended header (POSIX.1-2017, pax, "pax Header Block").
 
-    :raises BadArchive: there is something else in it.
+    :raises BadArchive: the header is malformed.
 
     >>> pax_records(b"14 path=a/\xe6\x96\x87\n")
     {'path': b'a/\xe6\x96\x87'}
@@ -401,7 +402,7 @@ def pax_records(data: bytes) -> dict[str, bytes]:
 
 
 def _size(header: tarfile.TarInfo, extended: dict[str, bytes]) -> int:
-    """Bytes of a file's content."""
+    """The size of a file's content, in bytes."""
     text = extended.get("size")
     size = header.size if text is None else int(text) if re.fullmatch(rb"[0-9]{1,19}", text) else -1
     if size < 0:
@@ -410,7 +411,7 @@ def _size(header: tarfile.TarInfo, extended: dict[str, bytes]) -> int:
 
 
 def shown(name: str) -> str:
-    r"""A name for a message: short, and on one line.
+    r"""A name as it is shown in a message: short, and on one line.
 
     >>> shown("a\n")
     "'a\\n'"

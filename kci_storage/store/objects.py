@@ -92,8 +92,8 @@ class Objects:
             return self._open_local(self._local, key)
         started = time.monotonic()
         while True:
-            content = self._open_copy(key, before_blocking)
-            content = content or self._open_cold(key, method, conditions, before_blocking)
+            copied = self._open_copy(key, before_blocking)
+            content = copied or self._open_cold(key, method, conditions, before_blocking)
             if content is not None:
                 return content
             self._wait_for_writer(key, started)

@@ -509,10 +509,10 @@ def resident(pid: int, name: str) -> int:
 
 def test_the_budget_is_for_all():
     budget = Budget(10)
-    budget.take(6)
+    budget.acquire(6)
     with ThreadPoolExecutor(1) as threads:
-        waiting = threads.submit(budget.take, 5)
+        waiting = threads.submit(budget.acquire, 5)
         assert not waiting.done()
-        budget.give_back(1)
+        budget.release(1)
         waiting.result(SECONDS)
-    budget.give_back(10)
+    budget.release(10)

@@ -19,7 +19,7 @@ import pytest
 
 from kci_storage.archives import files as archive_files
 from kci_storage.archives import staging
-from kci_storage.archives.files import MOST_STAGED, UPLOAD_MEMORY, ArchivePlan
+from kci_storage.archives.files import MAX_STAGED, UPLOAD_MEMORY, ArchivePlan
 from kci_storage.archives.run import ArchiveReport
 from kci_storage.config.reading import load
 from kci_storage.errors import StorageError
@@ -193,7 +193,11 @@ def test_files_go_to_their_disk_while_the_archive_comes(local_server: Server) ->
 
 def test_small_files_are_one_request_each(bench: Bench) -> None:
     folder = new_folder()
-    content = {"large": large(1), "medium": large(2, staging.STAGED_FROM), "small": large(3, staging.STAGED_FROM - 1)}
+    content = {
+        "large": large(1),
+        "medium": large(2, staging.MIN_STAGED_SIZE),
+        "small": large(3, staging.MIN_STAGED_SIZE - 1),
+    }
     with sending(bench.server, folder, content) as archive:
         wait_until(lambda: blocks(bench, f"{folder}/large") == 2, SECONDS, "the large file's blocks")
         answer = archive.finish()
@@ -430,7 +434,7 @@ class Service:
     def holds_nothing(self) -> bool:
         """Whether all that archives have in common is free."""
         free = self.uploader.memory._free, self.uploader.staged._value
-        return free == (UPLOAD_MEMORY, MOST_STAGED)
+        return free == (UPLOAD_MEMORY, MAX_STAGED)
 
 
 class Body:
@@ -469,8 +473,8 @@ def test_who_waits_for_the_archives_end_holds_no_memory(tmp_path: Path, end: byt
     body = Body(entry("a", large(1)) + entry("b", large(2)) + entry("a", large(3)), end)
     with receiving(service, body) as report:
         wait_until(lambda: service.staged() == 2 * LARGE, SECONDS, "two files to be staged")
-        wait_until(lambda: service.uploader.memory._free == UPLOAD_MEMORY, SECONDS, "the memory to be given back")
-        assert service.uploader.staged._value < MOST_STAGED
+        wait_until(lambda: service.uploader.memory._free == UPLOAD_MEMORY, SECONDS, "the memory to be released")
+        assert service.uploader.staged._value < MAX_STAGED
     if end == ZEROS:
         assert report.result().uploaded == 3
     else:
@@ -483,12 +487,12 @@ def test_who_waits_for_the_archives_end_holds_no_memory(tmp_path: Path, end: byt
 @pytest.mark.parametrize("bound", ["of one archive", "of the worker", "of memory"])
 def test_no_more_is_staged_than_may_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bound: str) -> None:
     if bound == "of one archive":
-        monkeypatch.setattr(staging, "MOST_OF_ONE", 1)
+        monkeypatch.setattr(staging, "MAX_STAGED_OF_ONE", 1)
     elif bound == "of the worker":
-        monkeypatch.setattr(archive_files, "MOST_STAGED", 1)
+        monkeypatch.setattr(archive_files, "MAX_STAGED", 1)
     service = Service(tmp_path)
     if bound == "of memory":
-        service.uploader.memory.take(UPLOAD_MEMORY - 13 * MIB)
+        service.uploader.memory.acquire(UPLOAD_MEMORY - 13 * MIB)
     content = {name: large(seed) for seed, name in enumerate("abc")}
     body = Body(entries(content))
     with receiving(service, body) as report:
@@ -500,12 +504,12 @@ def test_no_more_is_staged_than_may_be(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_who_waits_for_memory_goes_before_what_could_be_staged() -> None:
     budget = archive_files.Budget(10)
-    budget.take(8)
+    budget.acquire(8)
     with ThreadPoolExecutor(1) as threads:
-        waiting = threads.submit(budget.take, 5)
-        wait_until(lambda: budget._waiting, SECONDS, "the one who waits")
-        assert not budget.take_spare(1)
-        budget.give_back(8)
+        waiting = threads.submit(budget.acquire, 5)
+        wait_until(lambda: budget._waiting, SECONDS, "the thread to wait")
+        assert not budget.try_acquire(1)
+        budget.release(8)
         waiting.result(SECONDS)
-    assert not budget.take_spare(6)
-    assert budget.take_spare(5)
+    assert not budget.try_acquire(6)
+    assert budget.try_acquire(5)
