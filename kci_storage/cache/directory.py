@@ -6,18 +6,18 @@ For a key whose SHA-512 is ``abcd…``, in the folder ``ab``:
 ===========================  ===========================================================================
 ``abcd….json``               the record: the object's properties, and the name of its content file
 ``abcd….<generation>.data``  the content; never modified once it has this name
-``abcd….<generation>.part``  a content on its way in, locked by its writer
-``abcd….fill``               who fetches a cold object, and the record that it is to have (:class:`.fill.Claim`)
+``abcd….<generation>.part``  a content that is being written, locked by its writer
+``abcd….fill``               the claim of a running fill, with the record that the copy will get (:class:`.Claim`)
 ===========================  ===========================================================================
 
-The rename of the record is the commit. Each version has a generation, hence a content file, of its own, and before a
-new record takes its place the old content is unlinked: so a record that a process remembers is right for as long as
-the content file that it names can be opened. That makes a hit two system calls, without a lock, and an overwrite
-through one worker visible to the very next request on every other one.
+The rename of the record is the commit. Each version has its own generation, hence its own content file, and the old
+content is unlinked before a new record replaces the old one: so a record that a process remembers is right for as
+long as the content file that it names can be opened. Thus a hit takes two system calls and no lock, and an overwrite
+through one worker is visible to the very next request on every other worker.
 
-Whoever changes an entry holds the key's lock (:meth:`Cache.writing`). A writer that dies leaves its lock behind;
-whoever takes that lock next makes the entry *doubtful*, so that it is checked against the backend before it is served
-again, keeps a running fill from being published, and clears the writer's files away.
+A thread that changes an entry holds the key's lock (:meth:`Cache.writing`). A writer that dies leaves its lock behind.
+The next thread that takes this lock marks the entry *doubtful*, so that it is revalidated before it is served again,
+keeps a running fill from being published, and removes the dead writer's files.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from pathlib import Path
 
 from kci_storage.cache.entry import Entry, Record, Usage, last_use, new_record
 from kci_storage.cache.names import (
+    CACHE_FILE,
     CONTENT,
     DIGEST,
     FILL,
     FOLDERS,
     LOCKS,
-    OURS,
     PART,
     RECORD,
     SPOOL,
@@ -53,20 +53,20 @@ from kci_storage.errors import InsufficientStorage
 from kci_storage.files import counters, durable
 from kci_storage.files.locks import KeyLocks, Lease
 
-TOUCH_INTERVAL = 300  # seconds; a hit renews a content file's access time at most this often
-REMEMBERED_RECORDS = 20_000  # per process; about 1 KiB each
+TOUCH_INTERVAL = 300  # seconds; a hit updates a content file's access time at most this often
+MAX_REMEMBERED_RECORDS = 20_000  # per process; about 1 KiB each
 
 
-class _Own(threading.local):
+class _ThreadChanges(threading.local):
     """How often this thread has changed the usage."""
 
-    changes = 0
+    count = 0
 
 
 class Cache:
-    """The cache directory, as one process sees it.
+    """The cache directory, for one process.
 
-    :param directory: made where it is missing.
+    :param directory: its path; created if it is missing.
     """
 
     def __init__(self, directory: Path):
@@ -74,27 +74,27 @@ class Cache:
         self.spool_directory = directory / SPOOL
         self.locks = KeyLocks(directory / LOCKS)
         self.usage = counters.SharedCounters(directory / "usage", len(Usage._fields))
-        self._own = _Own()
-        self._remembered: dict[str, tuple[Record, str]] = {}  # with the content's path, by key
+        self._own_changes = _ThreadChanges()
+        self._remembered: dict[str, tuple[Record, str]] = {}  # by key: the record, and the content's path
         durable.make_directory(self.spool_directory)
 
     def location(self, key: str) -> Location:
-        """Where the key's files lie."""
+        """The paths of the key's files."""
         return self._location_of_digest(hashlib.sha512(key.encode()).hexdigest())
 
     def _location_of_digest(self, digest: str) -> Location:
         return Location(digest, f"{self.directory}/{digest[:2]}/{digest}")
 
-    # Reading: no lock, and nobody is asked
+    # Reading: without a lock, and without asking the backend
 
     def has_copy(self, key: str) -> bool:
-        """Whether there is a copy of the object, as far as one look at the directory can tell."""
+        """Whether the object has a record, which one system call tells. The copy may still turn out broken."""
         return self.location(key).record.exists()
 
     def lookup(self, key: str) -> Entry | None:
-        """The copy of the object, opened, or None.
+        """The copy of the object, opened; None: there is none.
 
-        An entry that turns out broken (unreadable, of the wrong size, content gone) is removed and counts as none.
+        A broken entry (unreadable, of the wrong size, without content) is removed and counts as none.
         """
         remembered = self._remembered.get(key)
         if remembered is not None:
@@ -116,19 +116,19 @@ class Cache:
             if entry is not None:
                 self._remember(key, entry)
                 return entry
-            # Overwritten between the two looks, then the next look finds another record; or broken.
+            # Either the entry was overwritten meanwhile, and the next round finds the new record; or it is broken.
             if self._read_record(location) == record:
                 self._remove_broken(location, record)
                 return None
 
     def _remember(self, key: str, entry: Entry) -> None:
-        if len(self._remembered) >= REMEMBERED_RECORDS:
+        if len(self._remembered) >= MAX_REMEMBERED_RECORDS:
             self._remembered.clear()
         self._remembered[key] = entry.record, entry.path
 
     def _read_record(self, location: Location) -> Record | None:
         try:
-            with open(f"{location.stem}{RECORD}", "rb", 0) as file:  # most often it is not there: no detour by a Path
+            with open(f"{location.stem}{RECORD}", "rb", 0) as file:  # the hot path of a miss: no Path is made
                 data = file.readall()
         except FileNotFoundError:
             return None
@@ -152,15 +152,15 @@ class Cache:
 
     @staticmethod
     def _touch(fd: int, status: os.stat_result) -> None:
-        # Kept by hand, since file systems are mounted noatime; it orders the eviction.
+        # The access time decides the order of eviction. It is set here, since file systems are mounted noatime.
         now = time.time()
         if now - status.st_atime > TOUCH_INTERVAL:
             durable.set_access_time(fd, status, now)
 
     def _remove_broken(self, location: Location, record: Record | None) -> None:
-        """Remove an entry that cannot be served, unless somebody is at work on it or has replaced it.
+        """Remove an entry that cannot be served, unless its key is locked or it has been replaced.
 
-        :param record: what was read; None: what could not be read.
+        :param record: the entry's record; None: the record could not be read.
         """
         with contextlib.suppress(InsufficientStorage), self._writing_if_free(location) as free:
             if free and self._parse(location) == record:
@@ -168,7 +168,7 @@ class Cache:
 
     @staticmethod
     def _parse(location: Location) -> Record | None:
-        """The record, or None when there is none that can be read."""
+        """The record; None: there is none, or it cannot be read."""
         with contextlib.suppress(FileNotFoundError, ValueError):
             return Record.from_json(location.record.read_bytes())
         return None
@@ -177,10 +177,12 @@ class Cache:
 
     @contextlib.contextmanager
     def writing(self, key: str, timeout: float) -> Iterator[None]:
-        """Hold the key's lock during the block: for uploads and deletions.
+        """Hold the key's lock during the block, for an upload or a deletion.
 
-        :param timeout: seconds to wait for it.
-        :raises WriteConflict: it was held by others all that time.
+        :param timeout: seconds to wait for the lock.
+        :raises WriteConflict: other writers held it all that time.
+        :raises Overloaded: too many requests of this process wait already.
+        :raises InsufficientStorage: the disk is full.
         """
         location = self.location(key)
         with self.locks.hold(location.digest, timeout) as lease:
@@ -188,7 +190,7 @@ class Cache:
             yield
 
     def writing_if_free(self, key: str) -> contextlib.AbstractContextManager[bool]:
-        """Hold the key's lock during the block if it is free now; the block gets whether it is."""
+        """Hold the key's lock during the block if it is free now; the block's value says whether it is held."""
         return self._writing_if_free(self.location(key))
 
     @contextlib.contextmanager
@@ -199,13 +201,13 @@ class Cache:
             yield lease is not None
 
     def _heal(self, location: Location, lease: Lease) -> None:
-        """See to what a writer has left that died with the lock."""
+        """Repair the entry if the lock's last holder died."""
         if lease.orphaned:
             self._doubt(location)
             self._clear(location)
 
     def is_being_written(self, key: str) -> bool:
-        """Whether an upload or deletion of the key is running. One that died is cleared away."""
+        """Whether an upload or deletion of the key is running. What a dead writer left is removed."""
         location = self.location(key)
         if not self.locks.is_present(location.digest):
             return False
@@ -215,7 +217,7 @@ class Cache:
     def new_part(self, key: str, generation: str | None = None) -> durable.NewFile:
         """A file for a new version's content.
 
-        :param generation: which it will be; None: nobody knows yet.
+        :param generation: the version's; None: a new one.
         :raises InsufficientStorage: the disk is full.
         """
         return durable.NewFile(self.location(key).part(generation or new_generation()))
@@ -228,33 +230,34 @@ class Cache:
         return durable.NewFile(self.spool_directory / f"{new_generation()}{PART}")
 
     def announce_commit(self, key: str) -> None:
-        """Before the backend commits a new version: see that a copy of the old one is doubted if we never return.
+        """Before the backend commits a new version: make sure that the old copy is doubtful if this process dies.
 
-        The caller holds the key's lock, whose file is the announcement; here it is made to outlive a loss of power.
+        The caller holds the key's lock, whose file is the announcement. It is flushed to disk here, so that it
+        survives a loss of power.
         """
         if self.has_copy(key):
             self.locks.sync()
 
     def publish(self, part: durable.NewFile, info: ObjectInfo) -> None:
-        """Make the part file the object's copy, in place of the one there was. The caller holds the key's lock.
+        """Make the part file the object's copy, in place of the old one. The caller holds the key's lock.
 
-        :raises InsufficientStorage: the disk is full. The old copy is gone then, and the part is to be discarded.
+        :raises InsufficientStorage: the disk is full. The old copy is removed then; the caller discards the part.
         """
         location, new = self.location(info.key), new_record(info)
         with self._replacing(location, new) as old, self._new_record(location, new) as file:
             self._put_in_place(part, file, old, new)
 
     def publish_filled(self, part: durable.NewFile, record: Record, file: durable.NewFile) -> None:
-        """The same with a record that there is already.
+        """As :meth:`publish`, with a record that is written already.
 
-        :param file: the record, written, under a temporary name, which the caller closes.
+        :param file: the record's file, under a temporary name; the caller closes it.
         """
         with self._replacing(self.location(record.info.key), record) as old:
             self._put_in_place(part, file, old, record)
 
     @contextlib.contextmanager
     def _replacing(self, location: Location, new: Record) -> Iterator[Record | None]:
-        """The record that is to be replaced during the block. If that fails, there is no copy any more."""
+        """Replace a record during the block, whose value is the old one. If the block fails, no copy is left."""
         old = self._parse(location)
         try:
             yield old
@@ -264,13 +267,13 @@ class Cache:
             raise
 
     def _put_in_place(self, part: durable.NewFile, file: durable.NewFile, old: Record | None, new: Record) -> None:
-        """Give a new version's content and its record their names.
+        """Give a new version's content and its record their final names.
 
-        The disk is waited for twice: for content and record, and then for both their names. If it has but one of
-        these when the power fails, no copy is found; what a record names is whole.
+        There are two flushes: one of content and record, then one of both names. After a loss of power between
+        them, no copy is found; the content that a record names is always complete.
         """
         location = self.location(new.info.key)
-        durable.flush_together(part, file)  # what follows cannot fail for want of room
+        durable.flush_together(part, file)  # the rest cannot fail for lack of space
         part.take_name(location.content(new.generation))
         self._count(1, new.info.size)
         self._unlink_old_content(location, old, keep=new)
@@ -280,7 +283,7 @@ class Cache:
 
     @staticmethod
     def _new_record(location: Location, record: Record) -> durable.NewFile:
-        """A record, but for its name; it is not flushed."""
+        """A record's file under a temporary name, not flushed."""
         file = durable.NewFile(Path(f"{location.stem}.{record.generation}{RECORD}{PART}"))
         try:
             file.write(record.to_json())
@@ -290,22 +293,23 @@ class Cache:
         return file
 
     def remove(self, key: str) -> bool:
-        """Remove the copy, for good; whether there was one. The caller holds the key's lock."""
+        """Remove the copy, durably; whether there was one. The caller holds the key's lock."""
         location = self.location(key)
-        there = self._unlink_entry(location, self._parse(location))
-        if there:
-            with contextlib.suppress(InsufficientStorage):  # it is removed, until a loss of power at least
+        removed = self._unlink_entry(location, self._parse(location))
+        if removed:
+            with contextlib.suppress(InsufficientStorage):  # it is removed, at least until a loss of power
                 durable.sync_directory(location.record.parent)
-        return there
+        return removed
 
     def remove_version(self, record: Record) -> None:
-        """Remove the copy if it is still this one, and nobody is at work on it."""
+        """Remove the copy if it still has this record, and its key is not locked."""
         self._remove_broken(self.location(record.info.key), record)
 
     def doubt(self, key: str) -> None:
-        """Nobody knows what the backend has. The caller holds the key's lock.
+        """Mark the copy doubtful: it is unknown which version the backend has. The caller holds the key's lock.
 
-        The copy is checked before it is served again (with a full disk, removed), and no running fill is published.
+        The copy is revalidated before it is served again (on a full disk, it is removed), and no running fill is
+        published.
         """
         self._doubt(self.location(key))
 
@@ -320,7 +324,7 @@ class Cache:
             self._unlink_entry(location, record)
 
     def confirm(self, record: Record) -> None:
-        """The backend still has this version: a doubt is settled, unless somebody is at work on the entry."""
+        """The backend still has this version: the copy is no longer doubtful, unless its key is locked."""
         if not record.doubtful:
             return
         location = self.location(record.info.key)
@@ -330,7 +334,7 @@ class Cache:
                 self._replace_record(location, record, confirmed)
 
     def _replace_record(self, location: Location, old: Record, new: Record) -> None:
-        """Put another record in place of one of the same content. Cut off in between, it leaves a broken entry.
+        """Replace a record by another one for the same content. A crash in between leaves a broken entry.
 
         :raises InsufficientStorage: the disk is full.
         """
@@ -338,13 +342,13 @@ class Cache:
             self._new_record(location, new) as record,
             contextlib.suppress(FileNotFoundError),
         ):  # a broken entry already
-            record.flush()  # what follows cannot fail for want of room
-            # A new generation, so that no process goes on with the record it remembers.
+            record.flush()  # the rest cannot fail for lack of space
+            # A new generation, so that no process keeps using the record that it remembers.
             durable.rename(location.content(old.generation), location.content(new.generation))
             record.publish(location.record)
 
     def revoke_fill(self, key: str) -> None:
-        """Keep a fill of the key that is running from being published: it may have read the old version."""
+        """Keep a running fill of the key from being published: it may have read the old version."""
         self._revoke_fill(self.location(key))
 
     @staticmethod
@@ -354,33 +358,33 @@ class Cache:
     def _unlink_entry(self, location: Location, record: Record | None) -> bool:
         """Remove the content and its record, in this order; whether there was a record.
 
-        :param record: None: there is none, or none that can be read.
+        :param record: None: there is no record, or it cannot be read.
         """
         self._unlink_old_content(location, record)
         return durable.remove(location.record)
 
     def _unlink_old_content(self, location: Location, old: Record | None, keep: Record | None = None) -> None:
-        """See that no process goes on with a record that it remembers.
+        """Unlink the old content, so that no process keeps using a record that it remembers.
 
-        :param old: the present record; None: there is none, or none that can be read.
-        :param keep: a record whose content is to stay.
+        :param old: the present record; None: there is no record, or it cannot be read.
+        :param keep: the record whose content stays.
         """
-        if not self._unlink_content(location, old) and location.record.exists():  # a broken one: it names no content
+        if not self._unlink_content(location, old) and location.record.exists():  # broken: it names no content
             self._remove_strays(location, keep)
 
     def _unlink_content(self, location: Location, record: Record | None) -> bool:
-        there = record is not None and durable.remove(location.content(record.generation))
-        if record is not None and there:
+        removed = record is not None and durable.remove(location.content(record.generation))
+        if record is not None and removed:
             self._count(-1, -record.info.size)
-        return there
+        return removed
 
     def _count(self, files: int, size: int) -> None:
-        self._own.changes += 1
-        with contextlib.suppress(InsufficientStorage):  # the next walk corrects it
+        self._own_changes.count += 1
+        with contextlib.suppress(InsufficientStorage):  # the next scan corrects the usage
             self.usage.add(files, size, 1)
 
     def _clear(self, location: Location) -> int:
-        """Remove the files of a key that no record names and nobody holds; how many. The caller holds its lock."""
+        """Remove a key's files that no record names and no writer has locked; how many. The caller holds its lock."""
         record = self._parse(location)
         parts = [Path(file.path) for file in self._files(location) if file.name.endswith(PART)]
         removed = sum(map(durable.remove_if_unlocked, parts)) + self._remove_strays(location, record)
@@ -403,10 +407,10 @@ class Cache:
         return []
 
     def evict(self, content: Path, used: float) -> bool:
-        """Remove a copy, unless somebody is at work on it or has used it meanwhile; whether it was removed.
+        """Remove a copy, unless its key is locked or it was used meanwhile; whether it was removed.
 
         :param content: its content file.
-        :param used: seconds since the epoch; when that was used last as far as the caller knows.
+        :param used: the last use of that file that the caller knows of, in seconds since the epoch.
         """
         location = self._location_of_digest(digest_of(content.name))
         with self._writing_if_free(location) as free:
@@ -421,7 +425,7 @@ class Cache:
     # Recovery and invariants
 
     def recover_locks(self) -> None:
-        """See to what writers have left that died, and clear their locks away."""
+        """Repair the entries whose writers died, and remove these writers' locks."""
         for name in self.locks.names():
             with self._writing_if_free(self._location_of_digest(name)):
                 pass
@@ -432,40 +436,40 @@ class Cache:
         return itertools.chain.from_iterable(map(self._contents_in, FOLDERS))
 
     def _contents_in(self, folder: str) -> Iterator[tuple[os.DirEntry[str], os.stat_result]]:
-        return _looked_at(file for file in self._scan(folder) if file.name.endswith(CONTENT))
+        return _with_status(file for file in self._scan(folder) if file.name.endswith(CONTENT))
 
     def _scan(self, folder: str) -> Iterator[os.DirEntry[str]]:
         with contextlib.suppress(FileNotFoundError), os.scandir(self.directory / folder) as files:
-            yield from (file for file in files if OURS.match(file.name))
+            yield from (file for file in files if CACHE_FILE.match(file.name))
 
     def sweep(self) -> int:
-        """Remove what a crash left: temporary files that nobody holds, contents without a record, and the reverse.
+        """Remove what a crash left: unlocked temporary files, contents without a record, records without a content.
 
-        Safe while others work. It corrects :attr:`usage` by what it saw.
+        It may run while the server does. It corrects :attr:`usage` as well.
 
         :returns: how many files were removed.
         """
         return sum(self.sweeping())
 
     def sweeping(self) -> Iterator[int]:
-        """The same in steps, one for each folder; how many files each has removed."""
+        """As :meth:`sweep`, in steps of one folder each; yields how many files each step has removed."""
         self.recover_locks()
-        before, files, size, own = Usage(*self.usage.read()), 0, 0, self._own.changes
+        before, files, size, own = Usage(*self.usage.read()), 0, 0, self._own_changes.count
         yield sum(durable.remove_if_unlocked(path) for path in self._spools())
         for folder in FOLDERS:
             found = list(self._scan(folder))
-            for _, status in _looked_at(file for file in found if file.name.endswith(CONTENT)):
+            for _, status in _with_status(file for file in found if file.name.endswith(CONTENT)):
                 files, size = files + 1, size + status.st_size
             yield self._sweep_folder(found)
-        self.correct_usage(before, Usage(files, size, self._own.changes - own))
+        self.correct_usage(before, Usage(files, size, self._own_changes.count - own))
 
     def correct_usage(self, before: Usage, seen: Usage) -> None:
-        """Have :attr:`usage` say what a walk saw, unless what others have changed meanwhile may be the difference.
+        """Correct :attr:`usage` by what a scan found, unless concurrent changes may explain the difference.
 
-        :param before: what it said before the walk.
-        :param seen: what the walk saw, and how many changes after that are its own: those are right already.
+        :param before: the usage before the scan.
+        :param seen: what the scan found; its ``changes`` are those that the scan itself made and counted.
         """
-        # Whoever holds a key's lock may have made a change, but not counted it yet. (A lock for room is no such one.)
+        # A thread that holds a key's lock may have made a change and not counted it yet. (Other locks are not keys'.)
         writers = sum(DIGEST.fullmatch(name) is not None for name in self.locks.names())
         others = writers + self.usage.read()[2] - before.changes - seen.changes
         files, size = seen.files - before.files, seen.size - before.size
@@ -481,7 +485,7 @@ class Cache:
         removed = 0
         for digest, group in _by_digest(files).items():
             if not _is_entry(group):
-                # What cannot be removed, or locked on a full disk, must not keep the rest from being so.
+                # An entry that cannot be removed, or not locked on a full disk, must not end the sweep.
                 with contextlib.suppress(OSError, InsufficientStorage):
                     removed += self._sweep_location(self._location_of_digest(digest), group)
         return removed
@@ -497,10 +501,12 @@ class Cache:
         return removed
 
     def check(self) -> list[str]:
-        """What is wrong with the directory while nobody is at work on it; empty when all is well.
+        """Check the directory's invariants, while no other thread or process uses it.
 
-        Nothing partial or temporary is there, every record can be read, has its content, of its size, under its own
-        key's name, every content has its record, nobody holds a lock, and :attr:`usage` is right.
+        There is no temporary file and no lock; every record can be read, is under its own key's name, and has its
+        content, of the right size; every content has its record; and :attr:`usage` is right.
+
+        :returns: what is wrong, one line each; empty when nothing is.
         """
         wrong = [f"a lock is left: {name}" for name in self.locks.names()]
         wrong += [f"a spool file is left: {path.name}" for path in self._spools()]
@@ -541,21 +547,21 @@ class Cache:
 
 
 def _status(file: Path | os.DirEntry[str]) -> os.stat_result | None:
-    """A file's status; None when it is gone."""
+    """A file's status; None: the file is gone."""
     with contextlib.suppress(FileNotFoundError):
         return file.stat()
     return None
 
 
-def _looked_at(files: Iterable[os.DirEntry[str]]) -> Iterator[tuple[os.DirEntry[str], os.stat_result]]:
-    """The files and their status, but for those that are gone by now."""
+def _with_status(files: Iterable[os.DirEntry[str]]) -> Iterator[tuple[os.DirEntry[str], os.stat_result]]:
+    """The files and their status, without those that are gone by now."""
     for file in files:
         if (status := _status(file)) is not None:
             yield file, status
 
 
 def _by_digest(files: Iterable[os.DirEntry[str]]) -> dict[str, list[str]]:
-    """The names of the files that each key has."""
+    """The names of each key's files, by the key's digest."""
     names: dict[str, list[str]] = defaultdict(list)
     for file in files:
         names[digest_of(file.name)].append(file.name)
@@ -565,8 +571,8 @@ def _by_digest(files: Iterable[os.DirEntry[str]]) -> dict[str, list[str]]:
 def _is_entry(names: list[str]) -> bool:
     """Whether a key has a record, a content, and nothing else.
 
-    That they belong together is not looked at, which would take ten times as long: whoever looks the entry up, or
-    evicts it, does. A crash that leaves them so leaves a third file, too.
+    Whether the two belong together is not checked here, which would take ten times as long; a lookup and an eviction
+    check it. A crash that leaves a record with another one's content also leaves a third file.
     """
     if len(names) != 2:
         return False

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What the cache knows of a copy: its record, and how much all copies take."""
+"""The record of a cached copy, a hit, and the usage of the whole cache."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from kci_storage.drivers.base import ObjectInfo
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What is known of a cached object, and which file holds it."""
+    """The properties of a cached object, and which content file it has."""
 
     info: ObjectInfo
-    generation: str
+    generation: str  # part of the content file's name
     validated: float  # seconds since the epoch: when the backend was last known to have this version
-    doubtful: bool = False  # a writer died, or failed in its commit: ask the backend before serving this
+    doubtful: bool = False  # a writer died, or failed in its commit: revalidate before serving
 
     def to_json(self) -> bytes:
-        """The record as its file holds it."""
+        """The content of the record's file."""
         fields = {
             "info": self.info.to_fields(),
             "generation": self.generation,
@@ -34,9 +34,9 @@ class Record:
 
     @classmethod
     def from_json(cls, data: bytes) -> Record:
-        """Read a record.
+        """Parse the content of a record's file.
 
-        :raises ValueError: it is not one.
+        :raises ValueError: it is not a record.
         """
         try:
             fields = json.loads(data)
@@ -46,7 +46,7 @@ class Record:
 
 
 class Entry(NamedTuple):
-    """A hit: a record and its content, opened. The caller closes ``fd``."""
+    """A cache hit: a record and its open content file. The caller closes ``fd``."""
 
     record: Record
     fd: int
@@ -56,16 +56,19 @@ class Entry(NamedTuple):
 class Usage(NamedTuple):
     """How much the cache holds."""
 
-    files: int
-    size: int  # bytes
-    changes: int = 0  # how often it has changed
+    files: int  # content files
+    size: int  # bytes in them
+    changes: int = 0  # how often these numbers have changed
 
 
 def new_record(info: ObjectInfo) -> Record:
-    """The record of a version that the backend has now."""
+    """A record, of a new generation, for a version that the backend has now."""
     return Record(info, new_generation(), validated=time.time())
 
 
 def last_use(status: os.stat_result) -> float:
-    """When a content file was written or, to within :data:`TOUCH_INTERVAL`, read; seconds since the epoch."""
+    """When a content file was last written or read, in seconds since the epoch.
+
+    A read counts only :data:`.TOUCH_INTERVAL` seconds after the one before.
+    """
     return max(status.st_atime, status.st_mtime)

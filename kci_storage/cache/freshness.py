@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Whether cached copies are still what the backend has: asked once in a while, and never for long.
+"""Revalidation: whether a cached copy is still the version that the backend has.
 
-One thread asks for all that want to know about a copy, for a few seconds at most. While the backend is away, copies
-are served as they are, at once, and one question every few seconds finds out when it is back.
+A copy is checked when it is due and requested. All requests for one copy share one check, and wait a few seconds at
+most. While the backend is down, stale copies are served without waiting, and one check every few seconds finds out
+when it is back.
 """
 
 from __future__ import annotations
@@ -22,24 +23,24 @@ from kci_storage.net import slots
 
 log = logging.getLogger(__name__)
 
-PATIENCE = 5.0  # seconds for which a request waits for the backend when it could have a copy that is maybe old
-QUIET = 5.0  # seconds after a failure for which the backend is not asked again
-REMEMBERED = 100_000  # copies; then the memory of what was checked starts afresh
+MAX_WAIT = 5.0  # seconds that a request waits for a check before it gets the copy unchecked
+RETRY_INTERVAL = 5.0  # seconds after a failed check before the backend is asked again
+MAX_REMEMBERED = 100_000  # checked copies that are remembered; a full memory is emptied
 
 
 class Revalidation(enum.Enum):
-    """What asking has shown; the value is the metric's label."""
+    """The outcome of a check; the value is the metric's label."""
 
     FRESH = "fresh"
     CHANGED = "changed"
     DELETED = "deleted"
-    UNKNOWN = "failed"  # the backend is away
+    UNKNOWN = "failed"  # the backend did not answer
 
 
 class Freshness:
-    """What this process knows of its copies' freshness.
+    """The checks of one process.
 
-    :param period: seconds for which a check holds; 0: for ever.
+    :param period: seconds for which a check is valid; 0: for ever.
     """
 
     def __init__(self, driver: Driver, cache: Cache, events: Events, period: float):
@@ -47,45 +48,45 @@ class Freshness:
         self._cache = cache
         self._events = events
         self._period = period
-        self._good_until: dict[str, float] = {}  # by generation; seconds since the epoch
+        self._fresh_until: dict[str, float] = {}  # by generation; seconds since the epoch
         self._running: dict[str, Future[Revalidation]] = {}  # by generation
-        self._away = False  # whether the last answer was none
-        self._quiet_until = 0.0  # on the monotonic clock, in seconds
+        self._is_down = False  # whether the backend left the last check without an answer
+        self._retry_at = 0.0  # on the monotonic clock, in seconds
         self._mutex = threading.Lock()
 
     def is_due(self, record: Record) -> bool:
-        """Whether the copy has to be checked before it is served."""
+        """Whether the copy has to be revalidated before it is served."""
         if not self._period and not record.doubtful:
             return False
-        until = self._good_until.get(record.generation)
+        until = self._fresh_until.get(record.generation)
         if until is None:
             until = 0.0 if record.doubtful else record.validated + self._period
         return time.time() >= until
 
     def check(self, record: Record) -> Revalidation:
-        """Ask the backend whether the copy is still right, or share the answer with who is asking.
+        """Ask the backend whether it still has the copy's version; threads that ask at the same time share one answer.
 
-        A copy that is not right is removed. It takes :data:`PATIENCE` at most.
+        A copy of another version is removed. This takes :data:`MAX_WAIT` seconds at most.
         """
         with self._mutex:
             if not self.is_due(record):  # answered since the caller looked
                 return Revalidation.FRESH
             question = self._running.get(record.generation) or self._ask(record)
-        if question is None or self._away:
+        if question is None or self._is_down:
             return Revalidation.UNKNOWN
         try:
             with slots.waiting(bounded=False):
-                return question.result(PATIENCE)
+                return question.result(MAX_WAIT)
         except TimeoutError:
-            self._away = True
+            self._is_down = True
             return Revalidation.UNKNOWN
 
     def _ask(self, record: Record) -> Future[Revalidation] | None:
-        """The answer to come; None: the backend is to be left alone. The caller holds the mutex."""
-        if time.monotonic() < self._quiet_until:
+        """Start a check; None: the backend failed moments ago. The caller holds the mutex."""
+        if time.monotonic() < self._retry_at:
             return None
-        if self._away:
-            self._quiet_until = time.monotonic() + QUIET  # one question finds out whether it is back
+        if self._is_down:
+            self._retry_at = time.monotonic() + RETRY_INTERVAL  # this check alone finds out whether it is back
         question: Future[Revalidation] = Future()
         threading.Thread(target=self._answer, args=(record, question), name="revalidate", daemon=True).start()
         self._running[record.generation] = question
@@ -98,13 +99,13 @@ class Freshness:
         finally:
             self._events.revalidated(verdict.value)
             with self._mutex:
-                self._away = verdict is Revalidation.UNKNOWN
-                self._quiet_until = time.monotonic() + QUIET if self._away else 0.0
+                self._is_down = verdict is Revalidation.UNKNOWN
+                self._retry_at = time.monotonic() + RETRY_INTERVAL if self._is_down else 0.0
                 del self._running[record.generation]
             question.set_result(verdict)
 
     def _compare(self, record: Record) -> Revalidation:
-        asked = time.time()  # what the backend has said may be as old as the question
+        asked = time.time()  # the answer may be as old as the question
         try:
             current = self._driver.stat(record.info.key)
         except ObjectNotFound:
@@ -120,6 +121,6 @@ class Freshness:
         return Revalidation.FRESH
 
     def _confirm(self, record: Record, asked: float) -> None:
-        if len(self._good_until) >= REMEMBERED:
-            self._good_until.clear()
-        self._good_until[record.generation] = asked + (self._period or float("inf"))
+        if len(self._fresh_until) >= MAX_REMEMBERED:
+            self._fresh_until.clear()
+        self._fresh_until[record.generation] = asked + (self._period or float("inf"))

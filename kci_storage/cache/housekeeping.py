@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Keeping the cache within its limits, without anybody noticing.
+"""Housekeeping: eviction, which keeps the cache within its limits, and sweeps, which remove what crashes left.
 
-One thread over all workers sees to it, elected by a lock; when its worker dies, another worker's takes over. It looks
-at the limits now and then, which costs three system calls, and has the directory walked only when one is crossed. A
-fill that needs room asks for it at once (:meth:`Housekeeper.make_room`).
+One thread over all workers does it, elected by a lock; when its worker dies, a thread of another worker takes over.
+It checks the limits periodically, which costs three system calls, and scans the directory only when one is crossed. A
+fill that needs space asks for it at once (:meth:`Housekeeper.make_room`).
 
-A walk is a process of its own (:mod:`kci_storage.files.jobs`), which shares the elected thread's lock. Only a small
-cache is walked in the thread of the fill that asks, since starting a process would take longer than the walk.
+A scan runs in a process of its own (:mod:`kci_storage.files.jobs`), which shares the elected thread's lock. Only a
+small cache is scanned in a thread of the fill's process, since starting a process would take longer than the scan.
 """
 
 from __future__ import annotations
@@ -32,46 +32,55 @@ from kci_storage.files import durable
 from kci_storage.files.jobs import Job, JobStopped
 
 log = logging.getLogger(__name__)
-PAUSE = 0.002  # seconds: a fill's own evicting gives way to requests after each step
-ELECTION_INTERVAL = 5  # seconds between two tries to become the one who does it
+PAUSE = 0.002  # seconds between two steps of an eviction for a fill, so that requests are not delayed
+ELECTION_INTERVAL = 5  # seconds between two tries to become the elected thread
 SWEEP_INTERVAL = 24 * 3600  # seconds; a sweep also finds what workers left that died while the server ran
-STOP_SECONDS = 5.0  # for which a process waits for its housekeeping to end
-ROOM_TIMEOUT = 3  # seconds that a fill waits for room, and so do its clients; then it does without the cache
-SMALL = 1000  # files that are looked at in less time than a process needs to start
-REMEMBERED = 10_000  # candidates of one walk that are kept for the next fills; about 0.4 KiB each
+STOP_TIMEOUT = 5.0  # seconds that a process waits for its housekeeping to end
+ROOM_TIMEOUT = 3  # seconds that a fill and its clients wait for space; then the cache is bypassed
+SMALL = 1000  # files; scanning so many takes less time than starting a process
+MAX_CANDIDATES = 10_000  # of one scan that are kept for the next fills; about 0.4 KiB each
 ROOM_LOCK, LEADER_LOCK = "room.lock", "housekeeping.lock"
 
 
-# What takes its time; in a worker it would be felt, so these are jobs
+# Long work, which would delay requests in a worker: these run as jobs
 
 
 def sweep(directory: Path, sweep_driver: Callable[[], int] | None) -> Iterator[int]:
-    """Remove what crashes have left in the cache and in the driver's store; how many files each step has removed."""
+    """Remove what crashes have left in the cache and in the driver's store.
+
+    :returns: how many files each step has removed.
+    """
     yield from Cache(directory).sweeping()
     if sweep_driver is not None:
         yield sweep_driver()
 
 
 def recover(limits: CacheConfig) -> Iterator[Usage]:
-    """Evict until the limits are met; what each step has evicted."""
+    """Evict until the cache is within its limits again.
+
+    :returns: what each step has evicted.
+    """
     evictor = Evictor(Cache(limits.directory), limits)
     choose = partial(evictor.least_recently_used, limits.cleanup_chunk_size)
     return evictor.evict_until_within(evictor.to_recover, [], choose)
 
 
 def least_recently_used(limits: CacheConfig, count: int) -> Iterator[list[Candidate]]:
-    """So many candidates, the least recently used last, some in each step. The usage is corrected on the way."""
+    """Find ``count`` candidates for eviction, and correct the cache's usage on the way.
+
+    :returns: the candidates, the least recently used last, some in each step.
+    """
     chosen = Evictor(Cache(limits.directory), limits).least_recently_used(count)
     for start in range(0, len(chosen), STEP):
         yield chosen[start : start + STEP]
 
 
 class Housekeeper:
-    """Has what was not used for longest evicted when a limit is crossed.
+    """Evicts the least recently used copies when a limit is crossed, and sweeps.
 
-    :param limits: the ``[cache]`` section.
-    :param sweep_driver: sweeps the driver's store in another process, so it can be pickled; how many files it has
-        removed. None: a crash leaves nothing there.
+    :param limits: the configuration's section ``[cache]``.
+    :param sweep_driver: sweeps the driver's store, and returns how many files it has removed; it runs in another
+        process, so it must be picklable. None: a crash leaves nothing in that store.
     """
 
     def __init__(self, cache: Cache, limits: CacheConfig, events: Events, sweep_driver: Callable[[], int] | None):
@@ -83,10 +92,10 @@ class Housekeeper:
         self._stopped = threading.Event()
         self._jobs: set[Job] = set()
         self._threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
-        self._oldest: list[Candidate] = []  # of the latest walk for a fill, the least recently used last
+        self._oldest: list[Candidate] = []  # of the latest scan for a fill, the least recently used last
 
     def start(self) -> None:
-        """See to what a worker has left that died, then keep house in a thread whenever no other worker does."""
+        """Repair what dead workers left, then start a thread that does the housekeeping unless another worker does."""
         self._log_errors(self._cache.recover_locks)
         self._start("housekeeping", self._run)
 
@@ -97,12 +106,12 @@ class Housekeeper:
         return thread
 
     def stop(self) -> None:
-        """End what is under way, before the process ends in the midst of it: a lock would be left, and a wrong count.
+        """End the running jobs and threads: cut off in between, they would leave a lock and a wrong usage.
 
-        Back when it has ended, :data:`STOP_SECONDS` later at most.
+        Returns when they have ended, after :data:`STOP_TIMEOUT` seconds at most.
         """
         self._stopped.set()
-        deadline = time.monotonic() + STOP_SECONDS
+        deadline = time.monotonic() + STOP_TIMEOUT
         for job in list(self._jobs):
             job.stop()
         for thread in list(self._threads):
@@ -114,7 +123,7 @@ class Housekeeper:
             self._stopped.wait(ELECTION_INTERVAL)
 
     def _lead(self) -> None:
-        """Keep house until the end, unless somebody else does."""
+        """Do the housekeeping until the process stops, unless another worker does it."""
         path = self._cache.directory / LEADER_LOCK
         fd = durable.open_lock_file(path)
         try:
@@ -135,13 +144,13 @@ class Housekeeper:
             action()
         except JobStopped:
             pass
-        except Exception:  # a full disk, a folder that somebody took away: the next round may do better
+        except Exception:  # such as a full disk or a missing folder: the next round may succeed
             log.exception("event=housekeeping_failed")
 
     def _job(self, work: Callable[..., Iterator[Any]], *arguments: Any, lock: int | None = None) -> Iterator[Any]:
-        """What a job reports, step by step.
+        """Run a job; yields its reports.
 
-        :param lock: a locked descriptor; the lock is held until the job has ended, should this process die before.
+        :param lock: a locked descriptor. The lock is held until the job has ended, even if this process dies before.
         """
         with Job(work, *arguments, inherited=() if lock is None else (lock,)) as job:
             self._jobs.add(job)
@@ -161,17 +170,17 @@ class Housekeeper:
         )  # fmt: skip
 
     def keep_limits(self, lock: int | None = None) -> None:
-        """Have files evicted while a limit is crossed.
+        """Evict if a limit is crossed.
 
-        :param lock: as of :meth:`_job`.
+        :param lock: as in :meth:`_job`.
         """
         if self._evictor.over():
             self._count(self._job(recover, self._limits, lock=lock))
 
     def _count(self, steps: Iterator[Usage], pause: float = 0) -> None:
-        """Count what is evicted.
+        """Run an eviction: count and log what it removes.
 
-        :param pause: seconds after each step.
+        :param pause: seconds to wait after each step.
         """
         started, files, size = time.monotonic(), 0, 0
         try:
@@ -187,8 +196,8 @@ class Housekeeper:
     def make_room(self, size: int) -> bool:
         """Evict, if need be, so that an object of ``size`` bytes fits; whether it does.
 
-        Nothing is evicted for an object that would not fit into the emptied cache. What takes too long to wait for,
-        such as the walk of a large cache, goes on for those who come later.
+        Nothing is evicted for an object that would not fit into the emptied cache. An eviction that takes longer than
+        :data:`ROOM_TIMEOUT`, such as one that scans a large cache, goes on in the background for later fills.
         """
         missing = self._evictor.missing_for(size)
         if not missing:
@@ -203,17 +212,17 @@ class Housekeeper:
 
     def _make_room(self, size: int) -> None:
         with (
-            # Not even room for a lock's file is no more than no room.
+            # A disk without space for the lock's file is treated like a cache without space.
             contextlib.suppress(WriteConflict, InsufficientStorage),
-            # Else every fill of every worker evicts for itself what one eviction frees for all of them.
+            # One eviction at a time frees space for all fills of all workers.
             self._cache.locks.hold(ROOM_LOCK, ROOM_TIMEOUT),
         ):
             shortfall = partial(self._evictor.missing_for, size)
             self._count(self._evictor.evict_until_within(shortfall, self._oldest, self._choose), PAUSE)
 
     def _choose(self) -> list[Candidate]:
-        # A full cache needs room for each object that comes: not each can be worth a walk.
-        count = min(self._limits.cleanup_chunk_size, REMEMBERED)
+        # A full cache needs space for each new object; a scan for each of them would cost too much.
+        count = min(self._limits.cleanup_chunk_size, MAX_CANDIDATES)
         if self._cache.usage.read()[0] <= SMALL:
             return self._evictor.least_recently_used(count)
         return [candidate for some in self._job(least_recently_used, self._limits, count) for candidate in some]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The cache's limits: how much has to go, and which copies may."""
+"""The cache's limits, and eviction: how much has to be removed, and which copies."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from kci_storage.cache.directory import Cache
 from kci_storage.cache.entry import Usage, last_use
 from kci_storage.config.settings import CacheConfig
 
-YOUNGEST = 60  # seconds; what was written or used since is not evicted
-STEP = 20  # candidates that are evicted, or handed over, in one go
+MIN_IDLE = 60  # seconds; a copy that was written or used since is not evicted
+STEP = 20  # candidates that are evicted, or reported, in one step
 INODES = 2  # of one copy: its record and its content
 
 
@@ -28,7 +28,7 @@ class Candidate(NamedTuple):
 
 
 class Shortfall(NamedTuple):
-    """How much has to go; nothing where a number is not positive."""
+    """How much has to be evicted; nothing where a number is not positive."""
 
     files: int
     size: int  # bytes
@@ -38,34 +38,34 @@ class Shortfall(NamedTuple):
 
 
 class Evictor:
-    """What has to go, and what may.
+    """Finds out how much has to be evicted, and evicts it.
 
-    :param limits: the ``[cache]`` section.
+    :param limits: the configuration's section ``[cache]``.
     """
 
     def __init__(self, cache: Cache, limits: CacheConfig):
         self._cache = cache
         self._limits = limits
 
-    # What the limits ask for
+    # How much has to be evicted
 
     def over(self) -> bool:
         """Whether a limit is crossed."""
         return bool(self._beyond(Usage(0, 0), self._disk_missing(self._limits.low_disk_percent)))
 
     def to_recover(self) -> Shortfall:
-        """What has to go once one was crossed."""
+        """What has to be evicted once a limit was crossed."""
         return self._beyond(Usage(0, 0), self._disk_missing(self._limits.recover_disk_percent))
 
     def missing_for(self, size: int) -> Shortfall:
-        """What has to go so that a file of ``size`` bytes can come."""
+        """What has to be evicted so that a file of ``size`` bytes fits."""
         disk = os.statvfs(self._cache.directory)
         return self._beyond(Usage(1, size), Shortfall(0, size - disk.f_bavail * disk.f_frsize))
 
     def _beyond(self, more: Usage, on_disk: Shortfall) -> Shortfall:
-        """What has to go so that ``more`` can come.
+        """What has to be evicted so that ``more`` fits into the cache's limits and onto the disk.
 
-        :param on_disk: what has to go for the disk's sake.
+        :param on_disk: what has to be evicted for lack of space on the disk.
         """
         files, size, _ = self._cache.usage.read()
         too_many_files = files + more.files - self._limits.max_files
@@ -73,7 +73,7 @@ class Evictor:
         return Shortfall(max(too_many_files, on_disk.files), max(too_many_bytes, on_disk.size))
 
     def _disk_missing(self, percent: float) -> Shortfall:
-        """What has to go so that ``percent`` of the disk are free, of its bytes and of its inodes."""
+        """What has to be evicted so that ``percent`` of the disk's bytes and of its inodes are free."""
         disk = os.statvfs(self._cache.directory)
         inodes = int(disk.f_files * percent / 100) - disk.f_favail
         blocks = int(disk.f_blocks * percent / 100) - disk.f_bavail
@@ -87,24 +87,24 @@ class Evictor:
         candidates: list[Candidate],
         choose: Callable[[], list[Candidate]],
     ) -> Iterator[Usage]:
-        """Evict the least recently used until ``shortfall()`` is none, or nothing more may go.
+        """Evict the least recently used copies until ``shortfall()`` is met, or nothing more may be evicted.
 
-        :param candidates: those to begin with, the least recently used last; what is not evicted of them or of the
-            last walk is left there.
-        :param choose: walks for more of them when there are none.
+        :param candidates: those to begin with, the least recently used last; those that are not evicted, also of the
+            last scan, are left in this list.
+        :param choose: scans for more candidates when there are none.
         :returns: what each step has evicted.
         """
         while missing := shortfall():
-            walk = not candidates
-            if walk:
+            scan = not candidates
+            if scan:
                 candidates += choose()
-                missing = shortfall()  # the walk has corrected the usage
+                missing = shortfall()  # the scan has corrected the usage
             freed = yield from self._evict(missing, candidates)
-            if walk and not freed.files:
+            if scan and not freed.files:
                 break
 
     def _evict(self, missing: Shortfall, candidates: list[Candidate]) -> Generator[Usage, None, Usage]:
-        """Evict as much as is missing, from the end of the list; what went."""
+        """Evict as much as is missing, from the end of the list; yields each step's usage, and returns their sum."""
         total = Usage(0, 0)
         while candidates and missing:
             freed = self._evict_some(missing, candidates)
@@ -114,7 +114,7 @@ class Evictor:
         return total
 
     def _evict_some(self, missing: Shortfall, candidates: list[Candidate]) -> Usage:
-        """Evict of the last few candidates as many as must go; what went."""
+        """Evict of the last :data:`STEP` candidates as many as needed; how much that freed."""
         files = size = 0
         for _ in range(min(STEP, len(candidates))):
             if files >= missing.files and size >= missing.size:
@@ -125,16 +125,16 @@ class Evictor:
         return Usage(files, size)
 
     def least_recently_used(self, count: int) -> list[Candidate]:
-        """So many of them, the least recently used last. The cache's usage is corrected on the way."""
+        """Scan for ``count`` candidates, the least recently used last, and correct the cache's usage on the way."""
         before = Usage(*self._cache.usage.read())
         seen = Usage(0, 0)
-        oldest_allowed = time.time() - YOUNGEST
+        used_before = time.time() - MIN_IDLE
 
         def candidates() -> Iterator[Candidate]:
             nonlocal seen
             for file, status in self._cache.contents():
                 seen = Usage(seen.files + 1, seen.size + status.st_size)
-                if last_use(status) < oldest_allowed:
+                if last_use(status) < used_before:
                     yield Candidate(last_use(status), file.path, status.st_size)
 
         chosen = heapq.nsmallest(count, candidates())

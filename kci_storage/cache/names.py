@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Where the files of a key lie in the cache directory, and how they are called."""
+"""The paths and names of a key's files in the cache directory."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ RECORD, CONTENT, PART, FILL = ".json", ".data", ".part", ".fill"
 LOCKS, SPOOL = "locks", "spool"
 FOLDERS = tuple(f"{number:02x}" for number in range(256))
 DIGEST = re.compile(r"[0-9a-f]{128}")
-OURS = re.compile(r"[0-9a-f]{128}\.")  # how the names of the cache's own files start
+CACHE_FILE = re.compile(r"[0-9a-f]{128}\.")  # the beginning of the names of the cache's own files
 
 
 class Location(NamedTuple):
-    """Where a key's files lie."""
+    """The paths of a key's files."""
 
-    digest: str
-    stem: str  # the path that all of the key's files start with
+    digest: str  # the key's SHA-512, in hexadecimal digits
+    stem: str  # the common beginning of the paths
 
     @property
     def record(self) -> Path:
@@ -28,7 +28,7 @@ class Location(NamedTuple):
 
     @property
     def fill(self) -> Path:
-        """The path of the claim of who fetches the object."""
+        """The path of the claim, which the thread that fetches the object has locked."""
         return Path(self.stem + FILL)
 
     def content(self, generation: str) -> Path:
@@ -36,15 +36,18 @@ class Location(NamedTuple):
         return Path(f"{self.stem}.{generation}{CONTENT}")
 
     def part(self, generation: str) -> Path:
-        """Its path while it is on its way in."""
+        """The path of one generation's content while it is being written."""
         return Path(f"{self.stem}.{generation}{PART}")
 
 
 def new_generation() -> str:
-    """A name for a content file that no other one has."""
+    """A unique name for a version's content file."""
     return secrets.token_hex(8)
 
 
 def digest_of(name: str) -> str:
-    """The SHA-512 of the key that a file is of, by the file's name."""
+    """The SHA-512 of the key to which a cache file belongs.
+
+    :param name: the file's name.
+    """
     return name.partition(".")[0]

@@ -207,7 +207,7 @@ class TestEntries:
         assert cache.locks.directory in synced
 
     def test_memory_of_records_is_bounded(self, cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(cache_module, "REMEMBERED_RECORDS", 3)
+        monkeypatch.setattr(cache_module, "MAX_REMEMBERED_RECORDS", 3)
         for number in range(10):
             store(cache, b"content", str(number))
             load(cache, str(number))

@@ -9,14 +9,14 @@ from collections.abc import Callable
 import pytest
 import requests
 
-from kci_storage.cache.freshness import PATIENCE, QUIET
+from kci_storage.cache.freshness import MAX_WAIT, RETRY_INTERVAL
 from tests.support.cold import MIB, Bench, crowd, from_each_worker, in_background, some_bytes
 from tests.support.faultproxy import CONTENT, PROPERTIES, Delay, Fault, Hold
 from tests.support.harness import wait_until
 from tests.support.wire import SECONDS, get, put, wait_until_tidy
 
 PERIOD = 1.0  # seconds
-AT_ONCE = 0.8 * PATIENCE  # seconds; what does not wait for the backend takes far less
+AT_ONCE = 0.8 * MAX_WAIT  # seconds; what does not wait for the backend takes far less
 LONG = 60  # seconds; half of the read time-out, for which one would wait that has no patience of its own
 
 
@@ -126,7 +126,7 @@ def test_with_the_backend_away_copies_are_stale(checking: Bench) -> None:
     asked, started = checking.proxy.count(PROPERTIES, key), time.monotonic()
     assert {cache_status(checking, key) for _ in range(20)} == {"stale"}
     now_asked, elapsed = checking.proxy.count(PROPERTIES, key), time.monotonic() - started
-    assert now_asked == asked or elapsed > QUIET - 1, "a backend that is away is left alone for a while"
+    assert now_asked == asked or elapsed > RETRY_INTERVAL - 1, "a backend that is away is left alone for a while"
     partial = get(checking.server, key, {"Range": "bytes=-10"})
     assert (partial.status_code, partial.content) == (206, content[-10:])
     assert requests.head(f"{checking.server.url}/{key}", timeout=SECONDS).headers["X-Cache"] == "stale"
@@ -135,10 +135,10 @@ def test_with_the_backend_away_copies_are_stale(checking: Bench) -> None:
         assert cache_status(checking, key) == "stale"
         return checking.proxy.count(PROPERTIES, key) > now_asked
 
-    wait_until(asked_again, QUIET + SECONDS, "another question")
+    wait_until(asked_again, RETRY_INTERVAL + SECONDS, "another question")
     assert cache_status(checking, key) == "stale"
     checking.proxy.come_back()
-    wait_until(lambda: cache_status(checking, key) == "hit", QUIET + SECONDS, "the backend to be noticed")
+    wait_until(lambda: cache_status(checking, key) == "hit", RETRY_INTERVAL + SECONDS, "the backend to be noticed")
     assert checks(checking, "failed") >= 1
 
 
@@ -148,12 +148,14 @@ def test_a_silent_backend_holds_nobody_up_for_long(checking: Bench) -> None:
     rule = checking.proxy.inject(Hold(), kind=PROPERTIES)
     started = time.monotonic()
     visits = crowd(checking.server, keys[0], 10, content)
-    assert PATIENCE - 1 < time.monotonic() - started < LONG
+    assert MAX_WAIT - 1 < time.monotonic() - started < LONG
     assert all(visit.complete and visit.headers["x-cache"] == "stale" for visit in visits)
     for key in keys:
         assert min(seconds_of_a_stale_answer(checking, key) for _ in range(5)) < AT_ONCE, "it is known to be silent"
     rule.end()
-    wait_until(lambda: cache_status(checking, keys[0]) == "hit", QUIET + SECONDS, "the backend to be noticed")
+    wait_until(
+        lambda: cache_status(checking, keys[0]) == "hit", RETRY_INTERVAL + SECONDS, "the backend to be noticed"
+    )
 
 
 def seconds_of_a_stale_answer(bench: Bench, key: str) -> float:

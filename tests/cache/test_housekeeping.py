@@ -39,7 +39,7 @@ def time_for_slow_machines() -> Iterator[None]:
     """What a worker does without after a few seconds, a test waits for."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(housekeeping, "ROOM_TIMEOUT", TIMEOUT)
-        patched.setattr(housekeeping, "STOP_SECONDS", TIMEOUT)
+        patched.setattr(housekeeping, "STOP_TIMEOUT", TIMEOUT)
         yield
 
 
@@ -180,7 +180,7 @@ class TestWhatMayNotGo:
     def test_the_young(self, cache: Cache) -> None:
         store(cache, "just written", used_ago=HOUR, written_ago=1)
         store(cache, "just used", used_ago=1)
-        store(cache, "a minute old", used_ago=limits.YOUNGEST + 10, written_ago=limits.YOUNGEST + 10)
+        store(cache, "a minute old", used_ago=limits.MIN_IDLE + 10, written_ago=limits.MIN_IDLE + 10)
         housekeeper(cache, max_files=1).keep_limits()
         assert keys(cache, "just written", "just used", "a minute old") == "just writtenjust used"
 
