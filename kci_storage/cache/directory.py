@@ -15,9 +15,9 @@ content is unlinked before a new record replaces the old one: so a record that a
 long as the content file that it names can be opened. Thus a hit takes two system calls and no lock, and an overwrite
 through one worker is visible to the very next request on every other worker.
 
-A thread that changes an entry holds the key's lock (:meth:`Cache.writing`). A writer that dies leaves its lock behind.
-The next thread that takes this lock marks the entry *doubtful*, so that it is revalidated before it is served again,
-keeps a running fill from being published, and removes the dead writer's files.
+A thread that changes an entry holds the key's lock (:meth:`Cache.writing`). A writer that dies leaves its lock
+behind. The next thread that takes this lock marks the entry *doubtful*, so that it is revalidated before it is served
+again, keeps a running fill from being published, and removes the dead writer's files.
 """
 
 from __future__ import annotations

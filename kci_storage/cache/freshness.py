@@ -64,7 +64,7 @@ class Freshness:
         return time.time() >= until
 
     def check(self, record: Record) -> Revalidation:
-        """Ask the backend whether it still has the copy's version; threads that ask at the same time share one answer.
+        """Ask the backend whether it still has the copy's version. Threads that do so at the same time share a check.
 
         A copy of another version is removed. This takes :data:`MAX_WAIT` seconds at most.
         """

@@ -95,7 +95,7 @@ class Housekeeper:
         self._oldest: list[Candidate] = []  # of the latest scan for a fill, the least recently used last
 
     def start(self) -> None:
-        """Repair what dead workers left, then start a thread that does the housekeeping unless another worker does."""
+        """Repair what dead workers left, then start a thread for the housekeeping, unless another worker does it."""
         self._log_errors(self._cache.recover_locks)
         self._start("housekeeping", self._run)
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""How a cold object comes into the cache while everybody who asked for it reads along."""
+"""Fills: a cold object is fetched into the cache once, and all requests for it are answered meanwhile."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The claim: the small file whose lock says who fetches an object, and whose content says what that is."""
+"""The claim of a fill: a small file that the thread that fetches has locked, and that holds the object's record."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from kci_storage.files import durable
 
 
 class Claim:
-    """The file whose lock says who fetches an object. Closed at the end of its block, and thereby unlocked.
+    """A claim's open file, which the filler locks. It is closed, and so unlocked, at the end of the claim's block.
 
-    :param fd: the file, opened; closed with the claim.
+    :param fd: the open file; closed with the claim.
     """
 
     def __init__(self, location: Location, fd: int):
@@ -27,53 +27,53 @@ class Claim:
 
     @classmethod
     def at(cls, location: Location) -> Claim:
-        """The claim that is there, or a new one.
+        """Open the key's claim, created if there is none.
 
-        :raises InsufficientStorage: it cannot be made.
+        :raises InsufficientStorage: the disk is full.
         """
         return cls(location, durable.open_lock_file(location.fill))
 
     def try_lock(self) -> bool:
-        """Lock it if it is free now; whether that worked."""
+        """Lock the claim without waiting; whether that worked."""
         return durable.try_lock(self._fd)
 
     def is_current(self) -> bool:
-        """Whether newcomers still find it."""
+        """Whether new requests still find this claim: its path leads to this file."""
         try:
             return os.path.samestat(self._status, os.stat(self._location.fill))
         except FileNotFoundError:
             return False
 
     def read(self) -> Record | None:
-        """What is fetched; None when nobody knows yet."""
+        """The record of the object that is fetched; None: the backend has not answered yet."""
         with contextlib.suppress(ValueError):
             return Record.from_json(os.pread(self._fd, os.fstat(self._fd).st_size, 0))
         return None
 
     def write(self, record: Record) -> None:
-        """Tell the others what is fetched.
+        """Tell other threads and processes what is fetched.
 
         :raises InsufficientStorage: the disk is full.
         """
         durable.write_lock_file(self._fd, record.to_json())
 
     def file(self) -> durable.NewFile:
-        """What was written, to become the cache's record. It is closed with the claim."""
+        """The claim's file, to become the cache's record. It is closed with the claim."""
         return durable.NewFile(self._location.fill, self._fd)
 
     def part(self, record: Record) -> Path:
         """The path of the part file."""
         return self._location.part(record.generation)
 
-    def read_living(self) -> tuple[ObjectInfo, Path] | None:
-        """What is fetched, and where to; None also when that was written by a filler that died."""
+    def read_if_alive(self) -> tuple[ObjectInfo, Path] | None:
+        """The object that is fetched, and its part file; None: not known yet, or the filler died."""
         record = self.read()
         if record is None or not durable.is_locked(self.part(record)):
             return None
         return record.info, self.part(record)
 
     def withdraw(self) -> None:
-        """Take it from its path. The caller holds its lock."""
+        """Remove the claim from its path. The caller holds its lock."""
         if self.is_current():
             durable.remove(self._location.fill)
 
@@ -85,7 +85,7 @@ class Claim:
 
 
 def open_claim(location: Location) -> Claim:
-    """The claim that is there, to be read.
+    """Open the key's claim for reading.
 
     :raises FileNotFoundError: there is none.
     """

@@ -1,20 +1,22 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Bringing a cold object into the cache, while everybody who asked for it reads along.
+"""A fill: a cold object is fetched into the cache, while all requests for it read what has arrived.
 
 Over all workers, one thread fetches: the *filler*. It holds the lock of the key's *claim*, a small file that says
-what the object is and which *part* file it goes to. Everybody else, in whatever process, *follows* the growing part.
-The claim is what the cache's record will be: in the end it gets that one's name, as the part gets the content's.
+what the object is and which *part* file it goes to. All other threads, in any process, are *followers* of the growing
+part. The claim's content is the future record: in the end the claim gets the record's name, and the part that of the
+content.
 
-Claim and part say by themselves how a fill fares:
+The state of a fill can be read from its claim and its part:
 
-- The part is as long as the object: complete, and verified. Its last piece is only written if the digests are right.
-- The claim is locked: somebody is at work on it.
-- It is not locked, and its path still leads to it: its filler died. Whoever locks it now carries on.
-- It is not locked, and not at its path: given up. Who has a piece of the object may read the rest from the backend.
-- The part is shorter than it was: its content is wrong. Who has a piece of it must be cut.
+- The part is as long as the object: complete, and verified. The last piece is only written if the digests match.
+- The claim is locked: the filler is alive.
+- The claim is not locked, but at its path: the filler died. The next thread that locks the claim resumes the fill.
+- The claim is neither locked nor at its path: the fill has ended early. A follower may get the rest from
+  the backend.
+- The part is shorter than before: its content is wrong. A follower that has sent a piece must abort its response.
 
-An upload or deletion that is committed meanwhile unlinks the claim (:meth:`.Cache.revoke_fill`). Requests that follow
-its part still get the version that they were promised, but it is never published, and no other request joins them.
+An upload or deletion that is committed meanwhile unlinks the claim (:meth:`.Cache.revoke_fill`). The fill's followers
+still get the version that they began with, but it is never published, and no further request joins the fill.
 """
 
 from __future__ import annotations
@@ -37,22 +39,22 @@ READ_SIZE = 256 * 1024  # bytes read from a part at a time
 
 
 class AlreadyCached(Exception):
-    """The object was published between the look that missed it and the lock: look again."""
+    """The object was published after this request had missed it: the caller looks into the cache again."""
 
 
 class FillLost(StorageError):
-    """Another process gave a fill up, nobody here knows why."""
+    """A fill has ended early in another process; the reason is not known in this one."""
 
 
 class Region(NamedTuple):
-    """Bytes of an open file, to be sent without coming through this process's memory."""
+    """Bytes of an open file, which can be sent without a copy in this process's memory (``sendfile``)."""
 
     fd: int
-    start: int
-    stop: int
+    start: int  # bytes
+    stop: int  # bytes; the first one that is not part of it
 
     def read(self) -> Iterator[bytes]:
-        """The bytes, for who cannot do that.
+        """The bytes, for a caller that cannot use ``sendfile``.
 
         :raises CorruptObject: the file has become shorter.
         """
@@ -66,9 +68,9 @@ class Region(NamedTuple):
 
 
 class Fill:
-    """An object on its way in as the threads of one process see it, whichever process fetches it.
+    """A fill, for the threads of one process; its filler may be in another process.
 
-    Whoever joins it leaves it (:meth:`leave`).
+    A thread that joins it (:meth:`join`) leaves it in the end (:meth:`leave`).
     """
 
     def __init__(self, key: str, location: Location):
@@ -83,7 +85,7 @@ class Fill:
         self._fd = -1  # the part
         self._changed = threading.Condition()
 
-    # For the thread that fills or watches
+    # For the thread that fetches, or that watches another process fetch
 
     def begin(self, info: ObjectInfo) -> None:
         """The backend has answered."""
@@ -92,20 +94,20 @@ class Fill:
             self._changed.notify_all()
 
     def open(self, part: Path) -> None:
-        """Have the followers read this file.
+        """Open the part file for the followers.
 
         :raises FileNotFoundError: it is gone.
         """
         self._fd = os.open(part, os.O_RDONLY | os.O_CLOEXEC)
 
     def follows(self, part: durable.NewFile) -> bool:
-        """Whether that is the file that the followers read."""
+        """Whether this is the file that the followers read."""
         return os.path.samestat(os.fstat(self._fd), os.fstat(part.fileno()))
 
-    def look(self) -> None:
-        """See how long the part is now.
+    def update(self) -> None:
+        """Look how long the part is now, and tell the followers.
 
-        :raises CorruptObject: shorter than before, which is how a filler says that it was wrong.
+        :raises CorruptObject: it is shorter than before: the filler has found its content to be wrong.
         """
         available = os.fstat(self._fd).st_size
         if available < self.available:
@@ -113,14 +115,17 @@ class Fill:
         self.advance(available)
 
     def advance(self, available: int) -> None:
-        """The part has so many bytes now."""
+        """The part has ``available`` bytes now: tell the followers."""
         if available != self.available:
             with self._changed:
                 self.available = available
                 self._changed.notify_all()
 
     def end(self, error: BaseException | None) -> None:
-        """Nothing more will come."""
+        """The fill has ended.
+
+        :param error: why, if it has ended early.
+        """
         with self._changed:
             self._ended, self._error = True, error
             self._changed.notify_all()
@@ -128,18 +133,18 @@ class Fill:
 
     @property
     def complete(self) -> bool:
-        """Whether all of it is here, and verified."""
+        """Whether the whole object is available, and verified."""
         return self.info is not None and self.available == self.info.size
 
     # For the followers
 
     def join(self) -> None:
-        """Count one follower more."""
+        """Count one more follower."""
         with self._changed:
             self.followers += 1
 
     def leave(self) -> None:
-        """Count one follower less; the last one closes the part."""
+        """Count one follower less; the last one closes the part once the fill has ended."""
         with self._changed:
             self.followers -= 1
             self._close_if_unused()
@@ -150,10 +155,10 @@ class Fill:
             self._fd = -1
 
     def wait_for_info(self, timeout: float) -> ObjectInfo:
-        """What the object is, as soon as the backend has said so.
+        """Wait for the object's properties, which the backend's answer brings.
 
         :param timeout: seconds.
-        :raises StorageError: why the fill ended before that.
+        :raises StorageError: the fill ended before that; the error says why.
         :raises AlreadyCached: there is a copy now.
         :raises Overloaded: it took too long.
         """
@@ -166,9 +171,9 @@ class Fill:
         raise Overloaded("too many files are being fetched, or the backend is slow; try later", retry_after=5)
 
     def regions(self, start: int, stop: int) -> Iterator[Region]:
-        """The bytes from ``start`` up to ``stop``, as they arrive.
+        """The bytes from ``start`` up to, not including, ``stop``, as they arrive.
 
-        :raises StorageError: why the fill ended before ``stop``.
+        :raises StorageError: the fill ended before ``stop``; the error says why.
         """
         while start < stop:
             available = min(self._wait_beyond(start), stop)
@@ -176,12 +181,12 @@ class Fill:
             start = available
 
     def read(self, start: int, stop: int) -> Iterator[bytes]:
-        """The same as bytes."""
+        """As :meth:`regions`, as bytes."""
         for region in self.regions(start, stop):
             yield from region.read()
 
     def _wait_beyond(self, position: int) -> int:
-        """How many bytes there are, as soon as it is more than ``position``."""
+        """Wait until more than ``position`` bytes are available; how many there are."""
         with self._changed:
             self._wait(lambda: self.available > position or self._ended)
             if self.available > position and not isinstance(self._error, CorruptObject):
@@ -189,14 +194,17 @@ class Fill:
             raise self._why() or FillLost("the object could not be fetched")
 
     def _wait(self, condition: Callable[[], bool], timeout: float | None = None) -> None:
-        """Wait for a change. The caller holds the mutex."""
+        """Wait until the condition holds. The caller holds the mutex.
+
+        :param timeout: seconds; None: for ever.
+        """
         if not condition():
             with slots.waiting(bounded=False):
                 self._changed.wait_for(condition, timeout)
 
     def _why(self) -> BaseException | None:
-        return copy.copy(self._error)  # each thread gets one of its own, since raising it changes it
+        return copy.copy(self._error)  # one for each thread, since raising it changes it
 
     def is_revoked(self) -> bool:
-        """Whether what it brings may be older than what a newcomer must get."""
+        """Whether a change was committed since the fill began: new requests must not join it."""
         return self.claim is not None and not self.claim.is_current()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The filler: the one thread over all workers that fetches an object, and publishes it."""
+"""The filler: the one thread, over all workers, that fetches an object and publishes it in the cache."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from kci_storage.fills.fill import AlreadyCached, Fill, FillLost
 from kci_storage.fills.resuming import LARGE_BUFFER_SIZE, resumed, verified
 from kci_storage.fills.turns import Turns
 
-LARGE_OBJECT = 4 * 1024 * 1024  # bytes, for which room is reserved; of a small one that costs more than it saves
+LARGE_OBJECT = 4 * 1024 * 1024  # bytes from which on disk space is reserved; for less that costs more than it saves
 
 
 @dataclass(frozen=True)
 class FillerParts:
-    """What the fillers of one process work with.
+    """What the fillers of one process share.
 
-    :param make_room: called with a number of bytes before a fill; it evicts, and says whether they fit.
-    :param stopping: set when the process ends.
+    :param make_room: called with an object's size in bytes; evicts if need be, and returns whether the object fits.
+    :param stopping: set when the process stops.
     """
 
     driver: Driver
@@ -39,7 +39,7 @@ class FillerParts:
 
 
 class Filler:
-    """Fetches an object: made by the thread that holds the claim's lock."""
+    """Fetches an object, in the thread that holds the claim's lock."""
 
     def __init__(self, parts: FillerParts, fill: Fill, claim: Claim):
         self._parts = parts
@@ -50,13 +50,13 @@ class Filler:
     def run(self) -> None:
         """Fetch the object and publish it.
 
-        :raises StorageError: it cannot be had, or cannot be kept.
+        :raises StorageError: it cannot be fetched, or cannot be stored in the cache.
         :raises AlreadyCached: there is a copy.
         """
         try:
             with self._parts.turns.take(self._fill):
                 if self._fill.info is None:
-                    self._look_again()
+                    self._check_not_cached()
                 with self._parts.events.filling():
                     self._fetch()
         finally:
@@ -66,9 +66,9 @@ class Filler:
         if self._fill.info is None:
             self._begin()
         else:
-            self._carry_on()
+            self._resume()
 
-    def _look_again(self) -> None:
+    def _check_not_cached(self) -> None:
         entry = self._cache.lookup(self._fill.key)
         if entry is not None:
             os.close(entry.fd)
@@ -76,9 +76,9 @@ class Filler:
                 raise AlreadyCached
 
     def _begin(self) -> None:
-        """Fetch from the beginning; also where a filler died that nobody here has followed.
+        """Fetch from the beginning, even if a dead filler left a part that this process has not followed.
 
-        What that one has left may be from long ago, or from before a loss of power.
+        Such a part may be from long ago, or from before a loss of power.
         """
         self._remove_leftover()
         with self._driver.read(self._fill.key) as reader:
@@ -99,20 +99,20 @@ class Filler:
             raise InsufficientStorage("the object does not fit into the cache")
         return self._cache.new_part(record.info.key, record.generation)
 
-    def _carry_on(self) -> None:
-        """Take up what this process has followed until its filler died."""
+    def _resume(self) -> None:
+        """Resume a fill that this process has followed until its filler died."""
         record = self._claim.read()
         part = durable.NewFile.take_over(self._claim.part(record)) if record is not None else None
         if record is None or part is None:
             raise FillLost("the object could not be fetched")
         with part:
-            if not self._fill.follows(part):  # somebody else began anew meanwhile, and died as well
+            if not self._fill.follows(part):  # another filler began again meanwhile, and died too
                 raise FillLost("the object could not be fetched")
-            self._fill.look()
+            self._fill.update()
             self._complete(part, record, None)
 
     def _complete(self, part: durable.NewFile, record: Record, reader: ObjectReader | None) -> None:
-        """Bring the part to its full length, through interruptions, and publish it."""
+        """Fetch what the part still lacks, through interruptions, and publish it."""
         info, begun = record.info, part.size > 0
         pieces = resumed(self._driver, info, part.size, info.size, reader, begun, LARGE_BUFFER_SIZE)
         try:
@@ -134,11 +134,11 @@ class Filler:
                 raise
             part.write(data[part.size - before :])
         self._fill.advance(part.size)
-        if before == 0 and size >= LARGE_OBJECT:  # now, since the first bytes wait for nothing
+        if before == 0 and size >= LARGE_OBJECT:  # after the first bytes, which followers wait for
             part.reserve(size)
 
     def _publish(self, part: durable.NewFile, record: Record) -> None:
-        """Make the part the cache's copy, unless a writer is at work on the key or came in between."""
+        """Make the part the cache's copy, unless the key is locked by a writer or was changed meanwhile."""
         with self._cache.writing_if_free(record.info.key) as free:
             if free and self._claim.is_current():
                 self._cache.publish_filled(part, record, self._claim.file())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The fills of one process, and who may join them."""
+"""The fills of one process: requests join a running one, or begin one."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from kci_storage.net.threads import give_back_memory
 log = logging.getLogger(__name__)
 
 WATCH_INTERVAL = 0.005  # seconds between two looks at a part that another process fills
-THREADS = 1000  # of one process, for fills that it runs, watches, or has waiting
-STOP_SECONDS = 5.0  # for which a process waits for its fills to end
+MAX_THREADS = 1000  # of one process, for the fills that it runs or watches, and those that wait
+STOP_TIMEOUT = 5.0  # seconds that a process waits for its fills to end
 
 
 class Fills:
-    """The fills that the threads of one process take part in.
+    """The fills that the threads of one process follow.
 
-    :param make_room: called with a number of bytes before a fill; it evicts, and says whether they fit.
-    :param at_once: how many fills this process may run; further ones wait.
-    :param queue_size: how many requests may wait for those; further ones are refused at once.
+    :param make_room: called with an object's size in bytes; evicts if need be, and returns whether the object fits.
+    :param at_once: how many fills this process may run at a time; further ones wait.
+    :param queue_size: how many requests may wait for fills that have not begun; further ones are refused at once.
     """
 
     def __init__(
@@ -47,15 +47,15 @@ class Fills:
     ):
         self._parts = FillerParts(driver, cache, events, make_room, Turns(at_once, queue_size))
         self._running: dict[str, Fill] = {}
-        # Kept, since to start a thread costs a small file more than to fetch it. A fill that waits has one, too.
-        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="fill")
-        self._at_work: set[Future[None]] = set()
+        # A pool, since starting a thread takes longer than fetching a small file. A waiting fill has a thread, too.
+        self._threads = ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="fill")
+        self._submitted: set[Future[None]] = set()
         self._mutex = threading.Lock()
 
     def join(self, key: str) -> Fill:
-        """The fill of a key, begun if there is none; the caller leaves it.
+        """Join the fill of a key, which is begun if there is none. The caller leaves it.
 
-        :raises Overloaded: too many wait for one to begin.
+        :raises Overloaded: too many requests wait for fills that have not begun.
         """
         with self._mutex:
             fill = self._running.get(key)
@@ -68,28 +68,31 @@ class Fills:
             return fill
 
     def progress(self, key: str) -> tuple[ObjectInfo, int] | None:
-        """What any process fetches of a key now, and how many bytes of it are here; None: nothing."""
+        """The object that a process of this server fetches now under a key, and how many bytes of it are available.
+
+        :returns: None: no process does, or the backend has not answered yet.
+        """
         location = self._parts.cache.location(key)
         with contextlib.suppress(FileNotFoundError), open_claim(location) as claim:
-            info, part = claim.read_living() or (None, location.fill)
+            info, part = claim.read_if_alive() or (None, location.fill)
             if info is not None and claim.is_current():
                 return info, part.stat().st_size
         return None
 
     def stop(self) -> None:
-        """Have the fills end before the process does; a few seconds are enough, unless the backend is silent."""
+        """End the fills, before the process ends; returns after :data:`STOP_TIMEOUT` seconds at most."""
         self._parts.stopping.set()
-        wait(tuple(self._at_work), STOP_SECONDS)
+        wait(tuple(self._submitted), STOP_TIMEOUT)
 
     def _start(self, fill: Fill) -> None:
         work = self._threads.submit(self._run, fill)
-        self._at_work.add(work)
-        work.add_done_callback(self._at_work.discard)
+        self._submitted.add(work)
+        work.add_done_callback(self._submitted.discard)
 
     def _run(self, fill: Fill) -> None:
         error: BaseException | None = None
         try:
-            while not self._take_part(fill):
+            while not self._fill_or_watch(fill):
                 pass
         except (StorageError, AlreadyCached) as exc:
             error = exc
@@ -114,8 +117,8 @@ class Fills:
                 del self._running[fill.key]
             return True
 
-    def _take_part(self, fill: Fill) -> bool:
-        """Fill, or watch another process fill; False when that ended before anybody here knew what it was."""
+    def _fill_or_watch(self, fill: Fill) -> bool:
+        """Fill, or watch another process fill; False: its fill ended before its object was known: try again."""
         with Claim.at(fill.location) as claim:
             fill.claim = claim
             if not claim.try_lock() and not self._watch(fill, claim):
@@ -128,27 +131,27 @@ class Fills:
             return False
 
     def _watch(self, fill: Fill, claim: Claim) -> bool:
-        """Follow what another process fills; True as soon as that one is gone, and the lock is ours."""
+        """Watch another process fill; True: its filler died, and the claim is locked by this thread now."""
         while not self._parts.stopping.is_set():
-            self._look(fill, claim)
+            self._update(fill, claim)
             if fill.complete or self._forget_if_unfollowed(fill):
                 return False
             if claim.try_lock():
-                self._look(fill, claim)  # at what its filler did between the look and its end
+                self._update(fill, claim)  # the filler may have written more before its end
                 return not fill.complete
             time.sleep(WATCH_INTERVAL)
         return False
 
     @staticmethod
-    def _look(fill: Fill, claim: Claim) -> None:
+    def _update(fill: Fill, claim: Claim) -> None:
         if fill.info is None:
-            living = claim.read_living()
-            if living is None:
+            fetched = claim.read_if_alive()
+            if fetched is None:
                 return
-            info, part = living
+            info, part = fetched
             try:
                 fill.open(part)
-            except FileNotFoundError:  # it has just ended, well or not
+            except FileNotFoundError:  # the fill has just ended, successfully or not
                 return
             fill.begin(info)
-        fill.look()
+        fill.update()

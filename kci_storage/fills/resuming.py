@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Reading one version of an object from the backend: through its failures, and checked against its digests."""
+"""Reading one version of an object from the backend: resumed after failures, and checked against its digests."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from kci_storage.net import slots
 log = logging.getLogger(__name__)
 
 BUFFER_SIZE = 512 * 1024  # bytes that are read at a time for one client
-LARGE_BUFFER_SIZE = 2 * 1024 * 1024  # bytes, for many: what comes wakes them all, so it had better be much
-RESUME_FOR = 60  # seconds without a byte after which a read is given up
-FIRST_BACKOFF, LONGEST_BACKOFF = 0.2, 5.0  # seconds between two tries
+LARGE_BUFFER_SIZE = 2 * 1024 * 1024  # bytes at a time for a fill, since each piece wakes all of its followers
+RESUME_TIMEOUT = 60  # seconds without a byte after which a read is not resumed any more
+MIN_BACKOFF, MAX_BACKOFF = 0.2, 5.0  # seconds between two tries
 
 
 def resumed(
@@ -29,18 +29,18 @@ def resumed(
     begun: bool = False,
     buffer_size: int = BUFFER_SIZE,
 ) -> Iterator[memoryview]:
-    """The bytes from ``start`` up to ``stop`` of one version, taken up where a read broke off.
+    """The bytes from ``start`` up to, not including, ``stop`` of one version; an interrupted read is resumed.
 
-    :param reader: what reads them at first; None: one is opened. It is closed.
-    :param begun: whether a client has bytes of the object already. To one that has none an error is of more use than
-        patience.
-    :param buffer_size: bytes that a piece has at most.
-    :returns: pieces, each to be used before the next one is asked for, which takes its place in memory.
+    :param reader: an open read of these bytes, which is closed; None: one is opened.
+    :param begun: whether a client has bytes of the object already. For a client that has none, an error at once is
+        better than a long wait.
+    :param buffer_size: the largest size of a piece, in bytes.
+    :returns: pieces, each valid until the next one is asked for.
     :raises ObjectChanged: the version is gone.
-    :raises CorruptObject: there is more or less than that.
-    :raises BackendError: nothing has come for :data:`RESUME_FOR` seconds, or at all.
+    :raises CorruptObject: the backend sends more bytes, or says that the object has another size.
+    :raises BackendError: nothing was received for :data:`RESUME_TIMEOUT` seconds, or at all.
     """
-    patience = Patience()
+    retries = Retries()
     buffer = memoryview(bytearray(min(stop - start, buffer_size)))
     while start < stop:
         try:
@@ -51,7 +51,7 @@ def resumed(
                     start += size
                     if start > stop:
                         raise CorruptObject("the backend sent too much", detail=f"{info.key!r}: {start} of {stop} B")
-                    patience.renew()
+                    retries.reset()
                     begun = True
                     yield buffer[:size]
             if start < stop:
@@ -62,38 +62,38 @@ def resumed(
             if not begun:
                 raise
             log.warning("event=read_interrupted position=%d error=%s", start, type(exc).__name__)
-            patience.lose(exc)
+            retries.wait(exc)
         reader = None
 
 
-class Patience:
-    """How long to go on with a backend that fails."""
+class Retries:
+    """The waits between the tries of one read (exponential backoff)."""
 
     def __init__(self) -> None:
-        self.renew()
+        self.reset()
 
-    def renew(self) -> None:
-        """It has sent something."""
-        self._backoff = FIRST_BACKOFF
-        self._ends = time.monotonic() + RESUME_FOR
+    def reset(self) -> None:
+        """The backend has sent something: start from the shortest wait again."""
+        self._backoff = MIN_BACKOFF
+        self._deadline = time.monotonic() + RESUME_TIMEOUT
 
-    def lose(self, error: BackendError) -> None:
-        """It has failed: wait, longer each time.
+    def wait(self, error: BackendError) -> None:
+        """The backend has failed: wait, twice as long as the last time.
 
-        :raises BackendError: the given one, when that has been so for too long.
+        :raises BackendError: ``error``, when nothing was received for :data:`RESUME_TIMEOUT` seconds.
         """
-        if time.monotonic() + self._backoff > self._ends:
+        if time.monotonic() + self._backoff > self._deadline:
             raise error
         with slots.waiting(bounded=False):
             time.sleep(self._backoff)
-        self._backoff = min(2 * self._backoff, LONGEST_BACKOFF)
+        self._backoff = min(2 * self._backoff, MAX_BACKOFF)
 
 
 def verified(info: ObjectInfo, pieces: Iterable[memoryview], before: Iterable[bytes] = ()) -> Iterator[memoryview]:
-    """The pieces that end an object, the last of them only if the whole is what the backend's digests say.
+    """Pass on the pieces up to an object's end, the last one only if the whole object matches the backend's digest.
 
-    :param before: what comes before them, and is not given again.
-    :raises CorruptObject: it is not.
+    :param before: the object's bytes before these pieces; they are digested, and not passed on.
+    :raises CorruptObject: it does not match.
     """
     digests, missing = ContentDigests(info), info.size
     for piece in before:
@@ -102,7 +102,7 @@ def verified(info: ObjectInfo, pieces: Iterable[memoryview], before: Iterable[by
     for data in pieces:
         missing -= len(data)
         if missing:
-            yield data  # somebody waits for it
+            yield data  # before it is digested, since clients wait for it
             digests.update(data)
         else:
             digests.update(data)
@@ -111,10 +111,10 @@ def verified(info: ObjectInfo, pieces: Iterable[memoryview], before: Iterable[by
 
 
 class ContentDigests:
-    """Those of a content that the backend knows.
+    """Compares a content with the digest that the backend has of it, if any.
 
-    They are computed by the thread that fetches, piece by piece while these are in the processor's cache. It still
-    keeps up with any line, and to hand the pieces to another thread costs more than it saves.
+    It is computed in the thread that fetches, while each piece is in the processor's cache. This is faster than
+    network links are, and handing the pieces to another thread would cost more than it saves.
     """
 
     def __init__(self, info: ObjectInfo):
@@ -123,21 +123,21 @@ class ContentDigests:
         self._hash = hashlib.new(self._expected[0], usedforsecurity=False) if self._expected else None
 
     def update(self, data: bytes | memoryview) -> None:
-        """Take the next piece in."""
+        """Digest the next piece."""
         if self._hash is not None:
             self._hash.update(data)
 
     def check(self) -> None:
-        """Compare, at the end.
+        """Compare, after the last piece.
 
-        :raises CorruptObject: the content is wrong.
+        :raises CorruptObject: the digest differs.
         """
         if self._hash is not None and self._expected != (self._hash.name, self._hash.digest()):
             raise CorruptObject("the backend sent a damaged object", detail=f"{self._hash.name} of {self._key!r}")
 
 
 def _digest(info: ObjectInfo) -> tuple[str, bytes] | None:
-    """A digest of a content that the backend knows, and its name."""
-    if info.sha256 is not None:  # MD5 is half as fast, and says nothing that this does not
+    """hashlib's name of a digest that the backend has of the content, and its value; None: there is none."""
+    if info.sha256 is not None:  # MD5 takes twice as long, and proves nothing more
         return "sha256", bytes.fromhex(info.sha256)
     return ("md5", info.md5) if info.md5 is not None else None

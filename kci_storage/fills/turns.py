@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Turns: how many fills of one process run at once, and how many requests may wait for theirs."""
+"""Turns: how many fills of one process run at a time, and how many requests may wait for the others."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from collections.abc import Iterator
 from kci_storage.errors import Overloaded
 from kci_storage.fills.fill import Fill
 
-TURN_INTERVAL = 1.0  # seconds between two looks whether anybody still waits for a fill that may not begin yet
+TURN_INTERVAL = 1.0  # seconds between two checks whether a request still waits for a fill that has not begun
 
 
 class Turns:
-    """The turns of one process.
+    """The turns of one process's fills.
 
-    :param at_once: how many fills may run.
-    :param queue_size: how many requests may wait for fills that may not run yet; further ones are refused at once.
+    :param at_once: how many fills may run at a time.
+    :param queue_size: how many requests may wait for fills that have not begun; further ones are refused at once.
     """
 
     def __init__(self, at_once: int, queue_size: int):
@@ -28,9 +28,9 @@ class Turns:
 
     @contextlib.contextmanager
     def take(self, fill: Fill) -> Iterator[None]:
-        """One of the fills that may run at once, as soon as there is one.
+        """Wait until the fill may run; it may do so during the block.
 
-        :raises Overloaded: too many requests wait, or none any more.
+        :raises Overloaded: too many requests wait, or none does any more.
         """
         if not self._free.acquire(blocking=False):
             self._wait_for_turn(fill)
@@ -40,9 +40,9 @@ class Turns:
             self._free.release()
 
     def check_join(self, fill: Fill) -> None:
-        """Refuse one more request for a fill that may not run yet.
+        """Check whether one more request may join the fill.
 
-        :raises Overloaded: too many requests wait already.
+        :raises Overloaded: the fill has not begun, and too many requests wait already.
         """
         with self._lock:
             if fill in self._queued and self._waiting() >= self._queue_size:

@@ -138,7 +138,7 @@ def test_with_the_backend_away_copies_are_stale(checking: Bench) -> None:
     wait_until(asked_again, RETRY_INTERVAL + SECONDS, "another question")
     assert cache_status(checking, key) == "stale"
     checking.proxy.come_back()
-    wait_until(lambda: cache_status(checking, key) == "hit", RETRY_INTERVAL + SECONDS, "the backend to be noticed")
+    wait_until(lambda: cache_status(checking, key) == "hit", RETRY_INTERVAL + SECONDS, "the backend's return")
     assert checks(checking, "failed") >= 1
 
 

@@ -279,7 +279,7 @@ def test_who_takes_over_looks_whether_it_is_what_his_clients_read(tmp_path: Path
 
 def test_a_read_that_has_begun_is_given_up_after_a_while(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """And not before: the clients of a server that is not patched would wait for a minute."""
-    monkeypatch.setattr(resuming, "RESUME_FOR", 8.0)
+    monkeypatch.setattr(resuming, "RESUME_TIMEOUT", 8.0)
     key = bench.store(some_bytes(MIB))
     with contextlib.closing(AzureDriver(AzureConfig(**bench.server.document["azure"]))) as driver:
         rule = bench.proxy.inject(Stall(1000), key=key)
