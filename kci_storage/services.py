@@ -188,7 +188,7 @@ def open_cache(config: Config) -> Cache:
     """
     try:
         cache = Cache(config.cache.directory)
-        cache.locks.prove()
+        cache.locks.check_usable()
     except OSError as exc:
         raise ConfigError(
             f"{config.path}: cache.directory: expected a folder on a local disk with hard links, where this user can "

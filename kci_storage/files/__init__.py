@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Durable writing of files, their properties, locks between processes: the only place that writes."""
+"""Durable files, locks and counters shared by processes, jobs: the only package that writes files."""

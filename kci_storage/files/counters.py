@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Numbers that several processes count in one file."""
+"""Counters in a file, shared by several processes."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from kci_storage.files.durable import _full_disk_is_insufficient_storage, open_l
 
 
 class SharedCounters:
-    """A few numbers in a file, added to by many processes. They start at 0, and are not flushed to the disk.
+    """A few numbers in a file, to which many processes add. They start at 0, and are not flushed to the disk.
 
-    The file has its full length from the beginning, so that a disk that is full later does not matter.
+    The file has its full length from the beginning, so that a full disk later does no harm.
 
-    :param path: the file, made where it is missing, and begun anew where it is of another length.
+    :param path: the file; created if it is missing, and reset if it has another length.
     :param count: how many numbers.
     """
 
@@ -41,8 +41,9 @@ class SharedCounters:
             os.close(fd)
 
     def add(self, *amounts: int) -> None:
-        """Add to each number.
+        """Add to the numbers.
 
+        :param amounts: one for each number.
         :raises InsufficientStorage: the disk is full.
         """
         with self._locked() as fd:
@@ -51,7 +52,7 @@ class SharedCounters:
     def read(self) -> tuple[int, ...]:
         """The numbers.
 
-        :raises InsufficientStorage: the disk is full, and there is no such file yet.
+        :raises InsufficientStorage: the disk is full, and the file does not exist yet.
         """
         with self._locked() as fd:
             return self._numbers(fd)

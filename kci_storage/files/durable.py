@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The one way in which this program writes files.
+"""Durable files: the only module of this program that opens files for writing (a test checks that).
 
-A file comes into being under a name that nobody reads, is flushed, and is renamed to its final name; then its
-folder is flushed. So whatever is found under a final name is complete, after a crash of the process and after a
-loss of power. Nothing else in the program opens a file for writing (a test holds that).
+A file is written under a temporary name, is flushed, and is renamed to its final name; then its folder is flushed.
+So a file under a final name is complete, even after a crash of the process or a loss of power.
 
 A full disk or an exhausted quota is :class:`~kci_storage.errors.InsufficientStorage` here, and nowhere else.
 """
@@ -26,9 +25,9 @@ from kci_storage.files.syscalls import FALLOC_FL_KEEP_SIZE, SYNC_FILE_RANGE_WRIT
 
 FILE_MODE = 0o644  # nginx, as another user, reads what it is told to send
 DIRECTORY_MODE = 0o755
-WRITEBACK_STEP = 8 * 1024 * 1024  # bytes after which the disk is given something to do
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_NO_ATTRIBUTE = {errno.ENOTSUP, errno.E2BIG, errno.ENOSPC, errno.EDQUOT}  # there are none, or none so large
+WRITEBACK_STEP = 8 * 1024 * 1024  # new bytes after which writing to the disk begins
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NO_ATTRIBUTE = {errno.ENOTSUP, errno.E2BIG, errno.ENOSPC, errno.EDQUOT}  # no attributes here, or none of this size
 
 
 @contextlib.contextmanager
@@ -36,20 +35,20 @@ def _full_disk_is_insufficient_storage() -> Iterator[None]:
     try:
         yield
     except OSError as exc:
-        if exc.errno in _NO_ROOM:
+        if exc.errno in _DISK_FULL:
             raise InsufficientStorage("no room on the server's disk", detail=str(exc)) from exc
         raise
 
 
 class NewFile:
-    """A file that is being written: readable by nobody by its final name until :meth:`publish`.
+    """A file that is being written, under a temporary name until :meth:`publish`.
 
-    It is locked (``flock``) from its creation until it is closed: a temporary file that is not locked has lost its
-    writer, and :func:`remove_if_unlocked` may take it. Used as a context manager, it is discarded at the end of the
+    It is locked (``flock``) from its creation until it is closed: the writer of an unlocked temporary file is dead,
+    and :func:`remove_if_unlocked` may remove the file. Used as a context manager, it is discarded at the end of the
     block unless it was published.
 
     :param path: its temporary name, on the file system of its final one.
-    :param fd: the file itself, open for appending and locked by the caller; None: it is made, and must not exist.
+    :param fd: the open file, locked by the caller; None: it is created, and must not exist.
     :raises InsufficientStorage: the disk is full.
     """
 
@@ -58,7 +57,7 @@ class NewFile:
         with _full_disk_is_insufficient_storage():
             self._fd = _create(path) if fd is None else fd
         self.size = 0 if fd is None else os.lseek(fd, 0, os.SEEK_END)  # bytes written so far
-        self._begun = 0  # bytes that the disk was asked to begin with
+        self._begun = 0  # bytes for which writing to the disk has begun
         self._flushed = False
         self._stamped = False
         self.named = False  # whether it has its final name
@@ -70,7 +69,7 @@ class NewFile:
 
     @classmethod
     def take_over(cls, path: Path) -> NewFile | None:
-        """What a writer that died has left under this temporary name; None: nothing, or somebody else has it."""
+        """Open and lock a temporary file of a dead writer; None: there is no such file, or it is locked."""
         try:
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         except FileNotFoundError:
@@ -98,34 +97,34 @@ class NewFile:
                 view = view[written:]
 
     def reserve(self, size: int) -> None:
-        """Have the file system set room aside for ``size`` bytes in all, if it can; nothing is promised by it.
+        """Reserve disk space for ``size`` bytes in all, if the file system can; this is a hint only.
 
-        The file stays as long as what was written. Of a large file, writes are quicker then: the file system need not
-        look for each block's place on its own.
+        The file's length does not change. Writing a large file is faster then, since the file system allocates its
+        blocks together.
         """
         if fallocate is not None:
             fallocate(self._fd, FALLOC_FL_KEEP_SIZE, 0, size)
 
-    def begin_writeback(self, least: int = WRITEBACK_STEP) -> None:
-        """Have the disk begin with what was written, so that a flush is short. Nothing is promised by it.
+    def begin_writeback(self, min_size: int = WRITEBACK_STEP) -> None:
+        """Begin writing to the disk what was written to the file, so that a later flush is short; a hint only.
 
-        It does not wait for the disk, unless that has more than enough to do already.
+        It does not wait for the disk, unless the disk's queue is full.
 
-        :param least: bytes; fewer than these new ones are not worth it.
+        :param min_size: bytes; nothing is done for fewer new ones.
         """
-        if self.size - self._begun >= least and sync_file_range is not None:
+        if self.size - self._begun >= min_size and sync_file_range is not None:
             sync_file_range(self._fd, self._begun, self.size - self._begun, SYNC_FILE_RANGE_WRITE)
             self._begun = self.size
 
     def stamp(self) -> os.stat_result:
-        """Set its time of modification to now, when all has been written; its status, which it keeps."""
+        """Set the modification time to now, after the last write; the file's status, which does not change later."""
         now = time.time_ns()
         os.utime(self._fd, ns=(now, now))
         self._flushed, self._stamped = False, True
         return os.fstat(self._fd)
 
     def set_attribute(self, name: str, value: bytes) -> bool:
-        """Attach a piece of information, after :meth:`stamp`; False: this file system cannot hold it."""
+        """Set an extended attribute (``xattr(7)``), after :meth:`stamp`; False: this file system cannot store it."""
         try:
             os.setxattr(self._fd, name, value)
         except OSError as exc:
@@ -135,7 +134,7 @@ class NewFile:
         return True
 
     def flush(self) -> None:
-        """Have the disk take what was written, so that :meth:`publish` is quick.
+        """Flush the content to the disk, so that :meth:`publish` is quick.
 
         :raises InsufficientStorage: the disk is full.
         """
@@ -144,17 +143,17 @@ class NewFile:
                 if self._stamped:
                     os.fsync(self._fd)
                 else:
-                    os.fdatasync(self._fd)  # which leaves out the times
+                    os.fdatasync(self._fd)  # without the times
             self._flushed = True
 
     def truncate(self) -> None:
-        """Throw away all that was written, for everybody who has it open."""
+        """Cut the file to no bytes; other processes that have it open see this as well."""
         os.ftruncate(self._fd, 0)
         self.size = self._begun = 0
         self._flushed = False
 
     def publish(self, name: Path | str | bytes) -> None:
-        """Flush, take the final name, replacing what has it, and flush the folder.
+        """Flush, take the final name, replacing a file of that name, and flush the folder.
 
         :raises InsufficientStorage: the disk is full.
         :raises OSError: the name cannot be taken; the temporary file is still there.
@@ -164,10 +163,9 @@ class NewFile:
         self.close()
 
     def take_name(self, name: Path | str | bytes, directory_fd: int | None = None) -> None:
-        """Flush, and take the final name, replacing what has it; the caller flushes the folder.
+        """Flush, and take the final name, replacing a file of that name; the caller flushes the folder.
 
-        :param name: relative to ``directory_fd`` where that is given (paths that are longer than the system takes in
-            one piece).
+        :param name: relative to ``directory_fd`` if that is given (for paths that are longer than ``PATH_MAX``).
         :raises InsufficientStorage: the disk is full.
         :raises OSError: the name cannot be taken; the temporary file is still there.
         """
@@ -177,7 +175,7 @@ class NewFile:
         self.named = True
 
     def discard(self) -> None:
-        """Remove the temporary file and close; nothing when it was published, discarded or closed."""
+        """Remove the temporary file and close. Does nothing if it was published, discarded or closed."""
         try:
             if self._fd >= 0 and not self.named and is_file_at(self._fd, self.path):
                 remove(self.path)
@@ -207,14 +205,14 @@ def _create(path: Path) -> int:
             continue
         if try_lock(fd) and os.fstat(fd).st_nlink > 0:
             return fd
-        os.close(fd)  # a sweep came between creation and lock, and took the file for left behind
+        os.close(fd)  # a sweep came between creation and lock, and took the file for that of a dead writer
         remove(path)
 
 
 def try_lock(fd: int) -> bool:
-    """Lock an open file for this descriptor alone, without waiting; whether that worked.
+    """Lock an open file without waiting; whether that worked.
 
-    Two descriptors of one file exclude each other, be they of two processes or two threads (``flock(2)``).
+    The lock belongs to the open file description (``flock(2)``), so it excludes other threads as well as processes.
     """
     try:
         portalocker.lock(fd, portalocker.LockFlags.EXCLUSIVE | portalocker.LockFlags.NON_BLOCKING)
@@ -224,7 +222,7 @@ def try_lock(fd: int) -> bool:
 
 
 def is_file_at(fd: int, path: str | Path) -> bool:
-    """Whether ``path`` leads to the open file, rather than to another one or nowhere."""
+    """Whether ``path`` names the open file, rather than another one or none."""
     try:
         there = os.stat(path)
     except FileNotFoundError:
@@ -237,7 +235,7 @@ def is_file_at(fd: int, path: str | Path) -> bool:
 def abandoned(path: Path) -> Iterator[os.stat_result | None]:
     """Hold the lock of a temporary file during the block if its writer is dead.
 
-    The block gets the file's status; None: its writer lives, or there is no such file.
+    The block's value is the file's status; None: the writer is alive, or there is no such file.
     """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -251,7 +249,7 @@ def abandoned(path: Path) -> Iterator[os.stat_result | None]:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a temporary file is there and its writer lives."""
+    """Whether there is a temporary file whose writer is alive."""
     with abandoned(path) as status:
         return status is None and path.exists()
 
@@ -263,20 +261,20 @@ def remove_if_unlocked(path: Path) -> bool:
 
 
 def flush_together(*files: NewFile) -> None:
-    """Have the disk take what was written to several files.
+    """Flush the content of several files to the disk.
 
-    It begins with all before any is waited for: then one commit of the file system's journal is enough for all.
+    Writing begins for all of them before the first is waited for, so that one journal commit serves all.
 
     :raises InsufficientStorage: the disk is full.
     """
     for file in files:
-        file.begin_writeback(least=1)
+        file.begin_writeback(min_size=1)
     for file in files:
         file.flush()
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Put ``data`` under ``path``, whole or not at all, replacing what was there.
+    """Write ``data`` to a file, atomically, replacing a file of that name.
 
     :raises InsufficientStorage: the disk is full.
     """
@@ -286,7 +284,7 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def open_lock_file(path: Path) -> int:
-    """A descriptor of a file to lock, made, with its folder, where there is none.
+    """Open a file to lock, created with its folder if there is none; its descriptor.
 
     :raises InsufficientStorage: the disk is full.
     """
@@ -294,7 +292,7 @@ def open_lock_file(path: Path) -> int:
 
 
 def open_or_make_lock_file(path: Path) -> tuple[int, bool]:
-    """The same, and whether this call made the file.
+    """As :func:`open_lock_file`; the descriptor, and whether this call created the file.
 
     :raises InsufficientStorage: the disk is full.
     """
@@ -311,7 +309,7 @@ def open_or_make_lock_file(path: Path) -> tuple[int, bool]:
 
 
 def write_lock_file(fd: int, data: bytes) -> None:
-    """Put ``data`` into a lock file. Who reads it meanwhile may see a part of it.
+    """Write ``data`` to a lock file. A concurrent reader may see a part of it.
 
     :raises InsufficientStorage: the disk is full.
     """
@@ -323,12 +321,12 @@ def write_lock_file(fd: int, data: bytes) -> None:
 
 
 def open_log_file(path: Path) -> int:
-    """A descriptor that appends to ``path``."""
+    """Open a log file for appending, created if there is none; its descriptor."""
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, FILE_MODE)
 
 
 def make_directory(path: Path) -> None:
-    """Make a folder and those above it; nothing when it is there.
+    """Create a folder and its parents, where they are missing.
 
     :raises InsufficientStorage: the disk is full.
     """
@@ -337,7 +335,7 @@ def make_directory(path: Path) -> None:
 
 
 def make_subdirectory(name: bytes, directory_fd: int) -> None:
-    """Make a folder in an open one, which is flushed; nothing when it is there.
+    """Create a folder in an open one, unless it exists, and flush the open one.
 
     :raises InsufficientStorage: the disk is full.
     """
@@ -347,7 +345,7 @@ def make_subdirectory(name: bytes, directory_fd: int) -> None:
 
 
 def remove(path: Path) -> bool:
-    """Remove a file; whether it was there."""
+    """Remove a file; whether there was one."""
     try:
         os.unlink(path)
     except FileNotFoundError:
@@ -356,7 +354,7 @@ def remove(path: Path) -> bool:
 
 
 def remove_from(directory_fd: int, name: bytes) -> None:
-    """Remove a file from an open folder, which is flushed.
+    """Remove a file from an open folder, and flush that folder.
 
     :raises FileNotFoundError: it is not there.
     """
@@ -365,9 +363,9 @@ def remove_from(directory_fd: int, name: bytes) -> None:
 
 
 def link(old: Path, new: Path) -> bool:
-    """Give a file one more name; False: there is a file of that name. The folder is not flushed.
+    """Make a hard link; False: there is a file of that name. The folder is not flushed.
 
-    :raises FileNotFoundError: the file, or the new name's folder, is not there.
+    :raises FileNotFoundError: the file, or the new name's folder, does not exist.
     :raises InsufficientStorage: the disk is full.
     """
     with _full_disk_is_insufficient_storage():
@@ -379,7 +377,7 @@ def link(old: Path, new: Path) -> bool:
 
 
 def rename(old: Path, new: Path) -> None:
-    """Give a file another name in its folder, which is not flushed.
+    """Rename a file within its folder, which is not flushed.
 
     :raises FileNotFoundError: there is no such file.
     :raises InsufficientStorage: the disk is full.
@@ -389,9 +387,9 @@ def rename(old: Path, new: Path) -> None:
 
 
 def set_access_time(fd: int, status: os.stat_result, seconds: float) -> None:
-    """Note when an open file was used; nothing where the system forbids that.
+    """Set an open file's access time, where the system allows that.
 
-    :param status: of the file.
+    :param status: the file's, whose modification time is kept.
     :param seconds: since the epoch.
     """
     with contextlib.suppress(OSError):  # another user's file, a disk that is full or read-only
@@ -399,7 +397,7 @@ def set_access_time(fd: int, status: os.stat_result, seconds: float) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Flush a folder, so that a rename in it outlives a loss of power.
+    """Flush a folder, so that a rename in it survives a loss of power.
 
     :raises InsufficientStorage: the disk is full.
     """
@@ -411,7 +409,7 @@ def sync_directory(path: Path) -> None:
 
 
 def sync_directory_fd(directory_fd: int) -> None:
-    """The same of an open folder.
+    """As :func:`sync_directory`, for an open folder.
 
     :raises InsufficientStorage: the disk is full.
     """

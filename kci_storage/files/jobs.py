@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Jobs: generators that run in a process of their own, behind everything else, so that requests do not notice them.
+"""Jobs: generators that run in a process of their own, at low priority, so that they do not delay requests.
 
-A thread that works through many files makes the requests of its process wait: whenever one of them comes back from a
-system call, it may wait for the interpreter for the 5 ms of its switch interval, several times for a single hit. No
-pause between two pieces of work mends that, but for pauses that are longer than the work. See
-docs/decisions/housekeeping-processes.md.
+A thread that works through many files delays the requests of its process: a request that returns from a system call
+may wait for the interpreter lock for the 5 ms of the switch interval, several times for a single hit. Pauses between
+two pieces of work help only if they are longer than the work. See docs/decisions/housekeeping-processes.md.
 
-A process is started for a job, and ends with it. It ends as well when its parent does, however that dies: its
-standard input is a pipe from there, which nobody writes to after the beginning.
+A process is started for a job, and ends with it. It also ends when its parent dies, in whatever way: its standard
+input is a pipe from the parent, which is only written to at the beginning.
 """
 
 from __future__ import annotations
@@ -24,27 +23,27 @@ import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import IO, Any, BinaryIO, Self
 
-NICENESS = 10  # a tenth of a processor when requests take all they can; less would prolong the locks that it takes
-GRACE = 2  # seconds that a job has for its present step when it is to stop
-IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGHUP)  # whole groups get them; it heeds its parent
+NICENESS = 10  # about a tenth of a busy processor; with less, a job would hold its locks for longer
+GRACE = 2  # seconds that a job that is told to stop has for its present step
+IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGHUP)  # sent to the group; the parent stops jobs
 REPORT, DONE, FAILED = "report", "done", "failed"
 
 
 class JobFailed(Exception):
-    """A job ended early, by an error of its own or because its process died."""
+    """A job has ended early: its generator raised, or its process died."""
 
 
 class JobStopped(Exception):
-    """A job was told to stop."""
+    """A job was told to stop, by :meth:`Job.stop`."""
 
 
 class Job:
-    """A job that runs. To iterate over it gives what the generator yields, but for each None.
+    """A running job. Iterating over it yields what the generator yields, except None.
 
-    :param work: a module's generator function. Between two of its steps it can be stopped, so it should yield often:
-        None when there is nothing to tell.
-    :param arguments: its arguments; like what it yields, they are pickled.
-    :param inherited: descriptors that the process keeps open. The locks on them are held until it has ended, too.
+    :param work: a module's generator function. A job can be stopped between two of its steps, so it should yield
+        often: None when there is nothing to report.
+    :param arguments: its arguments; they are pickled, as are the reports.
+    :param inherited: descriptors that the process keeps open, so that locks on them are held until it has ended.
     :raises OSError: no process can be started.
     """
 
@@ -53,7 +52,7 @@ class Job:
         command = [sys.executable, "-m", __name__]
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, pass_fds=tuple(inherited))
-        with contextlib.suppress(BrokenPipeError):  # it could not even start, as its exit status will say
+        with contextlib.suppress(BrokenPipeError):  # the process has died already; its exit status says so
             pickle.dump((sys.path, pickle.dumps((work, arguments))), self._input)
             self._input.flush()
 
@@ -64,14 +63,14 @@ class Job:
 
     @property
     def pid(self) -> int:
-        """The id of its process."""
+        """The process id."""
         return self._process.pid
 
     def __iter__(self) -> Iterator[Any]:
-        """What it reports, as it comes.
+        """The job's reports, as they arrive.
 
-        :raises JobFailed: it ended early.
-        :raises JobStopped: it was told to.
+        :raises JobFailed: the job has ended early.
+        :raises JobStopped: the job was told to stop.
         """
         kind, value = self._next()
         while kind == REPORT:
@@ -91,7 +90,7 @@ class Job:
         return answer
 
     def stop(self) -> None:
-        """Have it end, after its present step if there is one; back then, :data:`GRACE` seconds later at most."""
+        """Stop the job after its present step, and wait for its end: :data:`GRACE` seconds at most."""
         self._stopped = True
         with contextlib.suppress(OSError):
             self._input.close()
@@ -106,15 +105,15 @@ class Job:
         self._process.stdout.close()
 
 
-# In the process itself
+# In the job's process
 
 
 def main() -> None:
-    """Do the job that the parent sends."""
+    """Run the job that the parent sends."""
     for number in IGNORED:
         signal.signal(number, signal.SIG_IGN)
     with contextlib.suppress(BrokenPipeError), os.fdopen(os.dup(1), "wb") as reports:
-        os.dup2(2, 1)  # what a driver prints is no report
+        os.dup2(2, 1)  # what the work prints must not mix with the reports
         _send(reports, _outcome(reports))
 
 
@@ -126,15 +125,15 @@ def _outcome(reports: BinaryIO) -> tuple[str, Any]:
         sys.path[:] = path
         work, arguments = pickle.loads(order)  # which imports what the work needs
         _work(work(*arguments), reports, parent)
-    except BrokenPipeError:  # nobody listens any more
+    except BrokenPipeError:  # the parent is gone
         raise
-    except Exception:  # noqa: BLE001  (the parent tells of it)
+    except Exception:  # noqa: BLE001  (the parent raises it)
         return FAILED, traceback.format_exc()
     return DONE, None
 
 
 class _Parent:
-    """Whoever has started this process. When that tells it to stop, or dies, it ends, but in the midst of no step."""
+    """Watches the parent process: when it closes the pipe or dies, this process ends, after its present step."""
 
     def __init__(self) -> None:
         self.is_gone = threading.Event()
@@ -149,7 +148,7 @@ class _Parent:
         os._exit(0)
 
     def begin(self) -> None:
-        """From now on there are steps."""
+        """The job's steps begin: from now on, the end has to wait for the present one."""
         self._begun.set()
 
 

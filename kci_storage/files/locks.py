@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Locks between the processes of one server, and what a lock that nobody holds any more means.
+"""Locks between the processes of one server, which tell the next holder when a holder has died.
 
-A lock is a name in a folder: a hard link to a *marker*, a file of its holder's process that stays locked by ``flock``
-for as long as that lives. To take a lock is to make the link, which fails where there is one; to let go is to unlink
-it. The marker serves for the next lock. So there are never more names than locks in use.
+A lock is a name in a folder: a hard link to a *marker*, a file of the holder's process that is locked (``flock``) for
+as long as that process lives. Taking a lock makes the link, which fails if there is one; releasing it unlinks the
+name. The marker is reused for the next lock. So there are never more names than locks in use.
 
-A name whose file is not locked was left by a writer that died. :meth:`KeyLocks.hold` tells its next holder so
-(:attr:`Lease.orphaned`), since nobody knows how far that writer had got. See docs/locking.md.
+A name whose file is not locked was left by a holder that died. :meth:`KeyLocks.hold` tells the next holder so
+(:attr:`Lease.orphaned`), since it is unknown how far the dead one had come. See docs/locking.md.
 
-A new file for each lock is what it was once. ext4 lets the inode of a deleted file rest for minutes, and searches
-past all that rest for each new file: at some hundred uploads a second that took half of the processor.
+A new file for each lock would cost too much: ext4 does not reuse the inode of a deleted file for minutes, and
+searches past all such inodes for each new file. At a few hundred uploads a second that took half of the processor.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from kci_storage.files import durable
 from kci_storage.net import slots
 
 MARKERS = "markers"  # the folder of the markers, beside that of the locks
-KEPT = 64  # markers that a process keeps for its next locks
-NOBODYS = hashlib.sha512().hexdigest()  # the name that an empty key would have
-POLL_INTERVAL = 0.01  # seconds between two tries; portalocker's own default of 0.25 would be felt by every waiter
+MAX_FREE_MARKERS = 64  # that a process keeps for its next locks
+PROBE_NAME = hashlib.sha512().hexdigest()  # of a lock that no key has: the digest of an empty key
+POLL_INTERVAL = 0.01  # seconds between two tries; portalocker's default of 0.25 would delay each waiting request
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,14 +41,14 @@ class Lease:
     """A lock that is held."""
 
     path: Path
-    orphaned: bool  # whether its last holder died with it
-    release: Callable[[], None]  # remove the name, then let go
+    orphaned: bool  # whether the previous holder died while it held the lock
+    release: Callable[[], None]
 
 
 class KeyLocks:
-    """One exclusive lock per name, over all threads and processes that use one directory.
+    """One exclusive lock per name, for all threads and processes that use one directory.
 
-    :param directory: where the names are; on a local file system with hard links. The markers are in a folder beside
+    :param directory: the folder of the names, on a local file system with hard links. The markers' folder is beside
         it.
     """
 
@@ -59,7 +59,7 @@ class KeyLocks:
         durable.make_directory(directory)
 
     def try_acquire(self, name: str) -> Lease | None:
-        """The lock if it is free now, else None. The caller releases it.
+        """Take the lock if it is free now; None: it is not. The caller releases it.
 
         :raises InsufficientStorage: the disk is full.
         """
@@ -69,11 +69,11 @@ class KeyLocks:
                 return Lease(path, orphaned=False, release=partial(self._release, path, marker))
             if (left := durable.NewFile.take_over(path)) is not None:
                 return Lease(path, orphaned=True, release=left.discard)
-            if self.is_present(name):  # else it has been let go of since
+            if self.is_present(name):  # else it has been released since
                 return None
 
     def _mark(self, path: Path) -> durable.NewFile | None:
-        """Give one of our markers that name; None: there is one."""
+        """Link one of this process's markers to the path; None: the path exists."""
         while True:
             marker = self._markers.take()
             try:
@@ -91,7 +91,7 @@ class KeyLocks:
 
     def _release(self, path: Path, marker: durable.NewFile) -> None:
         try:
-            if durable.is_file_at(marker.fileno(), path):  # else an operator removed it, and it is another's
+            if durable.is_file_at(marker.fileno(), path):  # else an operator removed it, and another holder has it
                 durable.remove(path)
         finally:
             self._markers.put(marker)
@@ -101,8 +101,9 @@ class KeyLocks:
         """Hold the lock during the block.
 
         :param timeout: seconds to wait for it.
-        :raises WriteConflict: it was held by others all that time.
+        :raises WriteConflict: other threads or processes held it all that time.
         :raises Overloaded: too many requests of this process wait already.
+        :raises InsufficientStorage: the disk is full.
         """
         lease = self.try_acquire(name) or self._wait(name, timeout)
         try:
@@ -123,7 +124,7 @@ class KeyLocks:
 
     @contextlib.contextmanager
     def hold_if_free(self, name: str) -> Iterator[Lease | None]:
-        """Hold the lock during the block if it is free now; the block gets None if it is not."""
+        """Hold the lock during the block if it is free now; else the block's value is None."""
         lease = self.try_acquire(name)
         try:
             yield lease
@@ -131,16 +132,16 @@ class KeyLocks:
             if lease is not None:
                 lease.release()
 
-    def prove(self) -> None:
-        """Take a lock that nobody else wants, and let go of it.
+    def check_usable(self) -> None:
+        """Take and release a lock that no key uses, to find out whether locks work in this folder.
 
-        :raises OSError: no file can be made here, or the file system knows no hard links.
+        :raises OSError: no file can be created here, or the file system has no hard links.
         """
-        with contextlib.suppress(InsufficientStorage), self.hold_if_free(NOBODYS):  # a full disk is no wrong one
+        with contextlib.suppress(InsufficientStorage), self.hold_if_free(PROBE_NAME):  # a full disk may recover
             pass
 
     def is_present(self, name: str) -> bool:
-        """Whether somebody holds the lock, or died with it. Costs one look at the directory."""
+        """Whether the lock is held, or was left by a dead holder. It costs one system call."""
         return (self.directory / name).exists()
 
     def waiting(self, name: str) -> int:
@@ -148,22 +149,22 @@ class KeyLocks:
         return self._turns.length(name)
 
     def names(self) -> list[str]:
-        """The locks that are held or were left by the dead."""
+        """The locks that are held, or were left by dead holders."""
         with contextlib.suppress(FileNotFoundError):
             return os.listdir(self.directory)
         return []
 
     def sync(self) -> None:
-        """Make sure that the locks held now are found after a loss of power."""
+        """Flush the folder, so that the locks held now survive a loss of power."""
         durable.sync_directory(self.directory)
 
     def sweep(self) -> int:
-        """Remove the markers of processes that died; how many. The locks that they left stay."""
+        """Remove the markers of dead processes; how many. The locks that these left stay."""
         return self._markers.sweep()
 
 
 class _Turns:
-    """Who waits for a lock in one process: of those that wait for the same one, only the first looks at it."""
+    """The queues of one process's waiting threads: of those that wait for one lock, only the first polls it."""
 
     def __init__(self) -> None:
         self._queues: dict[str, deque[threading.Event]] = {}
@@ -171,7 +172,7 @@ class _Turns:
 
     @contextlib.contextmanager
     def take(self, name: str, timeout: float) -> Iterator[None]:
-        """Be the first during the block, or have waited for that as long as one may."""
+        """Wait to be the first in the queue, for ``timeout`` seconds at most; the block runs in either case."""
         turn = threading.Event()
         with self._mutex:
             queue = self._queues.setdefault(name, deque())
@@ -189,30 +190,30 @@ class _Turns:
                     del self._queues[name]
 
     def length(self, name: str) -> int:
-        """How many wait."""
+        """How many threads wait for a lock."""
         with self._mutex:
             return len(self._queues.get(name, ()))
 
 
 class _Markers:
-    """The files that the locks of one process are links to.
+    """The marker files of one process, to which its locks are links.
 
-    :param directory: where they lie, those of other processes too.
+    :param directory: the folder of the markers, which all processes share.
     """
 
     def __init__(self, directory: Path):
         self._directory = directory
         self._pid = os.getpid()
         self._free: list[durable.NewFile] = []
-        weakref.finalize(self, _give_up, self._free, self._pid)
+        weakref.finalize(self, _discard_all, self._free, self._pid)
 
     def take(self) -> durable.NewFile:
         """A marker without a lock.
 
         :raises InsufficientStorage: the disk is full.
         """
-        if self._pid != os.getpid():  # a fork: those are the parent's, and would outlive it here
-            _give_up(self._free, self._pid)
+        if self._pid != os.getpid():  # after a fork, these are the parent's; here they would survive it
+            _discard_all(self._free, self._pid)
             self._pid = os.getpid()
         try:
             return self._free.pop()
@@ -220,14 +221,14 @@ class _Markers:
             return durable.NewFile.unnamed(self._directory)
 
     def put(self, marker: durable.NewFile) -> None:
-        """It has no lock any more."""
-        if len(self._free) < KEPT:
+        """Return a marker whose lock was released."""
+        if len(self._free) < MAX_FREE_MARKERS:
             self._free.append(marker)
         else:
             marker.discard()
 
     def sweep(self) -> int:
-        """Remove those of the dead, but for the ones to which locks lead that nobody has seen to yet; how many."""
+        """Remove the markers of dead processes, except those that still have a lock; how many."""
         with contextlib.suppress(FileNotFoundError):
             return sum(_remove_marker(self._directory / name) for name in os.listdir(self._directory))
         return 0
@@ -238,8 +239,8 @@ def _remove_marker(path: Path) -> bool:
         return status is not None and status.st_nlink == 1 and durable.remove(path)
 
 
-def _give_up(markers: list[durable.NewFile], pid: int) -> None:
-    """Let go of markers; in a fork of the process whose they are, of no more than the descriptors."""
+def _discard_all(markers: list[durable.NewFile], pid: int) -> None:
+    """Discard markers; in a fork of process ``pid``, to which they belong, only close them."""
     while markers:
         marker = markers.pop()
         marker.discard() if os.getpid() == pid else marker.close()

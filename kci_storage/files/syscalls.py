@@ -9,7 +9,7 @@ from typing import Any
 
 
 def _system_call(name: str, *types: Any) -> Callable[..., int] | None:
-    """A function of the C library that Python has no name for; None where the system has none either."""
+    """A function of the C library; None: this system has none of that name."""
     function = getattr(ctypes.CDLL(None), name, None)
     if function is not None:
         function.argtypes = types
@@ -17,6 +17,6 @@ def _system_call(name: str, *types: Any) -> Callable[..., int] | None:
 
 
 sync_file_range = _system_call("sync_file_range", ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
-SYNC_FILE_RANGE_WRITE = 2  # sync_file_range(2): begin to write what is not being written yet
+SYNC_FILE_RANGE_WRITE = 2  # sync_file_range(2): start writing the dirty pages
 fallocate = _system_call("fallocate", ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-FALLOC_FL_KEEP_SIZE = 1  # fallocate(2): the file stays as long as what was written
+FALLOC_FL_KEEP_SIZE = 1  # fallocate(2): do not change the file's length

@@ -11,8 +11,8 @@ The state of a fill can be read from its claim and its part:
 - The part is as long as the object: complete, and verified. The last piece is only written if the digests match.
 - The claim is locked: the filler is alive.
 - The claim is not locked, but at its path: the filler died. The next thread that locks the claim resumes the fill.
-- The claim is neither locked nor at its path: the fill has ended early. A follower may get the rest from
-  the backend.
+- The claim is neither locked nor at its path: the fill has ended early. A follower may read the
+  rest from the backend.
 - The part is shorter than before: its content is wrong. A follower that has sent a piece must abort its response.
 
 An upload or deletion that is committed meanwhile unlinks the claim (:meth:`.Cache.revoke_fill`). The fill's followers

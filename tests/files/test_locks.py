@@ -20,7 +20,7 @@ from kci_storage.config.settings import CacheConfig, Config, ConfigError
 from kci_storage.drivers.local.driver import LocalDriver
 from kci_storage.errors import BackendError, InsufficientStorage, WriteConflict
 from kci_storage.files import durable
-from kci_storage.files.locks import KEPT, MARKERS, NOBODYS, KeyLocks, Lease
+from kci_storage.files.locks import MARKERS, MAX_FREE_MARKERS, PROBE_NAME, KeyLocks, Lease
 from kci_storage.services import open_cache
 from tests.support.disks import small_disk, use_up_inodes
 from tests.support.peers import Peer, dies, peers
@@ -275,8 +275,8 @@ class TestMarkers:
         assert len(inodes) == 1
 
     def test_no_more_are_kept_than_are_likely_to_be_used(self, locks: KeyLocks) -> None:
-        prepare_markers(locks, KEPT + 5)
-        assert len(markers(locks)) == KEPT
+        prepare_markers(locks, MAX_FREE_MARKERS + 5)
+        assert len(markers(locks)) == MAX_FREE_MARKERS
 
     def test_those_of_the_dead_are_swept(self, locks: KeyLocks, peer: Peer) -> None:
         with locks.hold("mine", TIMEOUT):
@@ -393,8 +393,8 @@ def test_a_local_storage_without_hard_links_is_not_ready(tmp_path: Path):
 
 def test_a_proof_leaves_nothing_and_is_not_in_the_way_of_another(tmp_path: Path):
     locks = KeyLocks(tmp_path / "locks")
-    with locks.hold(NOBODYS, 0):
-        locks.prove()
+    with locks.hold(PROBE_NAME, 0):
+        locks.check_usable()
     assert locks.names() == []
-    locks.prove()
+    locks.check_usable()
     assert locks.names() == []

@@ -131,7 +131,7 @@ class LocalDriver(Driver):
             durable.make_directory(self._temporary)
             if not os.access(self._temporary, os.W_OK | os.X_OK):
                 raise BackendError("the storage folder cannot be written to")
-            self._locks.prove()
+            self._locks.check_usable()
 
     def close(self) -> None:
         """Nothing to do: no file is kept open."""
