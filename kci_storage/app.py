@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The application: ``create_app`` registers the views and puts the middleware around them."""
+"""The application factory: ``create_app`` registers the views and wraps them in the middleware."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from kci_storage.wsgi.exchange import Exchange, Transport
 
 
 class _Json(DefaultJSONProvider):
-    """Flask's own, except that keys stay in the order that the views give them in."""
+    """Flask's own provider, but it keeps the order of the views' keys."""
 
     sort_keys = False
 
@@ -31,9 +31,9 @@ class _Json(DefaultJSONProvider):
 def create_app(config: Config | None = None) -> Flask:
     """The WSGI application, for one worker process.
 
-    :param config: None: the one of the master that has forked this process, else the one that the environment names
-        (docs/configuration.md).
-    :raises ConfigError: it cannot be used.
+    :param config: None: the configuration of the master that forked this process; if there is none, that of the file
+        that the environment names (docs/configuration.md).
+    :raises ConfigError: the configuration cannot be used.
     """
     logs.configure(debug=wants_debug())
     services = build_services(config) if config else inherited_services()
@@ -52,7 +52,7 @@ def create_app(config: Config | None = None) -> Flask:
 
 
 def middleware(app: Callable[..., Any], services: Services) -> Callable[..., Any]:
-    """The application behind the border where requests are counted and logged."""
+    """Wrap the application in the middleware: downloads, access control, counting and logging, proxy headers."""
 
     def finished(exchange: Exchange) -> None:
         services.metrics.request_finished(exchange)

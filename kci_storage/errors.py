@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The one tree of errors, and the one table that says what each means over HTTP.
+"""The tree of errors, and the table of their HTTP status codes, titles and metric labels.
 
-Services and drivers raise these; views never catch them. ``app.py`` turns an error into a response by
-looking its class up in :data:`TABLE`, and ``metrics.py`` takes its label from the same row.
+Services and drivers raise these; views never catch them. :mod:`kci_storage.blueprints.errors` turns an error into a
+response by its row in :data:`TABLE`, and :mod:`kci_storage.monitoring.metrics` takes its label from the same row.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import NamedTuple
 class StorageError(Exception):
     """The root of the tree.
 
-    :param message: one line for the client. It never holds a local path, a secret or a backend URL.
-    :param detail: what only the log may say.
+    :param message: one line for the client. It never contains a local path, a secret or a backend URL.
+    :param detail: for the log only.
     :param retry_after: seconds after which trying again makes sense; sent as ``Retry-After``.
     """
 
@@ -30,11 +30,11 @@ class BadRequest(StorageError):
 
 
 class ProtocolError(BadRequest):
-    """The request's head breaks a rule of HTTP/1.1, or asks for what this server cannot do."""
+    """The request's head breaks a rule of HTTP/1.1, or asks for something that this server cannot do."""
 
 
 class LengthRequired(ProtocolError):
-    """The request does not say where its body ends."""
+    """The request has neither a ``Content-Length`` nor a ``chunked`` body."""
 
 
 class UnsupportedTransferCoding(ProtocolError):
@@ -42,7 +42,7 @@ class UnsupportedTransferCoding(ProtocolError):
 
 
 class UnsupportedContentEncoding(BadRequest):
-    """The body is encoded, and would be stored so under a name that does not say it."""
+    """The body has a ``Content-Encoding``, with which it would be stored under a name that does not show it."""
 
 
 class BadKey(BadRequest):
@@ -54,11 +54,11 @@ class BadForm(BadRequest):
 
 
 class BadArchive(BadRequest):
-    """The archive is broken or too large, or has something in it that cannot be stored."""
+    """The archive is broken or too large, or has an entry that cannot be stored."""
 
 
 class DigestMismatch(BadRequest):
-    """The body is not what its ``Content-MD5`` or ``Repr-Digest`` promised."""
+    """The body does not match its ``Content-MD5`` or ``Repr-Digest``."""
 
 
 class ClientDisconnected(BadRequest):
@@ -74,35 +74,35 @@ class Forbidden(StorageError):
 
 
 class Refused(StorageError):
-    """Whoever asks is not let in, whatever the request: one of the rules below, and ``detail`` says more."""
+    """Access control refuses the client, whatever it requests. The subclass says which rule, ``detail`` says more."""
 
 
 class UserAgentRefused(Refused):
-    """A crawler, by the name that it gives itself."""
+    """The client is a crawler, by its ``User-Agent``."""
 
 
 class SubnetRefused(Refused):
-    """A client of a subnet that is blocked."""
+    """The client's address is in a blocked subnet."""
 
 
 class TooManyRequests(Refused):
-    """The client asks too often."""
+    """The client exceeds its rate of requests."""
 
 
 class TooManyDownloads(Refused):
-    """The client has as many downloads as it may have at a time."""
+    """The client has too many downloads running."""
 
 
 class ObjectNotFound(StorageError):
-    """The backend itself said that there is no such object. No other failure may look like this one."""
+    """The backend answered that there is no such object. No other failure may look like this one."""
 
 
 class KeyConflict(StorageError):
-    """The backend cannot hold this key beside one that it has (a file where a folder is, or the reverse)."""
+    """The backend cannot store this key beside an existing one (a file where a folder is, or the reverse)."""
 
 
 class WriteConflict(StorageError):
-    """Another writer holds the key, or came in between on another machine."""
+    """Another writer has locked the key, or has changed it from another machine."""
 
 
 class PreconditionFailed(StorageError):
@@ -114,7 +114,7 @@ class UploadTooLarge(StorageError):
 
 
 class InsufficientStorage(StorageError):
-    """No room on this server's disk."""
+    """This server's disk is full."""
 
 
 class BackendError(StorageError):
@@ -126,27 +126,27 @@ class BackendTimeout(BackendError):
 
 
 class BackendThrottled(BackendError):
-    """The backend asked to be left alone for a while."""
+    """The backend asked for fewer requests (throttling)."""
 
 
 class ObjectChanged(BackendError):
-    """A read that was pinned to one version found another one."""
+    """A read of one version found another one."""
 
 
 class CorruptObject(BackendError):
-    """The backend's content is not what its own digest or length says."""
+    """The backend's content does not match its digest or its length."""
 
 
 class NotReady(StorageError):
-    """The backend does not answer, for whoever asks whether this server can work."""
+    """The answer of the readiness check while the backend does not answer."""
 
 
 class Overloaded(StorageError):
-    """This server has as much in hand as it can take, or somebody else's work took too long to wait for."""
+    """This server is at its capacity, or a request took too long to wait for."""
 
 
 class Meaning(NamedTuple):
-    """What an error is over HTTP: its status code, its title (RFC 9457) and its metric label."""
+    """A row of the table: an error's status code, its title (RFC 9457) and its metric label."""
 
     status: int
     title: str
@@ -187,12 +187,12 @@ TABLE: dict[type[StorageError], Meaning] = {
 
 
 def label(error: BaseException) -> str:
-    """What metrics call an error: its row's label in the table, or ``internal``."""
+    """An error's metric label: that of its row in the table, or ``internal``."""
     return meaning(error).label if isinstance(error, StorageError) else "internal"
 
 
 def meaning(error: StorageError) -> Meaning:
-    """The row of the table for an error; a class that has none takes its parent's.
+    """The row of the table for an error; a class without a row has its parent's.
 
     >>> meaning(BadKey("no")).status
     400

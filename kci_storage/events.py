@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The events that services report, for whoever counts them.
+"""The events that services report.
 
-Services know this protocol and not Prometheus: :class:`kci_storage.monitoring.metrics.Metrics` implements it.
+Services know this protocol, not Prometheus: :class:`kci_storage.monitoring.metrics.Metrics` implements it.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import Protocol
 
 
 class CacheStatus(enum.Enum):
-    """Where an answer came from; the value is what ``X-Cache`` says."""
+    """Where an object's content came from; the value is that of ``X-Cache``."""
 
     HIT = "hit"
     MISS = "miss"
-    STALE = "stale"  # a copy that should have been checked, while the backend is away
+    STALE = "stale"  # a copy that is due for revalidation, while the backend does not answer
 
 
 class Events(Protocol):
@@ -29,14 +29,21 @@ class Events(Protocol):
         """The rest of a download comes straight from the backend, since its fill ended early."""
 
     def revalidated(self, result: str) -> None:
-        """A copy was checked against the backend: ``fresh``, ``changed``, ``deleted``, or ``failed``."""
+        """A copy was revalidated with the backend.
+
+        :param result: ``fresh``, ``changed``, ``deleted`` or ``failed``.
+        """
 
     def filling(self) -> AbstractContextManager[None]:
-        """A cold object comes into the cache during the block."""
+        """A cold object is fetched into the cache during the block."""
         ...
 
     def evicted(self, files: int, size: int) -> None:
-        """So many copies, of so many bytes in all, were removed to make room."""
+        """Copies were evicted.
+
+        :param files: how many.
+        :param size: bytes in them.
+        """
 
     def uploading(self) -> AbstractContextManager[None]:
         """An upload request is answered during the block; its files are counted as they are stored."""

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Keys: the names of stored files, and the rules that they follow. Pure.
+"""Keys: the names of stored files, and the rules for them. Pure.
 
-A key is UTF-8, relative and ``/``-separated. What breaks a rule is refused before any driver sees it: SDKs and file
-systems resolve ``..``, listings break on control characters, and a name longer than a file system takes would fail
-only after the whole body was sent.
+A key is UTF-8, relative and ``/``-separated. A key that breaks a rule is refused before any driver sees it: SDKs and
+file systems resolve ``..``, listings break on control characters, and a name that is too long for the file system
+would fail only after the whole body was sent.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ MAX_CHARACTERS = 1024
 MAX_SEGMENTS = 254
 MAX_SEGMENT_BYTES = 255  # in UTF-8; the longest file name that Linux takes
 
-REMEMBERED = 4096  # paths that were found right
-LONGEST_REMEMBERED = 512  # characters; so that strangers cannot fill the memory
+MAX_REMEMBERED = 4096  # paths that were found valid
+MAX_REMEMBERED_LENGTH = 512  # characters of such a path, so that clients cannot fill the memory
 
 RESERVED_KEYS = ("upload", "metrics", "robots.txt", "favicon.ico")  # routes of this server
 RESERVED_FOLDERS = ("v1", ".kci")  # its other routes, and its own files
@@ -39,14 +39,14 @@ _SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
 class Prefix(NamedTuple):
-    """Which keys a prefix in the configuration covers: by whole leading segments, or as plain text up to a star."""
+    """A prefix in the configuration. It covers keys by whole segments, or, with a final star, by their beginning."""
 
-    start: str  # what the key begins with
-    whole_segments: bool  # and whether its last segment must end there
+    start: str  # the beginning of the keys that it covers
+    whole_segments: bool  # whether the key's segment must end where ``start`` does
 
     @classmethod
     def parse(cls, text: str) -> Prefix:
-        """A prefix as it is written.
+        """Parse a prefix of the configuration.
 
         >>> Prefix.parse("/builds/v6*").covers("builds/v6.12/Image"), Prefix.parse("/a/").covers("ab")
         (True, False)
@@ -57,13 +57,16 @@ class Prefix(NamedTuple):
         return cls(segments, whole_segments=bool(segments))
 
     def covers(self, key: str) -> bool:
-        """Whether it covers the key."""
+        """Whether the prefix covers the key."""
         if not key.startswith(self.start):
             return False
         return not self.whole_segments or key[len(self.start) : len(self.start) + 1] in ("", "/")
 
     def reaches(self, folder: str) -> bool:
-        """Whether it covers some key in the folder: all of them, or those below a folder in there."""
+        """Whether the prefix covers at least one key in the folder or in a folder below.
+
+        :param folder: without a trailing slash; empty: the root.
+        """
         inside = f"{folder}/" if folder else ""
         return self.start.startswith(inside) or self.covers(f"{inside}x")
 
@@ -72,8 +75,8 @@ def for_upload(path: str, filename: str) -> str:
     """The key of one file of a form.
 
     :param path: the form field ``path``; empty, ``/`` and ``.`` are the root.
-    :param filename: the part's file name, which keeps its folders.
-    :raises BadKey: the result breaks a rule, or one of the two does.
+    :param filename: the part's file name; its folders are part of the key.
+    :raises BadKey: the file name is empty, or the key breaks a rule.
 
     >>> for_upload("/testfolder/", "local_folder//local_file")
     'testfolder/local_folder/local_file'
@@ -85,7 +88,7 @@ def for_upload(path: str, filename: str) -> str:
 
 
 def folder(path: str) -> str:
-    """What a form's field ``path`` means, not checked; empty: the root.
+    """The folder of a form's field ``path``, not checked; empty: the root.
 
     >>> folder("/testfolder/"), folder(".")
     ('testfolder', '')
@@ -95,22 +98,22 @@ def folder(path: str) -> str:
 
 
 def for_put(path_info: str) -> str:
-    """The key of an upload by PUT: the path as it stands, nothing dropped but the leading slash.
+    """The key of an upload by PUT: the request path without its leading slash.
 
     :param path_info: ``PATH_INFO``, see :func:`from_path_info`.
-    :raises BadKey: it breaks a rule; an empty segment, at the end too, is one.
+    :raises BadKey: it breaks a rule, such as by an empty segment, also at the end.
 
     >>> for_put("/folder/file.txt")
     'folder/file.txt'
     """
-    return (_for_put_remembered if len(path_info) <= LONGEST_REMEMBERED else _for_put)(path_info)
+    return (_for_put_remembered if len(path_info) <= MAX_REMEMBERED_LENGTH else _for_put)(path_info)
 
 
 def _for_put(path_info: str) -> str:
     return check(from_path_info(path_info))
 
 
-_for_put_remembered = functools.lru_cache(REMEMBERED)(_for_put)
+_for_put_remembered = functools.lru_cache(MAX_REMEMBERED)(_for_put)
 
 
 def from_path_info(path_info: str) -> str:
@@ -128,9 +131,9 @@ def from_path_info(path_info: str) -> str:
 
 
 def check(key: str) -> str:
-    """The same key, when it follows the rules.
+    """Return the key if it is valid.
 
-    :raises BadKey: it does not; the message says which rule.
+    :raises BadKey: it breaks a rule; the message says which one.
 
     >>> check("folder/file.txt")
     'folder/file.txt'
@@ -142,10 +145,10 @@ def check(key: str) -> str:
 
 
 def is_valid(key: str) -> bool:
-    """Whether the key follows the rules.
+    """Whether the key is valid.
 
-    Every download asks this, so a key of plain ASCII costs one match of a compiled pattern (about a microsecond);
-    only others are looked at rule by rule.
+    This is called for every download, so a key of plain ASCII costs one match of a compiled pattern (about a
+    microsecond); only other keys are checked rule by rule.
 
     >>> is_valid("folder/file.txt"), is_valid("folder/../file.txt")
     (True, False)
@@ -165,14 +168,14 @@ def _utf8(path_info: str) -> str:
 
 
 def _fault(key: str) -> str | None:
-    """The first thing that is wrong with a key."""
+    """The first rule that a key breaks, as a message; None: it is valid."""
     if len(key) <= MAX_CHARACTERS and _COMMON.match(key):
         return None
     return next(_faults(key), None)
 
 
 def _faults(key: str) -> Iterator[str]:
-    """What is wrong with a key, one line each; the cheap limits first, so that the rest is short."""
+    """The rules that a key breaks, one message each; the cheap limits first, which bound the cost of the rest."""
     if not key:
         yield "the key is empty"
     if len(key) > MAX_CHARACTERS:
@@ -202,5 +205,5 @@ def _segment_faults(segment: str) -> Iterator[str]:
 
 
 def _quote(text: str) -> str:
-    """For a message: short, on one line, and without a raw control character."""
+    """A key as it is shown in a message: short, on one line, without raw control characters."""
     return repr(text if len(text) <= 40 else f"{text[:39]}…")

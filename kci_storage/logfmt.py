@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""logfmt: ``key=value`` pairs, one line per event, safe against whatever a client sends."""
+"""logfmt: ``key=value`` pairs, one line per event, safe against any value that a client sends."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import time
 
 _PLAIN = re.compile(r"[!#-<>-\[\]-~]+")  # what needs no quotes: printable ASCII without space, quote, = and backslash
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-_PAIR = re.compile(r'([A-Za-z0-9_]+)=("(?:[^"\\]|\\.)*"|\S*)')  # of a line that this module has made
-_CHARACTER = re.compile(r"\\u[0-9a-f]{4}|\\.|.")  # as it is written between quotes
+_PAIR = re.compile(r'([A-Za-z0-9_]+)=("(?:[^"\\]|\\.)*"|\S*)')  # in a line that this module has written
+_CHARACTER = re.compile(r"\\u[0-9a-f]{4}|\\.|.")  # one character as written between quotes
 
-LONGEST_VALUE = 2_048  # characters; what a client sends cannot fill the disk with one line
-LONGEST_LINE = select.PIPE_BUF  # bytes, its end included: as many stay together in a pipe that several write to
-LEAST_VALUE = 64  # bytes to which a value is cut at most, so that a line keeps something of all
-CUT = "[cut]"  # where something was left out
+MAX_VALUE_LENGTH = 2_048  # characters, so that no client can fill the disk with one line
+MAX_LINE_SIZE = select.PIPE_BUF  # bytes, the newline included: such a write to a pipe is atomic (POSIX, write)
+MIN_CUT_SIZE = 64  # bytes; a shorter value is not cut, so that something of each value is left
+CUT = "[cut]"  # in place of what was cut
 
 
-def value(raw: object, longest: int = LONGEST_VALUE) -> str:
-    r"""One logfmt value: quoted where it has to be, and always one line.
+def value(raw: object, max_length: int = MAX_VALUE_LENGTH) -> str:
+    r"""One logfmt value: quoted if need be, and always on one line.
 
-    :param longest: characters; of a longer one the end is cut off, which ``[cut]`` shows.
+    :param max_length: characters; the end of a longer value is cut, which ``[cut]`` shows.
 
     >>> value("curl/8.5"), value('a "b"'), value("x\ny"), value(""), value("abcdefgh", 7)
     ('curl/8.5', '"a \\"b\\""', '"x\\ny"', '""', 'ab[cut]')
@@ -30,8 +30,8 @@ def value(raw: object, longest: int = LONGEST_VALUE) -> str:
     if type(raw) is int:
         return str(raw)
     text = str(raw)
-    if len(text) > longest:
-        text = text[: longest - len(CUT)] + CUT
+    if len(text) > max_length:
+        text = text[: max_length - len(CUT)] + CUT
     if _PLAIN.fullmatch(text):
         return text
     text = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
@@ -43,7 +43,7 @@ def _escape(match: re.Match[str]) -> str:
 
 
 def line(**fields: object) -> str:
-    """A line of pairs; a field that is None is left out.
+    """A line of ``key=value`` pairs; a field that is None is omitted.
 
     >>> line(event="access", status=200, user=None)
     'event=access status=200'
@@ -52,16 +52,16 @@ def line(**fields: object) -> str:
 
 
 def encoded(text: str) -> bytes:
-    r"""A line as it is written: with its end, and not so long that a pipe could tear it.
+    r"""A line as bytes, with its newline, shortened so that several processes can write to one pipe.
 
-    The longest values are cut first. Of a traceback the beginning is left out, of anything else the end.
+    The longest values are cut first: a traceback at its beginning, any other value at its end.
 
     >>> data = encoded(f"a={'x' * 5000} b=end")
     >>> len(data), data[-13:]
     (4096, b'x[cut] b=end\n')
     """
     data = f"{text}\n".encode()
-    return data if len(data) <= LONGEST_LINE else f"{_shortened(text, len(data) - LONGEST_LINE)}\n".encode()
+    return data if len(data) <= MAX_LINE_SIZE else f"{_shortened(text, len(data) - MAX_LINE_SIZE)}\n".encode()
 
 
 def _shortened(text: str, excess: int) -> str:
@@ -70,16 +70,16 @@ def _shortened(text: str, excess: int) -> str:
     for index in by_length:
         name, written = pairs[index]
         size = len(written.encode())
-        if excess <= 0 or size <= LEAST_VALUE:
+        if excess <= 0 or size <= MIN_CUT_SIZE:
             break
-        written = _cut(written, max(LEAST_VALUE, size - excess), from_front=name == "traceback")
+        written = _cut(written, max(MIN_CUT_SIZE, size - excess), from_front=name == "traceback")
         excess -= size - len(written.encode())
         pairs[index] = name, written
     return " ".join(f"{name}={written}" for name, written in pairs)
 
 
 def _cut(written: str, size: int, from_front: bool) -> str:
-    """A written value of at most so many bytes, which shows that it was cut."""
+    """Cut a written value to at most ``size`` bytes, :data:`CUT` included."""
     quote = '"' if written.startswith('"') else ""
     characters = _CHARACTER.findall(written[1:-1] if quote else written)
     kept, left = [], size - 2 * len(quote) - len(CUT)
@@ -93,7 +93,9 @@ def _cut(written: str, size: int, from_front: bool) -> str:
 
 
 def timestamp(seconds: float) -> str:
-    """RFC 3339, UTC, to the millisecond.
+    """A time as in RFC 3339, in UTC, to the millisecond.
+
+    :param seconds: since the epoch.
 
     >>> timestamp(0.5)
     '1970-01-01T00:00:00.500Z'

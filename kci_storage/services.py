@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The parts of the server, wired. Nothing else knows all of them."""
+"""The services of one worker, built from its configuration. No other module knows all of them."""
 
 from __future__ import annotations
 
@@ -33,30 +33,30 @@ from kci_storage.wsgi.responder import Responder
 
 
 class ConfigFollower(Protocol):
-    """Takes over each new configuration while the worker runs."""
+    """Applies each new configuration while the worker runs."""
 
     def start(self) -> None:
-        """Begin."""
+        """Start following, in a thread."""
 
     def stop(self) -> None:
-        """End."""
+        """Stop following."""
 
 
 class Parent(Protocol):
-    """The master process that has forked this one, as far as its services need it."""
+    """What services need of the master process that forked this one."""
 
     @property
     def config(self) -> Config:
-        """The last configuration that was valid."""
+        """The last valid configuration."""
         ...
 
     @property
     def ledger(self) -> Ledger:
-        """Where clients are counted, over all workers."""
+        """The counts of the clients' requests, shared by all workers."""
         ...
 
     def follower(self, apply: Callable[[Config], None]) -> ConfigFollower:
-        """Calls ``apply`` with each new configuration."""
+        """A follower that calls ``apply`` with each new configuration."""
         ...
 
 
@@ -65,7 +65,7 @@ parent: Parent | None = None  # set by the master (server/reload.py) before it f
 
 @dataclass(frozen=True)
 class Services:
-    """What the views work with."""
+    """What the views need."""
 
     config: Config
     driver: Driver
@@ -82,17 +82,17 @@ class Services:
 
     @property
     def permissions(self) -> Permissions:
-        """Who may write what, now."""
+        """The current rules on which user may write which keys."""
         return self.policies.permissions
 
     def start(self) -> None:
-        """Start what runs beside requests, in the worker process."""
+        """Start the background work, in the worker process."""
         self.housekeeper.start()
         if self.follower is not None:
             self.follower.start()
 
     def stop(self) -> None:
-        """End it, when the last request has been answered."""
+        """Stop the background work, after the last request was answered."""
         if self.follower is not None:
             self.follower.stop()
         self.housekeeper.stop()
@@ -100,20 +100,21 @@ class Services:
 
 
 def inherited_services() -> Services:
-    """The parts for a worker: from what its master has given it, and told of changes to that.
+    """The services of a worker, with the configuration of its master, whose changes they follow.
 
     :raises ConfigError: the configuration cannot be used.
     """
-    if parent is None:  # another server than ours has started the application
+    if parent is None:  # not started by this program's gunicorn configuration
         return build_services(load())
     services = build_services(parent.config, parent.ledger)
     return dataclasses.replace(services, follower=parent.follower(services.policies.apply))
 
 
 def build_services(config: Config, ledger: Ledger | None = None) -> Services:
-    """The parts, from the driver upwards.
+    """Build the services, from the driver upwards.
 
-    :param ledger: where clients are counted; None: for this process alone.
+    :param ledger: the counts of the clients' requests; None: new ones, of this process alone.
+    :raises ConfigError: the configuration cannot be used.
     """
     driver = drivers.load(config.driver).from_config(config)
     local = GuardedFiles(driver) if isinstance(driver, LocalObjects) else None
@@ -166,23 +167,23 @@ def build_services(config: Config, ledger: Ledger | None = None) -> Services:
 
 
 def fills_at_once(config: Config) -> int:
-    """This worker's share of ``max_fills``."""
+    """How many fills this worker may run: its share of ``max_fills``, rounded up."""
     return -(-config.cache.max_fills // config.server.worker_count)
 
 
 def archive_limits(config: Config) -> Limits:
-    """How large an archive may be; each of its files is an upload, too."""
+    """The limits of an archive. Each of its files is an upload, so ``max_upload_bytes`` holds as well."""
     largest = min(config.archive.max_file_bytes, config.server.max_upload_bytes)
     return Limits(config.archive.max_files, largest, config.archive.max_total_bytes)
 
 
 def disks(config: Config, local: LocalObjects | None) -> list[Path]:
-    """The folders whose disks fill up."""
+    """The folders on whose disks objects or copies are stored."""
     return [config.cache.directory] if local is None else [config.cache.directory, config.local.storage_path]
 
 
 def open_cache(config: Config) -> Cache:
-    """The cache, in a directory that was tried.
+    """Open the cache, and check that its directory can be used.
 
     :raises ConfigError: the directory cannot be used.
     """

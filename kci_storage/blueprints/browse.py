@@ -16,7 +16,7 @@ from kci_storage.errors import BadKey, ObjectNotFound
 from kci_storage.http.accept import prefers_json
 from kci_storage.http.sizes import readable_size
 from kci_storage.pages import csp
-from kci_storage.pages.directory import TOP, Directory, browse
+from kci_storage.pages.directory import ROOT_URL, Directory, browse
 
 blueprint = Blueprint("browse", __name__)
 
@@ -33,7 +33,7 @@ STYLE, SCRIPT, MARKS = _own("directory.css"), _own("directory.js"), _own("marks.
 POLICY = csp.policy(STYLE, SCRIPT, "img-src data:")
 
 
-@blueprint.get(TOP)
+@blueprint.get(ROOT_URL)
 def top() -> Response:
     """The top level."""
     return directory_page("")

@@ -15,7 +15,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-from kci_storage.logfmt import LONGEST_LINE, encoded, line, timestamp, value
+from kci_storage.logfmt import MAX_LINE_SIZE, encoded, line, timestamp, value
 
 if TYPE_CHECKING:
     from kci_storage.wsgi.exchange import Exchange
@@ -89,7 +89,7 @@ def _message(record: logging.LogRecord) -> str:
 
 def _traceback(text: str) -> str:
     """Its end is what matters most."""
-    return value(text[-LONGEST_LINE:], LONGEST_LINE)
+    return value(text[-MAX_LINE_SIZE:], MAX_LINE_SIZE)
 
 
 class LineHandler(logging.Handler):

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Directory pages: one level of the store, for people and, as JSON, for programs."""
+"""Directory pages: the content of one folder, as HTML and as JSON."""

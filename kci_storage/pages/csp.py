@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Content Security Policy for our own pages: nothing runs or is fetched but what this server wrote. Pure."""
+"""The Content Security Policy of this server's own pages: only their own styles and scripts are allowed. Pure."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import hashlib
 def hash_source(text: str) -> str:
     """The source expression that allows one inline style or script (CSP Level 3, section 2.3.1).
 
-    :param text: what stands between the tags, to the character.
+    :param text: exactly what stands between the tags.
 
     >>> hash_source("")
     "'sha256-47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU='"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""One level of the store as a page: what is in it, in which order, and how it is named. Pure, but for the driver."""
+"""One folder of the store as a page: its content, in order, and the URLs. Pure, except for the driver."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from kci_storage.http.conditions import etag_header
 from kci_storage.http.dates import http_date
 from kci_storage.pages.kinds import Mark, mark
 
-TOP = "/v1/browse/"  # since / is the status line
+ROOT_URL = "/v1/browse/"  # the root folder's, since / is the status page
 _DIGITS = re.compile(r"([0-9]+)")
 
 
 @dataclass(frozen=True, slots=True)
 class Folder:
-    """A folder in a directory."""
+    """A folder in a directory page."""
 
     path: str  # with the trailing slash
 
@@ -33,13 +33,13 @@ class Folder:
 
     @property
     def url(self) -> str:
-        """Where it is browsed."""
+        """The URL path of its page."""
         return directory_url(self.path)
 
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """A file in a directory."""
+    """A file in a directory page."""
 
     info: ObjectInfo
 
@@ -50,54 +50,54 @@ class File:
 
     @property
     def url(self) -> str:
-        """Where it is downloaded."""
+        """The URL path of its download."""
         return "/" + quote(self.info.key)
 
     @property
     def view_url(self) -> str | None:
-        """Where a browser shows it unpacked; None for what is no compressed text."""
+        """The URL of its decompressed view in a browser; None: it is not compressed text."""
         shown_as = media.for_reading(self.info.content_type, self.info.key)
         return f"{self.url}?view=1" if shown_as is not None else None
 
     @property
     def mark(self) -> Mark:
-        """What it is to people."""
+        """The mark of its kind."""
         return mark(self.name)
 
 
 @dataclass(frozen=True, slots=True)
 class Directory:
-    """One page of one level."""
+    """One page of a folder's content."""
 
     prefix: str  # empty, or with a trailing slash
     folders: Sequence[Folder]
     files: Sequence[File]
-    next_url: str | None = None  # of the next page; None: this was the last one
-    continues: bool = False  # whether another page comes before this one
+    next_url: str | None = None  # of the next page; None: this is the last one
+    continues: bool = False  # whether this is not the first page
 
     @property
     def url(self) -> str:
-        """Its first page."""
+        """The URL path of the folder's first page."""
         return directory_url(self.prefix)
 
     @property
     def size(self) -> int:
-        """Of the files on the page, in bytes."""
+        """The total size of the files on the page, in bytes."""
         return sum(file.info.size for file in self.files)
 
     @property
     def ancestors(self) -> list[Folder]:
-        """The folders above it and itself, from the top."""
+        """The folders from the root down to this one."""
         segments = self.prefix.split("/")[:-1]
         return [Folder("/".join(segments[: depth + 1]) + "/") for depth in range(len(segments))]
 
     @property
     def parent_url(self) -> str | None:
-        """Where the folder above it is browsed; None at the top."""
+        """The URL path of the parent folder's page; None: this is the root."""
         return directory_url("".join(folder.path for folder in self.ancestors[-2:-1])) if self.prefix else None
 
     def to_fields(self) -> dict[str, Any]:
-        """The page as plain values that JSON can hold."""
+        """The page as values that can be serialized as JSON."""
         return {
             "path": self.prefix,
             "folders": [{"name": folder.name, "path": folder.path, "url": folder.url} for folder in self.folders],
@@ -117,12 +117,12 @@ class Directory:
 
 
 def browse(driver: Driver, prefix: str, marker: str | None) -> Directory:
-    """One page of the level below a prefix.
+    """One page of a folder's content.
 
-    :param prefix: empty for the top, else ending in a slash.
-    :param marker: of the page, from the previous one's ``next_url``; None: the first.
-    :raises ObjectNotFound: there is nothing below it.
-    :raises BadRequest: there is no such page.
+    :param prefix: the folder, with a trailing slash; empty: the root.
+    :param marker: where the page begins, from the previous page's ``next_url``; None: the first page.
+    :raises ObjectNotFound: nothing is stored below this prefix.
+    :raises BadRequest: the marker is invalid.
     """
     page = driver.list(prefix, delimiter="/", marker=marker)
     folders = [Folder(path) for path in page.folders]
@@ -140,16 +140,16 @@ def browse(driver: Driver, prefix: str, marker: str | None) -> Directory:
 
 
 def directory_url(prefix: str) -> str:
-    """Where a folder is browsed.
+    """The URL path of a folder's first page.
 
     >>> directory_url("a b/"), directory_url("")
     ('/a%20b/', '/v1/browse/')
     """
-    return "/" + quote(prefix) if prefix else TOP
+    return "/" + quote(prefix) if prefix else ROOT_URL
 
 
 def natural(name: str) -> list[tuple[int, int | str]]:
-    """A sort key by which numbers count as numbers.
+    """A sort key for natural order: digits compare as numbers.
 
     >>> sorted(["v6.10", "v6.9", "V6.1"], key=natural)
     ['V6.1', 'v6.9', 'v6.10']

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What a file is to people, by its name: which mark a directory page sets beside it. Pure.
+"""The kind of a file, by its name, which a directory page shows as a mark beside it. Pure.
 
-Content types do not say it: a kernel, a device tree and a module are all ``application/octet-stream``.
+The content type does not tell it: a kernel, a device tree and a module are all ``application/octet-stream``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 
 class Kind(enum.Enum):
-    """Its value names the page's mark."""
+    """The kind of a file; the value is the name of the page's mark."""
 
     ARCHIVE = "archive"
     CONFIG = "config"
@@ -27,7 +27,7 @@ class Kind(enum.Enum):
 
 
 class Mark(NamedTuple):
-    """A kind, and what it is in words."""
+    """A kind, and its description in words."""
 
     kind: Kind
     words: str
@@ -78,7 +78,7 @@ _NAMES = (
 
 
 def mark(name: str) -> Mark:
-    """The mark of a file.
+    """The mark of a file, by its name.
 
     :param name: the last segment of its key.
 
@@ -97,7 +97,10 @@ def mark(name: str) -> Mark:
 
 
 def _kind(name: str) -> Kind:
-    """Of a name without the suffix of its compression, in lower case."""
+    """The kind of a file.
+
+    :param name: its name in lower case, without the suffix of a compression.
+    """
     _, dot, extension = name.rpartition(".")
     if dot and extension in _EXTENSIONS:
         return _EXTENSIONS[extension]

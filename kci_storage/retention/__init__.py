@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""How long objects are kept."""
+"""Retention: how long objects are kept, and the deletion of expired ones."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Deleting what is over its age, for backends that do not do it themselves. It may run while the server does."""
+"""Deleting expired objects, for backends that do not do it themselves. It may run while the server does."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from kci_storage.store.objects import Objects
 
 @dataclass(frozen=True, slots=True)
 class Expired:
-    """An object that is over its age."""
+    """An expired object that was deleted, or could not be."""
 
     info: ObjectInfo
-    failure: str | None = None  # why it could not be deleted; None: it is gone
+    failure: str | None = None  # why it could not be deleted; None: it was
 
 
 class Expiry:
-    """Finds what is over its age, and deletes it.
+    """Finds expired objects, and deletes them.
 
-    An object's age counts from its last upload; how long it is kept is what its tag says.
+    An object expires when its last upload is longer ago than its retention tag says.
 
     :param tag_key: the name of that tag.
     """
@@ -36,9 +36,9 @@ class Expiry:
         self.seen = 0  # objects that were looked at
 
     def find(self) -> Iterator[ObjectInfo]:
-        """What is over its age, as the backend lists it.
+        """The expired objects, in the order of the backend's listing.
 
-        :raises BackendError: it cannot be listed.
+        :raises BackendError: the objects cannot be listed.
         """
         marker = None
         while True:
@@ -52,8 +52,9 @@ class Expiry:
                 return
 
     def run(self) -> Iterator[Expired]:
-        """Delete it, one by one; what was uploaded again meanwhile, or deleted by others, is left out.
+        """Delete the expired objects, one by one.
 
+        :returns: the outcome for each, except for objects that were uploaded again or deleted meanwhile.
         :raises BackendError: the objects cannot be listed.
         """
         for info in self.find():
@@ -61,7 +62,7 @@ class Expiry:
                 yield outcome
 
     def delete(self, info: ObjectInfo) -> Expired | None:
-        """Delete an object that was found; None: it is no longer there, or no longer over its age."""
+        """Delete an expired object; None: it does not exist any more, or was uploaded again."""
         try:
             self._objects.delete(info.key, self._is_expired)
         except (ObjectNotFound, PreconditionFailed):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""How long objects are kept: the tags that say so, and what they mean. Pure.
+"""Retention tags: which tags an object gets, and when it has expired by them. Pure.
 
-An object gets its tags when it is uploaded, and keeps them: other rules are for what is uploaded from then on.
+An object gets its tags when it is uploaded, and keeps them: changed rules hold for later uploads only.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class _Rule:
 
 
 class Retention:
-    """The tags of what is uploaded.
+    """Decides the tags of uploaded objects.
 
-    :param config: the section ``[retention]``. Without a value and a rule, nothing is tagged.
+    :param config: the configuration's section ``[retention]``. Without a value and a rule, nothing is tagged.
     """
 
     def __init__(self, config: RetentionConfig):
@@ -39,9 +39,9 @@ class Retention:
         self._rules = sorted(rules, key=lambda rule: len(rule.prefix.start), reverse=True)
 
     def tags(self, email: str, key: str) -> Mapping[str, str]:
-        """Those of an object.
+        """The tags of an object.
 
-        :param email: of who uploads it.
+        :param email: the uploader's.
         """
         if not self._default and not self._rules:
             return {}
@@ -49,14 +49,15 @@ class Retention:
         return {OWNER: tag_value(email), **({self._key: value} if value else {})}
 
     def _value(self, key: str) -> str:
-        """What the rule with the longest prefix says; empty: it is kept for ever."""
+        """The age of the matching rule with the longest prefix, or the default; empty: the object never expires."""
         return next((rule.value for rule in self._rules if rule.prefix.covers(key)), self._default)
 
 
 def is_expired(tags: Mapping[str, str], tag_key: str, last_modified: float, now: float) -> bool:
-    """Whether an object is older than its tag allows; without one, or with one that is no age, it is not.
+    """Whether an object is older than its tag allows. Without a tag, or with one that is no age, it never expires.
 
-    :param last_modified: seconds since the epoch; ``now``, too.
+    :param last_modified: seconds since the epoch.
+    :param now: seconds since the epoch.
 
     >>> is_expired({"retention": "1d"}, "retention", 0, 86_401), is_expired({}, "retention", 0, 1e12)
     (True, False)
@@ -66,9 +67,9 @@ def is_expired(tags: Mapping[str, str], tag_key: str, last_modified: float, now:
 
 
 def lifecycle_policy(config: RetentionConfig, container: str) -> dict[str, Any]:
-    """What Azure is to be told, so that it deletes what is over its age: one rule for each age.
+    """A lifecycle management policy by which Azure deletes expired objects: one rule for each age.
 
-    :param container: where the objects are.
+    :param container: the container of the objects.
     """
     values = {value for value in (config.tag_value, *(rule.value for rule in config.rules)) if value}
     return {"rules": [_lifecycle_rule(config.tag_key, value, container) for value in sorted(values, key=days_of)]}
