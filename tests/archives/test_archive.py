@@ -69,7 +69,7 @@ def post_parts(server: Server, *parts: bytes, headers: Mapping[str, str] | None 
 
 
 def assert_stored(response: requests.Response, folder: str, content: Mapping[str, bytes] = CONTENT) -> None:
-    """The answer is that of an archive of which all was stored."""
+    """Assert that every file of the archive was stored."""
     assert response.status_code == 200, response.text
     assert response.headers["Content-Type"] == "application/json"
     assert response.json() == {
@@ -83,7 +83,7 @@ def assert_stored(response: requests.Response, folder: str, content: Mapping[str
 
 
 def assert_refused(response: requests.Response, server: Server, folder: str, status: int = 400) -> str:
-    """Nothing of the archive was stored, and nothing is left of it; the reason."""
+    """Assert that nothing of the archive was stored or left behind; the reason of the refusal."""
     assert response.status_code == status, response.text
     assert response.headers["Content-Type"] == "application/json"
     [reason] = response.json()["failures"]
@@ -326,7 +326,7 @@ def test_an_archive_may_not_be_larger_than_an_upload(limited: Server):
     assert (answer.status, answer.headers["Content-Type"]) == (413, "application/json")
 
 
-# Who may
+# Permissions
 
 
 def test_a_token_is_needed(local_server: Server):
@@ -444,7 +444,7 @@ def test_a_key_that_another_upload_holds_fails_alone(start_server: Callable[...,
 def test_when_the_backend_is_away_the_rest_is_not_tried(start_server: Callable[..., Server]):
     server = start_server(
         "azure",
-        azure={"endpoint": "http://127.0.0.1:9/account"},  # where nobody listens
+        azure={"endpoint": "http://127.0.0.1:9/account"},  # where no server listens
         server={"workers": 1},
         environ={"KCI_STORAGE_ARCHIVE_PARALLELISM": "3"},
     )
@@ -463,7 +463,7 @@ def test_when_the_backend_is_away_the_rest_is_not_tried(start_server: Callable[.
 
 
 def test_as_many_files_are_uploaded_at_a_time_as_configured(start_server: Callable[..., Server], tmp_path: Path):
-    """By a worker, whatever number of archives they are of."""
+    """In one worker, however many archives they belong to."""
     pauses = Pauses(tmp_path, "local")
     server = start_server(
         "pausing", server={"workers": 1}, environ={**pauses.environ, "KCI_STORAGE_ARCHIVE_PARALLELISM": "3"}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Large files of archives: sent to the backend while the rest of the archive comes, and stored only after its end."""
+"""Large files of archives: sent to the backend while the archive is being received, committed only after its end."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def entries(content: Mapping[str, bytes]) -> bytes:
 
 
 class Sending:
-    """An archive on its way, of which the server has got some files and the beginning of another one.
+    """An archive that is being sent: the server has got some files and the beginning of another one.
 
     :param begun: those files, in tar's form.
     :param end: what follows the file after them.
@@ -107,7 +107,7 @@ class Sending:
         return self._wire.answer()
 
     def leave(self) -> None:
-        """Be gone."""
+        """Close the connection."""
         self._wire.wait_until_taken()
         self._wire.reset()
 
@@ -118,7 +118,7 @@ def sending(server: Server, folder: str, content: Mapping[str, bytes], end: byte
 
 
 def staged(server: Server, key: str) -> int:
-    """Bytes of a file that are with the backend, or on the way there: as many as its copy, or it, has on our disk."""
+    """Bytes of a file that were sent to the backend: as many as its copy, or it, has on this machine's disk."""
     digest = hashlib.sha512(key.encode()).hexdigest()
     copies = list(server.cache_directory.glob(f"??/{digest}.*.part"))
     if server.document["driver"] == "local":
@@ -136,7 +136,7 @@ def size_of(paths: Iterable[Path]) -> int:
 
 
 def wait_until_staged(server: Server, key: str, size: int = LARGE) -> None:
-    """Wait until a file is all on its way."""
+    """Wait until a file was sent completely."""
     wait_until(lambda: staged(server, key) == size, SECONDS, f"{key} to be staged")
 
 
@@ -361,7 +361,7 @@ def test_a_file_that_cannot_be_committed_has_failed_alone(bench: Bench) -> None:
 
 
 def test_what_is_staged_makes_room_for_the_archive(azurite: Azurite, tmp_path: Path) -> None:
-    """There is room for all of it, but not for a copy of its first file as well."""
+    """The disk has space for the archive, but not for a copy of its first file as well."""
     content = {"a": large(1), "b": large(2)}
     with small_disk(tmp_path / "cache", 26 * MIB), cold_bench(azurite, tmp_path, {}) as bench:
         with Sending(
@@ -417,7 +417,7 @@ class Service:
         self.temporary = folder / "storage" / ".kci" / "tmp"
 
     def store(self, body: Body) -> ArchiveReport:
-        """Take an archive."""
+        """Receive and store an archive."""
         plan = ArchivePlan(
             admit_folder=lambda folder: None,
             admit=lambda key: None,
@@ -432,7 +432,7 @@ class Service:
         return size_of(self.temporary.glob("*"))
 
     def holds_nothing(self) -> bool:
-        """Whether all that archives have in common is free."""
+        """Whether the limits that archives share are all unused."""
         free = self.uploader.memory._free, self.uploader.staged._value
         return free == (UPLOAD_MEMORY, MAX_STAGED)
 
@@ -459,7 +459,7 @@ class Body:
 
 @contextmanager
 def receiving(service: Service, body: Body) -> Iterator[Future[ArchiveReport]]:
-    """What comes of an archive, the rest of which comes after the block."""
+    """The outcome of an archive whose rest is sent after the block."""
     with ThreadPoolExecutor(1) as client:
         try:
             yield client.submit(service.store, body)

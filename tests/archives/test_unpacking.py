@@ -328,7 +328,7 @@ def test_the_limits_are_what_they_say():
 
 
 def test_a_file_is_refused_by_its_header():
-    """However little of it there is: the rest need not come."""
+    """Before the rest of it is received."""
     assert "has more than" in refusal(entry("a", size=2**40))
     assert "has more than" in refusal(pax(("size", b"9" * 19)) + entry("a"))
 
@@ -366,7 +366,7 @@ def test_a_bomb_ends_at_the_limit_in_little_memory(suffix: str, kind: str):
 
 
 def compressed_zeros(suffix: str, head: bytes, size: int) -> bytes:
-    """So many zeros after a head."""
+    """A number of zeros after a head, compressed."""
     file = io.BytesIO()
     with OPEN[suffix](file, "wb") as out:
         out.write(head)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The cache directory: how an entry comes, is found, is replaced and goes; and what heals by itself."""
+"""The cache directory: publishing, lookup, replacement and removal of entries, and recovery after crashes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ VERSIONS = 50  # that one process writes while another one looks: each is flushe
 
 @pytest.fixture
 def cache(tmp_path: Path) -> Iterator[Cache]:
-    """A cache with which nothing may be wrong in the end."""
+    """A cache whose invariants must hold at the end."""
     made = Cache(tmp_path / "cache")
     yield made
     assert made.check() == []
@@ -80,7 +80,7 @@ def record_of(cache: Cache, key: str = KEY) -> Record:
 
 
 def doubt(cache: Cache) -> Record:
-    """Have the copy doubted; its record from then on."""
+    """Mark the copy doubtful; its record from then on."""
     with cache.writing(KEY, TIMEOUT):
         cache.doubt(KEY)
     return record_of(cache)
@@ -147,7 +147,7 @@ class TestEntries:
         assert old is not None
         store(cache, b"new one")
         assert load(cache) == b"new one"
-        assert content_of(old) == b"old"  # who has it open reads it to its end
+        assert content_of(old) == b"old"  # an open descriptor still reads the old content
         assert not Path(old.path).exists()
         assert cache.usage.read()[:2] == (1, 7)
 
@@ -287,7 +287,7 @@ class TestTwoProcesses:
         number = 0
         while number < VERSIONS:
             content = load(cache)
-            if content is not None:  # between two versions there is none: who asks waits for the writer
+            if content is not None:  # between two versions there is none: a request waits for the writer
                 assert number <= int(content[:3]) <= VERSIONS
                 number = int(content[:3])
                 assert content == version(number)
@@ -295,12 +295,12 @@ class TestTwoProcesses:
 
 
 def version(number: int) -> bytes:
-    """A content that says which one it is, of a length of its own."""
+    """A content that names its version, and has a length of its own."""
     return f"{number:03}".encode() * (1000 + number)
 
 
 def store_versions(directory: Path, count: int) -> None:
-    """For a peer: replace the copy so often."""
+    """For a peer process: replace the copy a number of times."""
     for number in range(1, count + 1):
         store_there(directory, version(number))
 
@@ -358,7 +358,7 @@ class TestDoubt:
         assert doubt(cache) == doubt(cache)
 
     def test_a_running_fill_is_not_published_after_a_doubt(self, cache: Cache) -> None:
-        """It may have read the version from before a commit of which nobody knows whether it took effect."""
+        """It may have read the version before a commit whose outcome is unknown."""
         claim = durable.open_lock_file(cache.location(KEY).fill)
         assert durable.try_lock(claim)
         doubt_nothing(cache)
@@ -371,8 +371,8 @@ def doubt_nothing(cache: Cache) -> None:
         cache.doubt(KEY)
 
 
-class TestTheDead:
-    """A writer that died leaves its lock; whoever takes that next sees to the rest."""
+class TestDeadWriters:
+    """A dead writer leaves its lock; the next thread that takes it repairs the entry."""
 
     @pytest.mark.parametrize(
         "act",
@@ -404,8 +404,8 @@ class TestTheDead:
         del taken  # a context manager lets the lock go
         cache.sweep()
 
-    def test_a_broken_entry_is_no_excuse(self, cache: Cache, peer: Peer) -> None:
-        """The one who reads it takes the lock, too: the new version that the dead one had published is doubted."""
+    def test_a_broken_entry_does_not_hide_a_dead_writer(self, cache: Cache, peer: Peer) -> None:
+        """A reader of a broken entry takes the lock, too, and marks doubtful what the dead writer had published."""
         store(cache, b"old")
         old = record_of(cache)
         store(cache, b"new")
@@ -558,7 +558,7 @@ class TestBrokenEntries:
             assert cache.check() == []
 
     @broken
-    def test_the_living_keep_what_they_are_at_work_on(self, cache: Cache, break_it: BrokenBy) -> None:
+    def test_entries_of_living_writers_are_left_alone(self, cache: Cache, break_it: BrokenBy) -> None:
         """A reader that finds the entry broken in the middle of a writer's work leaves it alone."""
         store(cache, b"content")
         with cache.writing(KEY, TIMEOUT):
@@ -706,7 +706,7 @@ class TestSweep:
         assert cache.usage.read()[0] in (21, 22)
         cache.sweep()
 
-    def test_it_leaves_alone_what_is_not_the_caches(self, cache: Cache) -> None:
+    def test_it_leaves_other_programs_files_alone(self, cache: Cache) -> None:
         """The directory was configured to be one that holds something else."""
         foreign = cache.directory / "ab/cdef0123456789.pack"
         foreign.parent.mkdir()
@@ -714,7 +714,7 @@ class TestSweep:
         assert cache.sweep() == 0
         assert foreign.read_bytes() == b"precious"
 
-    def test_what_cannot_be_removed_does_not_keep_the_rest_from_being_so(self, cache: Cache) -> None:
+    def test_a_file_that_cannot_be_removed_does_not_end_the_sweep(self, cache: Cache) -> None:
         """In whatever order the file system has its folders."""
         dead = [Path(f"{cache.location(str(number)).stem}.dead.part") for number in range(12)]
         for path in dead:
@@ -751,7 +751,7 @@ class TestSweep:
         peer.answer()
         cache.sweep()  # each has corrected the usage by what it saw
 
-    def test_it_does_no_harm_to_those_at_work(self, cache: Cache, peer: Peer) -> None:
+    def test_it_does_not_disturb_running_writers(self, cache: Cache, peer: Peer) -> None:
         peer.start(store_versions, cache.directory, VERSIONS)
         sweeps = 0
         while sweeps < 2 or load(cache) != version(VERSIONS):

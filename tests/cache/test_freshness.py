@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Copies that are checked against the backend: rarely, together, and without waiting for one that is away."""
+"""Revalidation of copies: rarely, one check for all requests, and without waiting for a backend that is down."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def checking(new_bench: Callable[..., Bench]) -> Bench:
 
 
 def stored_and_cached(bench: Bench, content: bytes) -> str:
-    """The key of an object of which there is a copy, of which it is time to check it."""
+    """The key of an object whose copy is due for revalidation."""
     key = bench.store(content)
     assert get(bench.server, key).content == content
     wait_until_tidy(bench.server)
@@ -71,7 +71,7 @@ def test_one_question_for_all_in_each_period(checking: Bench) -> None:
 
 
 class AnswersLate(Fault):
-    """The backend has said how things are, but its answer takes a whole period to come."""
+    """A backend whose answers arrive a whole period late."""
 
     def head(self, lines: list[bytes]) -> list[bytes]:
         time.sleep(PERIOD)
@@ -126,7 +126,7 @@ def test_with_the_backend_away_copies_are_stale(checking: Bench) -> None:
     asked, started = checking.proxy.count(PROPERTIES, key), time.monotonic()
     assert {cache_status(checking, key) for _ in range(20)} == {"stale"}
     now_asked, elapsed = checking.proxy.count(PROPERTIES, key), time.monotonic() - started
-    assert now_asked == asked or elapsed > RETRY_INTERVAL - 1, "a backend that is away is left alone for a while"
+    assert now_asked == asked or elapsed > RETRY_INTERVAL - 1, "a backend that is down is not asked again for a while"
     partial = get(checking.server, key, {"Range": "bytes=-10"})
     assert (partial.status_code, partial.content) == (206, content[-10:])
     assert requests.head(f"{checking.server.url}/{key}", timeout=SECONDS).headers["X-Cache"] == "stale"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The cache stays within its limits: what goes, in which order, what may not go, and who sees to it."""
+"""Housekeeping: what is evicted, in which order, what must not be, and which process does it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ KIB = 1024
 
 @pytest.fixture(autouse=True)
 def time_for_slow_machines() -> Iterator[None]:
-    """What a worker does without after a few seconds, a test waits for."""
+    """Raise the time limits of a worker, so that a test on a slow machine does not run into them."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(housekeeping, "ROOM_TIMEOUT", TIMEOUT)
         patched.setattr(housekeeping, "STOP_TIMEOUT", TIMEOUT)
@@ -45,7 +45,7 @@ def time_for_slow_machines() -> Iterator[None]:
 
 @pytest.fixture
 def cache(tmp_path: Path) -> Iterator[Cache]:
-    """A cache with which nothing may be wrong in the end."""
+    """A cache whose invariants must hold at the end."""
     made = Cache(tmp_path / "cache")
     yield made
     wait_until(lambda: "room" not in thread_names(), TIMEOUT, "the end of making room")
@@ -63,7 +63,7 @@ def settings(cache: Cache, **limits: float) -> CacheConfig:
 
 
 def recover(cache: Cache, after_walk: Callable[[], object], **limits: float) -> None:
-    """Evict in this process until the limits are met, doing something between each walk and the evicting."""
+    """Evict in this process until the limits are met, and call a function between each scan and the eviction."""
     evictor = Evictor(cache, settings(cache, **limits))
 
     def choose() -> list[limits.Candidate]:
@@ -98,7 +98,7 @@ def content_of(cache: Cache, key: str) -> Path:
 
 
 def keys(cache: Cache, *candidates: str) -> str:
-    """Those of the keys that have a copy, one after the other. To look is no use of it."""
+    """The keys that have a copy. Looking does not count as a use of it."""
     return "".join(key for key in candidates if cache.location(key).record.exists())
 
 
@@ -166,7 +166,7 @@ class TestLimits:
         chosen = Evictor(cache, settings(cache)).least_recently_used(3)
         assert [candidate.content for candidate in chosen] == [str(content_of(cache, key)) for key in "cba"]
 
-    def test_a_usage_that_is_wrong_is_corrected_before_anything_goes(self, cache: Cache) -> None:
+    def test_a_wrong_usage_is_corrected_before_anything_is_evicted(self, cache: Cache) -> None:
         """A crash, or an operator's hand, may have made it so."""
         for key in "abc":
             store(cache, key)
@@ -184,7 +184,7 @@ class TestWhatMayNotGo:
         housekeeper(cache, max_files=1).keep_limits()
         assert keys(cache, "just written", "just used", "a minute old") == "just writtenjust used"
 
-    def test_what_somebody_is_at_work_on(self, cache: Cache) -> None:
+    def test_entries_that_are_locked(self, cache: Cache) -> None:
         for key in "abc":
             store(cache, key)
         with cache.writing("a", TIMEOUT), cache.new_part("a") as part:
@@ -207,7 +207,7 @@ class TestWhatMayNotGo:
             durable.remove(cache.location("a").fill)
 
     def test_what_was_used_since_it_was_chosen(self, cache: Cache) -> None:
-        """A walk takes its time."""
+        """A scan takes a while."""
         for number, key in enumerate("abc"):
             store(cache, key, used_ago=HOUR - number)
         recover(cache, lambda: content_of(cache, "a"), max_files=2)
@@ -350,8 +350,8 @@ class TestMakingRoom:
         assert not housekeeper(cache, max_bytes=2 * KIB).make_room(2 * KIB)
         assert keys(cache, "young", "old") == "young"
 
-    def test_one_walk_is_enough_for_many(self, cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A cache at its limit has to make room for every object that comes."""
+    def test_one_scan_serves_many_fills(self, cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A cache at its limit has to evict for every new object."""
         for number in range(30):
             store(cache, str(number), used_ago=HOUR - number)
         keeper = housekeeper(cache, max_files=30)
@@ -448,12 +448,12 @@ _held: list[object] = []
 
 
 def hold_room(directory: Path) -> None:
-    """For a peer: be making room."""
+    """For a peer process: hold the lock of an eviction for a fill."""
     _held.append(Cache(directory).locks.try_acquire(housekeeping.ROOM_LOCK))
 
 
 class TestTheThread:
-    """Who keeps house, and what a start sees to."""
+    """The election of the thread that does the housekeeping, and what a start repairs."""
 
     @pytest.fixture
     def started(self, cache: Cache) -> Iterator[Callable[..., Housekeeper]]:
@@ -506,14 +506,14 @@ class TestTheThread:
 
         def keep_limits(self: Housekeeper, lock: int) -> None:
             rounds.append(1)
-            raise OSError("somebody took the folder away")
+            raise OSError("the folder is gone")
 
         monkeypatch.setattr(Housekeeper, "keep_limits", keep_limits)
         monkeypatch.setattr(housekeeping, "ELECTION_INTERVAL", HOUR)  # it keeps the lead
         started()
         wait_until(lambda: len(rounds) >= 3, TIMEOUT, "a third round")
 
-    def test_a_lead_that_was_taken_away_is_given_up(
+    def test_a_leader_whose_lock_file_is_gone_steps_down(
         self, cache: Cache, started: Callable[..., Housekeeper], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """An operator empties the cache directory: then two could lead."""
@@ -550,8 +550,8 @@ class TestTheThread:
         assert not leaders(cache.directory)
         assert caplog.text == ""
 
-    def test_a_stop_ends_what_makes_room(self, cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Else the process ends in the midst of it, and leaves a lock and a wrong count."""
+    def test_a_stop_ends_an_eviction_for_a_fill(self, cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Otherwise the process would end in between, and leave a lock and a wrong usage."""
         monkeypatch.setattr(housekeeping, "ROOM_TIMEOUT", 0.0)
         monkeypatch.setattr(housekeeping, "PAUSE", TIMEOUT)
         for number in range(2 * limits.STEP):
@@ -577,7 +577,7 @@ class TestTheThread:
 
 @contextlib.contextmanager
 def leading(cache: Cache) -> Iterator[None]:
-    """Hold the lead during the block, so that no housekeeper does anything."""
+    """Hold the leader's lock during the block, so that no housekeeper does anything."""
     fd = durable.open_lock_file(cache.directory / housekeeping.LEADER_LOCK)
     assert durable.try_lock(fd)
     yield
@@ -585,7 +585,7 @@ def leading(cache: Cache) -> Iterator[None]:
 
 
 def sweep_driver(parent: int) -> int:
-    """For a job: find seven files to remove."""
+    """For a job: report that seven files were removed."""
     assert os.getppid() == parent
     return 7
 
@@ -602,14 +602,14 @@ def thread_names() -> list[str]:
 
 
 def die_writing(directory: Path) -> None:
-    """For a peer: be in the middle of an upload."""
+    """For a peer process: be in the middle of an upload."""
     writing = Cache(directory).writing("a", TIMEOUT)
     writing.__enter__()
     _held.append(writing)
 
 
 def leaders(directory: Path) -> list[int]:
-    """Who holds the housekeeping's lock: a worker, and beside it its job while there is one."""
+    """The processes that hold the leader's lock: a worker, and its job while one runs."""
     return holders(directory / housekeeping.LEADER_LOCK)
 
 

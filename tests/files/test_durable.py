@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Files are whole or not there: when a process is killed, when the disk is full, and when many write at once."""
+"""A file is complete or does not exist: after a kill, on a full disk, and with many writers."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ class TestFullDisk:
 
 
 class TestTemporaryFilesAndTheirWriters:
-    """A temporary file is locked while it is written, so that a sweep knows the dead's from the living's."""
+    """A temporary file is locked while it is written, so that a sweep can tell whether its writer is alive."""
 
     def test_a_living_writers_file_is_left_alone(self, tmp_path: Path, peer: Peer) -> None:
         with NewFile(tmp_path / "temporary") as file:
@@ -254,7 +254,7 @@ _open_files: list[NewFile] = []
 
 
 def leave_open(path: Path) -> None:
-    """For a peer: be in the middle of writing a file."""
+    """For a peer process: be in the middle of writing a file."""
     _open_files.append(NewFile(path))
     _open_files[-1].write(b"half of")
 
@@ -274,12 +274,12 @@ class TestWriteFile:
 
 
 def content_of(number: int) -> bytes:
-    """A content that says which one it is, of a length of its own."""
+    """A content that names its version, and has a length of its own."""
     return f"{number} ".encode() * (10_000 + number)
 
 
 def rewrite(path: Path, times: int) -> None:
-    """For a peer: replace a file so often."""
+    """For a peer process: replace a file a number of times."""
     for number in range(1, times + 1):
         durable.write_file(path, content_of(number))
 
@@ -348,7 +348,7 @@ class TestSharedCounters:
 
 
 def count(path: Path, times: int) -> None:
-    """For a peer: add so often."""
+    """For a peer process: add a number of times."""
     counters = SharedCounters(path, 2)
     for _ in range(times):
         counters.add(1, -2)

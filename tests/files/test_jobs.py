@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Jobs: what a process of its own reports, and that it ends with whoever started it."""
+"""Jobs: their reports, and that they end with the process that started them."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def niceness() -> Iterator[int]:
 
 
 def go_on(file: Path) -> Iterator[str]:
-    """Until it is stopped; the file says that it could clear up."""
+    """Run until it is stopped; the file shows that its cleanup ran."""
     sys.modules["__main__"].GRACE = TIMEOUT  # type: ignore[attr-defined]  # a busy machine, or a slow disk, may need it
     try:
         yield "begun"
@@ -106,7 +106,7 @@ def is_gone(pid: int) -> bool:
 
 
 class HeldUp:
-    """What a job cannot begin with: to read it takes for ever."""
+    """An argument that takes for ever to unpickle, so that the job cannot begin."""
 
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return held_up, ("",)
@@ -155,7 +155,7 @@ class TestItsEnd:
                 next(reports)
 
     def test_one_that_is_given_up_ends(self, capfd: pytest.CaptureFixture[str]) -> None:
-        """Its pipe is full: nobody reads its reports any more."""
+        """Its pipe is full, since the parent does not read its reports any more."""
         with Job(report_for_ever) as job:
             next(iter(job))
         assert is_gone(job.pid)
@@ -211,7 +211,7 @@ class TestItsEnd:
 
 
 def kill_unnoticed(peer: Peer, pid: int, lock: Path) -> None:
-    """Kill the parent while the job cannot notice."""
+    """Kill the parent while the job cannot see it."""
     os.kill(pid, signal.SIGSTOP)
     try:
         peer.kill()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""One holder at a time over threads and processes, although the names come and go; and what the dead leave."""
+"""Locks: one holder at a time over threads and processes, and what dead holders leave."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ BRIEFLY = 0.05  # seconds to wait for what does not come
 
 @pytest.fixture
 def locks(tmp_path: Path) -> Iterator[KeyLocks]:
-    """Locks, none of which may be left in the end."""
+    """Locks, none of which may be left at the end."""
     made = KeyLocks(tmp_path / "locks")
     yield made
     assert made.names() == []
@@ -71,13 +71,13 @@ def is_free(directory: Path, name: str) -> bool:
 
 
 def wait_for(directory: Path, name: str) -> bool:
-    """Wait for a lock and let it go; whether it was left by a dead holder."""
+    """Wait for a lock and release it; whether it was left by a dead holder."""
     with locks_in(directory).hold(name, TIMEOUT) as lease:
         return lease.orphaned
 
 
 def count_alone(directory: Path, total: Path, times: int) -> None:
-    """Add to a number in a file so often, in a way that loses additions unless one is alone."""
+    """Add to a number in a file, a number of times, in a way that loses additions unless the lock excludes others."""
     done = 0
     while done < times:
         with locks_in(directory).hold_if_free("name") as lease:
@@ -123,7 +123,7 @@ class TestExclusion:
         assert locks.names() == []
         assert peer.call(is_free, locks.directory, "name")
 
-    def test_who_opened_the_file_before_it_was_removed_does_not_hold_the_lock(
+    def test_opening_the_file_before_its_removal_does_not_take_the_lock(
         self, locks: KeyLocks, peer: Peer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """The race that the comparison of path and file is for: without it, two would hold the lock."""
@@ -141,7 +141,7 @@ class TestExclusion:
         assert locks.try_acquire("name") is None
         peer.call(let_go)
 
-    def test_it_lets_go_of_its_own_file_only(self, locks: KeyLocks, peer: Peer) -> None:
+    def test_a_release_removes_only_its_own_file(self, locks: KeyLocks, peer: Peer) -> None:
         """An operator empties the cache directory of a running server."""
         with locks.hold("name", TIMEOUT):
             (locks.directory / "name").unlink()
@@ -177,7 +177,7 @@ class TestWaiting:
         assert not locks.is_present("name")
 
 
-class TestTheDead:
+class TestDeadHolders:
     def test_their_locks_are_free_at_once_and_marked(self, locks: KeyLocks, peer: Peer) -> None:
         assert peer.call(take, locks.directory, "name") is False
         peer.kill()
@@ -194,10 +194,10 @@ class TestTheDead:
             holder.kill()
             assert waiter.answer() is True
 
-    def test_who_comes_second_to_what_they_left_does_not_hold_the_lock(
+    def test_only_the_first_to_take_over_a_dead_holders_lock_gets_it(
         self, locks: KeyLocks, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Two open the file of a dead holder; before the second one locks it, the first has seen to it."""
+        """Two threads open the file of a dead holder; before the second one locks it, the first has removed it."""
 
         def slow_lock(fd: int) -> bool:
             monkeypatch.undo()
@@ -213,7 +213,7 @@ class TestTheDead:
             assert locks.try_acquire("name") is None
             first.call(let_go)
 
-    def test_a_holder_that_let_go_in_good_order_is_not_taken_for_dead(
+    def test_a_holder_that_released_the_lock_is_not_taken_for_dead(
         self, locks: KeyLocks, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Its file was there when the next one looked for it."""
@@ -242,7 +242,7 @@ class TestTheDead:
 
 
 def prepare_markers(locks: KeyLocks, count: int) -> None:
-    """Have so many markers of our own, so that none need be made, and locked, when one is wanted."""
+    """Make a number of markers in advance, so that taking a lock makes none."""
     with contextlib.ExitStack() as held:
         for number in range(count):
             held.enter_context(locks.hold(str(number), TIMEOUT))
@@ -295,7 +295,7 @@ class TestMarkers:
         assert locks.sweep() == 1
 
     def test_a_fork_has_its_own(self, locks: KeyLocks, peer: Peer) -> None:
-        """A lock of a dead fork would else seem to be held for as long as its parent lives."""
+        """Otherwise a lock of a dead fork would seem to be held for as long as its parent lives."""
         peer.call(fork_and_die, locks.directory)
         with locks.hold("of the fork", timeout=0) as lease:
             assert lease.orphaned

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Cold objects while something fails: the backend, a worker, the object itself.
 
-Everybody gets the right bytes, or sees that bytes are missing; and nothing else ever gets into the cache.
+Each client gets the right bytes, or can tell that bytes are missing; and only right bytes get into the cache.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ DEFAULT_READ_TIMEOUT = AzureConfig().read_timeout
 
 
 def cached(bench: Bench, key: str) -> bool:
-    """Whether a copy is there, once all is quiet."""
+    """Whether there is a copy, once no fill runs."""
     wait_until_tidy(bench.server)
     answer = requests.get(f"{bench.server.url}/{key}", headers={"Range": "bytes=0-0"}, timeout=SECONDS)
     return answer.headers.get("X-Cache") == "hit"
@@ -227,7 +227,7 @@ def test_a_wrong_length_of_the_object_is_never_cached(bench: Bench, fault: Fault
 
 
 def test_a_wrong_length_is_noticed_at_once(bench: Bench) -> None:
-    """Not by asking for what is missing until patience is at its end."""
+    """Rather than after the read was resumed until the timeout."""
     content = some_bytes(18 * MIB)  # so that the last of several ranges shows it
     key = bench.store(content)
     bench.proxy.inject(LieOfAll(1000), key=key)
@@ -237,7 +237,7 @@ def test_a_wrong_length_is_noticed_at_once(bench: Bench) -> None:
 
 
 def test_the_last_piece_waits_for_the_digest(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a fill has appended is for everybody to read: the end of something damaged must never be there."""
+    """All followers read what a fill has appended: the end of a damaged object must not be appended."""
     content = some_bytes(3 * MIB)
     key = bench.store(content)
     lengths: list[int] = []
@@ -256,8 +256,8 @@ def test_the_last_piece_waits_for_the_digest(bench: Bench, tmp_path: Path, monke
     assert cache.check() == []
 
 
-def test_who_takes_over_looks_whether_it_is_what_his_clients_read(tmp_path: Path) -> None:
-    """Their filler died, another one began anew, and died as well."""
+def test_a_new_filler_checks_that_its_followers_read_this_part(tmp_path: Path) -> None:
+    """Their filler died; another one began from the start, and died as well."""
     cache = Cache(tmp_path)
     fills = Fills(LocalDriver(tmp_path / "store"), cache, Metrics(cache, []), bool, at_once=1, queue_size=1)
     fill = Fill("key", cache.location("key"))
@@ -277,7 +277,7 @@ def test_who_takes_over_looks_whether_it_is_what_his_clients_read(tmp_path: Path
     assert cache.check() == []
 
 
-def test_a_read_that_has_begun_is_given_up_after_a_while(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_read_ends_after_the_timeout(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """And not before: the clients of a server that is not patched would wait for a minute."""
     monkeypatch.setattr(resuming, "RESUME_TIMEOUT", 8.0)
     key = bench.store(some_bytes(MIB))
@@ -298,7 +298,7 @@ def test_a_read_that_has_begun_is_given_up_after_a_while(bench: Bench, monkeypat
 def test_a_damaged_object_is_never_finished_and_never_cached(bench: Bench, digest: str, offset: int) -> None:
     content = some_bytes(10 * MIB)
     key = bench.store(content, digest=digest)
-    bench.proxy.bandwidth = 16 * MIB  # so slow that everybody waits for the last piece
+    bench.proxy.bandwidth = 16 * MIB  # so slow that all followers wait for the last piece
     rule = bench.proxy.inject(Flip(offset), key=key)
     visits = crowd(bench.server, key, 6, content)
     assert not any(visit.complete for visit in visits)
@@ -387,7 +387,7 @@ def test_a_deletion_during_a_fill(bench: Bench) -> None:
     assert requests.delete(url, headers=bench.server.headers(), timeout=SECONDS).status_code == 204
     assert [answer.status_code for answer in got_from_each_worker(bench, key)] == [404] * 3
     rule.release()
-    assert all(visit.complete for visit in visits.result()), "those who had some of it get the rest"
+    assert all(visit.complete for visit in visits.result()), "clients that had some of it get the rest"
     wait_until_tidy(bench.server)
     assert get(bench.server, key).status_code == 404
 
@@ -474,9 +474,9 @@ def test_workers_that_are_killed_at_any_point(new_bench: Callable[..., Bench]) -
 
 
 def kill_a_filler(bench: Bench, position: int, clients: int) -> tuple[str, bytes, Future[list[Visit]]]:
-    """Kill the worker that fetches an object when it has got so many bytes of it; the object, and what clients get.
+    """Kill the worker that fetches an object after a number of bytes; the object, and what the clients get.
 
-    A single client dies with its worker, so that nobody carries on, and something is left.
+    With a single client, which dies with its worker, no other process resumes the fill, and its files are left.
     """
     content = some_bytes(6 * MIB)
     key = bench.store(content)
@@ -490,7 +490,7 @@ def kill_a_filler(bench: Bench, position: int, clients: int) -> tuple[str, bytes
 
 
 def kill_an_uploader(server: Server, share: float) -> tuple[str, bytes]:
-    """Kill the worker that stores an object when it has got that share of it; what must be there then."""
+    """Kill the worker that stores an object after a share of its bytes; what must be stored then."""
     key, old, new = f"{new_folder()}/file.bin", some_bytes(1000), some_bytes(10 * MIB)
     wait_until(lambda: put_quietly(server, key, old), 60, "an upload, to a worker that lives")
     cache = Cache(server.cache_directory)
@@ -504,7 +504,7 @@ def kill_an_uploader(server: Server, share: float) -> tuple[str, bytes]:
 
 
 def put_quietly(server: Server, key: str, content: bytes) -> bool:
-    """Upload; whether that was acknowledged."""
+    """Upload; whether the server acknowledged it."""
     with contextlib.suppress(requests.ConnectionError):
         return put(server, key, content).status_code in (200, 201)
     return False

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Cold objects while nothing fails: everybody gets them at once, from one fetch, whoever else is slow or leaves.
+"""Cold objects while nothing fails: all clients get them from one fetch, even if others are slow or disconnect.
 
 The figures in docs/reliability.md are what these tests and those of ``test_cold_faults.py`` print (``pytest -s``).
 """
@@ -165,7 +165,7 @@ def test_a_copy_is_made_although_nobody_waits_for_it_any_more(bench: Bench) -> N
 
 
 def test_part_and_claim_become_the_copy(bench: Bench) -> None:
-    """No further file is made for it, and none deleted: both are dear on ext4."""
+    """No other file is created or deleted, since both are expensive on ext4."""
     content = some_bytes(4 * MIB)
     key = bench.store(content)
     rule = bench.proxy.inject(Stall(MIB), key=key)
@@ -422,7 +422,7 @@ def test_a_fill_makes_room(new_bench: Callable[..., Bench]) -> None:
 
 
 def grow_old(cache: Path) -> None:
-    """What was used a moment ago is not evicted."""
+    """Make copies look old, since recently used ones are not evicted."""
     for content in cache.glob("??/*.data"):
         os.utime(content, (1, 1))
 
@@ -460,10 +460,14 @@ def test_those_who_wait_leave_threads_to_the_others(new_bench: Callable[..., Ben
     with beginning(bench, running):
         keys = [bench.store(content) for _ in range(10)]
         answers = [in_background(get, bench.server, key) for key in keys]
-        wait_until(lambda: sum(answer.done() for answer in answers) == 6, SECONDS, "those who are too many")
+        wait_until(
+            lambda: sum(answer.done() for answer in answers) == 6,
+            SECONDS,
+            "the requests beyond the bound to be refused",
+        )
         assert {answer.result().status_code for answer in answers if answer.done()} == {503}
         assert get(bench.server, hit).status_code == 200
-        assert sum(answer.done() for answer in answers) == 6, "it has waited for those who wait"
+        assert sum(answer.done() for answer in answers) == 6, "it has waited for the fills that wait"
         rule.release()
         assert sum(answer.result().status_code == 200 for answer in answers) == 4
 
@@ -495,7 +499,7 @@ def test_the_bound_holds_for_all_workers_together(new_bench: Callable[..., Bench
 
     rule = bench.proxy.inject(Stall(1000))
     from_each_worker(bench.server, ask_for_two)
-    wait_until(lambda: bench.proxy.count(CONTENT) >= 3, SECONDS, "those that may begin")
+    wait_until(lambda: bench.proxy.count(CONTENT) >= 3, SECONDS, "the fills that may begin")
     assert bench.metric("kci_storage_fills_in_progress") == 3
     assert bench.proxy.count(CONTENT) == 3
     rule.release()
@@ -504,7 +508,7 @@ def test_the_bound_holds_for_all_workers_together(new_bench: Callable[..., Bench
 
 
 def claims(bench: Bench) -> list[Path]:
-    """One for each object that is fetched, or waits to be."""
+    """The claims: one for each object that is fetched, or waits to be."""
     return list(bench.server.cache_directory.glob("??/*.fill"))
 
 

@@ -68,7 +68,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture
 def visit(browser: Browser, site: Server) -> Iterator[Callable[..., Visit]]:
-    """Begins a visit; at its end the browser must have had nothing to complain about."""
+    """Begins a visit, during which the browser must report no error."""
     visits: list[Visit] = []
 
     def begin(url: str = site.url, **settings: object) -> Visit:
@@ -155,8 +155,8 @@ def test_names_full_of_markup_are_text(visit, tmp_path):
     assert page.title() == "strange/<b>bold<b>/"
 
 
-def test_the_policy_keeps_what_is_not_the_page_s_own_from_running(visit):
-    """As if a name had become markup all the same."""
+def test_the_policy_blocks_scripts_that_are_not_the_page_s_own(visit):
+    """As if a file's name had got into the page as markup."""
     visitor = visit()
     visitor.page.goto("/strange/")
     with visitor.page.expect_console_message(lambda message: "script-src" in message.text):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Directory pages: one level of the store, for people and for programs."""
+"""Directory pages: one folder of the store, as HTML and as JSON."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ each absence there must be a deletion, or the beginning, after which no upload h
 
 An operation that failed may have taken effect at any time after its beginning, or never. So whatever is reported is
 wrong for certain; and a version that was served after another one had replaced it is reported, if both its upload and
-its replacement were acknowledged, or were seen by anybody.
+its replacement were acknowledged, or were seen by a client.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def _violations(operations: list[Operation]) -> Iterator[str]:
     reads = [operation for operation in operations if operation.kind is Kind.READ and operation.version is not None]
     for read in reads:
         if read.version not in uploads or uploads[read.version].begin > read.end:
-            yield f"{read} of what nobody had begun to upload"
+            yield f"{read} of a version whose upload had not begun"
     clusters = [_cluster(upload, reads) for upload in uploads.values()]
     deletions = [operation for operation in operations if operation.kind is Kind.DELETE]
     absences = [operation for operation in operations if operation.kind is Kind.READ and operation.version is None]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Whatever is interrupted wherever: what is served is what the backend has, and nothing is left behind."""
+"""Crashes at any step: the server serves what the backend has, and nothing is left behind."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def find_drivers(folder: Path) -> None:
 
 
 class Body(io.BytesIO):
-    """A request's body that has all come."""
+    """A request's body that was received completely."""
 
     def __init__(self, content: bytes):
         super().__init__(content)
@@ -238,7 +238,7 @@ def check_after_kill(world: World, scenario: Scenario, killed: bool) -> None:
     stored = world.stored()
     assert stored in (scenario.outcomes if killed else scenario.outcomes[-1:]), f"the backend has {stored!r}"
     world.services = world.new_worker() if stored is None or scenario.outcomes[0] is None else world.services
-    first = world.get()  # by a worker that remembers the old version, before anybody has cleared up
+    first = world.get()  # by a worker that remembers the old version, before the entry is repaired
     assert first == stored or (killed and first == OLD), f"at first {first!r} is served, not {stored!r}"
     world.cache.recover_locks()
     for _ in range(2):
@@ -357,7 +357,7 @@ class TestRealServers:
         store(server, OLD)
         assert get_from_all(server) == {OLD}  # every worker remembers it
         kill_at(server, pauses, point, lambda: store(server, NEW))
-        # Nobody asks for it, but the worker's successor sees to it.
+        # No request asks for it, but the next worker repairs it.
         wait_until(lambda: served(server) == expected, START_SECONDS, "the backend's version")
         assert get_from_all(server) == {expected}
 
@@ -399,7 +399,7 @@ class TestRealServers:
         assert (answer.content, answer.headers["X-Cache"]) == (OLD, "stale")
 
     def test_a_fill_from_before_a_commit_that_was_cut_off_is_not_kept(self, server: Server, pauses: Pauses) -> None:
-        """It has read the old version, and ends when nobody writes any more."""
+        """It has read the old version, and ends after the writer's death."""
         store(server, OLD)
         cool(server)
         with ThreadPoolExecutor() as clients, pauses.during("in-read"):
@@ -410,10 +410,10 @@ class TestRealServers:
         assert get_from_all(server) == {NEW}
 
     @pytest.mark.parametrize("change", ["overwrite", "delete"])
-    def test_who_asks_after_a_change_gets_nothing_from_before_it(
+    def test_a_request_after_a_change_gets_nothing_from_before_it(
         self, server: Server, pauses: Pauses, change: str
     ) -> None:
-        """A fill that has read the old version is running; nobody but itself knows yet what it brings."""
+        """A fill that has read the old version is running, and has not told other processes yet."""
         store(server, OLD)
         cool(server)
         with ThreadPoolExecutor() as clients:
@@ -476,7 +476,7 @@ def cool(server: Server) -> None:
 
 
 def kill(server: Server, pid: int) -> None:
-    """SIGKILL a worker; back when another one has taken its place."""
+    """Kill a worker (SIGKILL), and wait until another one has replaced it."""
     assert pid in server.worker_pids()
     os.kill(pid, signal.SIGKILL)
     wait_until(
@@ -487,7 +487,7 @@ def kill(server: Server, pid: int) -> None:
 
 
 def kill_at(server: Server, pauses: Pauses, point: str, act: Callable[[], None]) -> None:
-    """Have a worker die at a certain point of an action, of which the client hears nothing."""
+    """Let a worker die at a certain point of an action; the client gets no answer."""
     with pauses.during(point), ThreadPoolExecutor() as clients:
         outcome = clients.submit(act)
         [pid] = wait_until(lambda: pauses.waiting(point), SECONDS, point)
@@ -497,7 +497,7 @@ def kill_at(server: Server, pauses: Pauses, point: str, act: Callable[[], None])
 
 @contextlib.contextmanager
 def stopped(azurite: Azurite) -> Iterator[None]:
-    """The backend takes connections during the block, but says nothing."""
+    """The backend accepts connections during the block, but does not answer."""
     azurite.process.send_signal(signal.SIGSTOP)
     try:
         yield

@@ -51,7 +51,7 @@ def size_of(version: int) -> int:
 
 
 def version_of(size: int) -> int:
-    """The reverse.
+    """The version of a content of this size; the reverse of :func:`size_of`.
 
     >>> all(version_of(size_of(version)) == version for version in range(VERSIONS, 10 * VERSIONS, 7))
     True
@@ -76,7 +76,7 @@ def content_of(key: str, version: int) -> bytes:
 
 @dataclass(frozen=True)
 class Setting:
-    """What a client has to know."""
+    """The parameters of a client."""
 
     url: str
     headers: dict[str, str]
@@ -96,12 +96,12 @@ class End:
     until: float  # on the monotonic clock, which is the same for all processes
 
     def saw(self, outcome: str) -> None:
-        """It need not be waited for any more."""
+        """An outcome was seen: the end need not wait for it any more."""
         if outcome in WANTED:
             (self.folder / outcome).touch()
 
     def has_come(self) -> bool:
-        """Whether it is enough."""
+        """Whether the test may end."""
         return time.monotonic() > self.until and len(os.listdir(self.folder)) == len(WANTED)
 
 
@@ -117,7 +117,7 @@ def be_client(setting: Setting) -> tuple[list[Operation], Counter[str], list[str
 
 
 class Client:
-    """One that does this and that, and notes it."""
+    """A client that sends random requests, and records them."""
 
     def __init__(self, setting: Setting):
         self._url = setting.url
@@ -281,7 +281,7 @@ def kill_workers(server: Server, end: End) -> int:
 
 
 def answers(server: Server) -> bool:
-    """Whether some worker does."""
+    """Whether a worker answers."""
     with contextlib.suppress(requests.RequestException):
         return requests.get(f"{server.url}/v1/health", timeout=SECONDS).ok
     return False

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""How long objects are kept: their tags, and what deletes them."""
+"""Retention: the tags of objects, and the deletion of expired ones."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ RULES = {
 USER = "someone+ci@example.com"
 OWNED = {OWNER: "someone+ci_example.com"}
 
-# A process whose clock is so many days ahead.
+# A process whose clock is a number of days ahead.
 _LATER = """
 import sys, time
 now, days = time.time, float(sys.argv.pop(1))
@@ -160,7 +160,7 @@ def test_mistakes_are_one_line(tmp_path: Path, text: str, says: str):
 
 
 def send(server: Server, folder: str) -> dict[str, str]:
-    """Upload in each way, as somebody; the keys of what was stored, by the way."""
+    """Upload in each way, as a user; the keys of the stored objects, by the way."""
     headers = {"Authorization": f"Bearer {server.token(USER)}"}
     assert post_form(server, part("path", folder.encode()), part("file0", b"1", "form"), headers=headers).ok
     assert post_form(server, part("file0", b"1", "spooled"), part("path", folder.encode()), headers=headers).ok
@@ -186,7 +186,7 @@ def test_azure_gets_none_without_a_section(azure_server: Server, azurite: Azurit
 
 
 def local_tags(server: Server) -> dict[str, dict[str, str]]:
-    """Each object's, as its driver has them."""
+    """The tags of each object, as the driver returns them."""
     return {info.key: dict(info.tags) for info in LocalDriver(server.storage_path).list().objects}
 
 
@@ -215,7 +215,7 @@ def test_a_reload_is_for_what_is_uploaded_from_then_on(server: Server):
 
 
 def run(server: Server, *arguments: str, days: float = 0) -> subprocess.CompletedProcess[str]:
-    """A command, by a process whose clock is ahead."""
+    """Run a command in a process whose clock is ahead."""
     return subprocess.run(
         [sys.executable, "-c", _LATER, str(days), *arguments],
         env={**os.environ, "KCI_STORAGE_CONFIG": str(server.config_path)},
@@ -228,7 +228,7 @@ def run(server: Server, *arguments: str, days: float = 0) -> subprocess.Complete
 
 @pytest.fixture
 def filled(server: Server) -> Server:
-    """The same, with something in it."""
+    """The server, with some objects."""
     for key in ("mainline/v6.1/a", "mainline/v6.12/b", "next/26/c", "next/26/d", "e"):
         put(server, key, key.encode() * 1000)
     stored_by_another_program(server, "by-hand", b"1")

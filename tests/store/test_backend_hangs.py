@@ -76,7 +76,7 @@ def stored(bench: Bench, key: str) -> None:
 
 
 def doubted(bench: Bench, key: str) -> None:
-    """A copy of which nobody knows whether it is still right: another upload came to an unknown end."""
+    """A doubtful copy: the outcome of a later upload is unknown."""
     assert put(bench.server, key, b"content").status_code == 201
     rule = bench.proxy.inject(Refuse(), PUT, key)
     assert put(bench.server, key, b"changed").status_code >= 500
@@ -144,7 +144,7 @@ def test_a_hit_waits_for_no_backend(bench: Bench, kinds: list[Kind]) -> None:
 
 
 def answered_before_the_hits(bench: Bench, kinds: list[Kind], hit: str) -> int:
-    """Have the backend hang, and many requests of each kind ask it; how many are answered before some hits are."""
+    """Let the backend hang while many requests of each kind wait; how many are answered before some hits."""
     asking = [(kind, key) for kind in kinds for key in prepared(bench, kind)]
     rules = [bench.proxy.inject(kind.fault, kind.holds) for kind in kinds]
     with contextlib.ExitStack() as stack:
@@ -176,7 +176,7 @@ def prepared(bench: Bench, kind: Kind) -> list[str]:
 
 
 def answered(wires: list[Wire]) -> set[Wire]:
-    """Those that have been answered, at least in part."""
+    """The connections on which at least a part of the answer has arrived."""
     poll = select.poll()
     by_descriptor = {wire.fileno(): wire for wire in wires}
     for descriptor in by_descriptor:
@@ -194,7 +194,7 @@ def test_questions_that_are_too_many_are_refused_and_bodies_are_not(bench: Bench
         wires = [stack.enter_context(Wire(bench.server)) for _ in range(slots.MAX_WAITING + BEYOND)]
         for number, wire in enumerate(wires):
             wire.send(request("GET", f"/{folder}/{number}", {"Range": "bytes=0-9", "If-Match": '"x"'}))
-        wait_until(lambda: len(answered(wires)) == BEYOND, SECONDS, "those that are too many")
+        wait_until(lambda: len(answered(wires)) == BEYOND, SECONDS, "the requests beyond the bound to be refused")
         refused = answered(wires)
         for wire in refused:
             assert_refused(bench, wire.answer())

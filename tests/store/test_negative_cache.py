@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Keys that are not there, asked for again and again: the backend hardly notices, and an upload is seen at once."""
+"""Missing keys that are requested again and again: few requests reach the backend, and an upload is seen at once."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.support.wire import SECONDS, get, new_folder, put, wait_until_tidy
 
 
 class Clock:
-    """A clock that stands still until it is told."""
+    """A clock that only the test moves."""
 
     now = 1000.0
 
@@ -136,8 +136,8 @@ def test_missing_keys_cost_the_backend_a_few_requests(bench: Bench, hammered: Ha
     # Of all workers, that is.
     lifetimes = len(bench.server.worker_pids()) * ((time.monotonic() - started) / LIFETIME + 1)
     figure("a key that is not there", answers=answered, questions=asked, questions_per_lifetime=asked / lifetimes)
-    # Each worker asks once in a lifetime, or twice: those who want bytes do not wait for those who want properties.
-    # Who looked a moment before there was an answer may ask once more.
+    # Each worker asks once in a lifetime, or twice: a GET does not share the answer that a HEAD waits for.
+    # A request that looked a moment before the answer came may ask once more.
     assert 1 <= asked <= min(4 * lifetimes, answered / 2)
 
 

@@ -51,7 +51,7 @@ def sha256(data: bytes) -> str:
 
 
 def stored(response: requests.Response) -> list[dict[str, Any]]:
-    """What a successful form says of its files."""
+    """The files in the response to a successful form."""
     assert response.status_code == 200, response.text
     return response.json()["files"]
 
@@ -269,7 +269,7 @@ class Pieces:
 
 
 def contents(body: Pieces, boundary: str = BOUNDARY) -> list[bytes]:
-    """What the parts of a form hold."""
+    """The contents of a form's parts."""
     parts: list[bytes] = []
     for event in multipart.form_events(body, boundary.encode(), 1 << 30):
         if isinstance(event, File | Field):
@@ -725,7 +725,7 @@ def bearer(token: str) -> dict[str, str]:
 
 
 def forged(header: dict[str, Any], claims: dict[str, Any]) -> str:
-    """A token that nobody signed."""
+    """A token without a signature."""
     parts = (base64.urlsafe_b64encode(json.dumps(part).encode()).rstrip(b"=").decode() for part in (header, claims))
     return ".".join([*parts, "x" * 43])
 
@@ -735,7 +735,7 @@ UNIFIED = "another secret, of more than 32 bytes"
 
 @pytest.fixture(scope="module")
 def strict_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server with users, a second secret, a small limit for uploads, and little patience."""
+    """A server with users, a second secret, a small limit for uploads, and short timeouts."""
     document = {
         "unified_secret": UNIFIED,
         "server": {"max_upload_bytes": MIB, "lock_timeout": 1},

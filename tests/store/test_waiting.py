@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Requests that wait for an upload of their key: they have no thread that others need, and there are not too many.
+"""Requests that wait for an upload of their key: they keep no thread slot, and their number is bounded.
 
-With two threads and one worker, whoever kept a thread while waiting would keep it from the innocent ones.
+With two thread slots and one worker, a waiting request that kept its slot would block other requests.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def keys() -> list[str]:
 
 @contextlib.contextmanager
 def stalled(server: Server, key: str) -> Iterator[Wire]:
-    """An upload that holds its key's lock, and does not go on."""
+    """An upload that holds its key's lock and sends nothing more."""
     with Wire(server) as wire:
         wire.send(request("PUT", f"/{key}", {**server.headers(), "Content-Length": 5}), b"be")
         wait_until(lambda: server.is_writing(key), SECONDS, "the upload")
@@ -127,14 +127,14 @@ def test_who_waits_for_an_upload_is_in_nobodys_way(
 
 
 def test_too_many_do_not_wait(server: Server) -> None:
-    """Those beyond the bound hear of it at once; not those of whose body something has been received."""
+    """Requests beyond the bound are refused at once, except those whose body has partly been received."""
     hit, key, other = keys()
     assert put(server, hit, b"hit").status_code == 201
     with stalled(server, key) as upload, contextlib.ExitStack() as stack:
         wires = {stack.enter_context(Wire(server)) for _ in range(slots.MAX_WAITING + BEYOND)}
         for wire in wires:
             wire.send(as_download(server, key))
-        wait_until(lambda: len(answered(wires)) == BEYOND, SECONDS, "those who are too many")
+        wait_until(lambda: len(answered(wires)) == BEYOND, SECONDS, "the requests beyond the bound to be refused")
         assert get(server, hit).content == b"hit"
         assert_refused(server, exchange(server, as_put(server, key)))
         assert put(server, other, b"").status_code == 201
@@ -149,7 +149,7 @@ def test_too_many_do_not_wait(server: Server) -> None:
 
 
 def answered(wires: set[Wire]) -> set[Wire]:
-    """Those on which something has come."""
+    """The connections on which something has arrived."""
     poll = select.poll()
     by_descriptor = {wire.fileno(): wire for wire in wires}
     for descriptor in by_descriptor:
@@ -162,8 +162,8 @@ def assert_refused(server: Server, answer: Answer) -> None:
     assert answer.headers["Retry-After"] == "5"
 
 
-def test_who_waits_for_one_lock_takes_it_in_order_of_arrival(tmp_path: Path) -> None:
-    """One process's threads; only the first of them looks at the lock."""
+def test_threads_that_wait_for_one_lock_take_it_in_order_of_arrival(tmp_path: Path) -> None:
+    """Within one process, where only the first of them polls the lock."""
     locks = KeyLocks(tmp_path / "locks")
     order: list[int] = []
 
