@@ -20,12 +20,12 @@ from kci_storage.archives.files import ArchiveFiles, ArchivePlan, Extent, Upload
 from kci_storage.archives.run import ArchiveReport, Run
 from kci_storage.archives.staging import Staging
 from kci_storage.archives.unpacking import Limits, Piece, TarReader, decompressed
-from kci_storage.errors import BadArchive, BadForm, BadKey, InsufficientStorage, Overloaded
+from kci_storage.errors import BadArchive, BadForm, InsufficientStorage, Overloaded
 from kci_storage.events import Events
 from kci_storage.http.multipart import Body, form_events
 from kci_storage.net import slots
 from kci_storage.net.threads import give_back_memory
-from kci_storage.store.form_receiver import MAX_PATH_FIELD_BYTES
+from kci_storage.store.form_receiver import append_to_path, decoded_path
 from kci_storage.store.uploads import Uploads
 
 MAX_UNPACKING = 32  # archives of one worker at a time; each may need as much memory as its compression allows
@@ -173,10 +173,5 @@ def _content(events: Iterator[Event]) -> Iterator[Piece]:
 def _path_text(content: Iterator[Piece]) -> str:
     text = bytearray()
     for piece in content:
-        text += piece
-        if len(text) > MAX_PATH_FIELD_BYTES:
-            raise BadKey("path is too long: a key has at most 1,024 characters")
-    try:
-        return text.decode()
-    except UnicodeDecodeError:
-        raise BadKey("path is not UTF-8") from None
+        append_to_path(text, piece)
+    return decoded_path(text)

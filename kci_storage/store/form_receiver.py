@@ -63,6 +63,27 @@ def store_form(uploads: Uploads, body: Body, boundary: bytes, plan: FormPlan) ->
         return form.commit()
 
 
+def append_to_path(text: bytearray, piece: bytes | memoryview) -> None:
+    """Append a piece of a form's field ``path`` to the text received so far.
+
+    :raises BadKey: the field is longer than any key.
+    """
+    text += piece
+    if len(text) > MAX_PATH_FIELD_BYTES:
+        raise BadKey(f"path is too long: a key has at most {keys.MAX_CHARACTERS:,} characters")
+
+
+def decoded_path(text: bytes | bytearray) -> str:
+    """A form's field ``path`` as text.
+
+    :raises BadKey: it is not UTF-8.
+    """
+    try:
+        return text.decode()
+    except UnicodeDecodeError:
+        raise BadKey("path is not UTF-8") from None
+
+
 class FormReceiver:
     """Receives a form's parts, in any order, and commits its files at the end.
 
@@ -123,15 +144,10 @@ class FormReceiver:
 
     def _add_to_path(self, data: bytes | memoryview) -> None:
         assert self._path_text is not None
-        self._path_text += data
-        if len(self._path_text) > MAX_PATH_FIELD_BYTES:
-            raise BadKey("path is too long: a key has at most 1,024 characters")
+        append_to_path(self._path_text, data)
 
     def _set_path(self, text: bytes) -> None:
-        try:
-            self._path = text.decode()
-        except UnicodeDecodeError:
-            raise BadKey("path is not UTF-8") from None
+        self._path = decoded_path(text)
         for file in self._files:
             if isinstance(file, Spooled):
                 self._admit(file.filename)
