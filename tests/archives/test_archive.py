@@ -182,7 +182,7 @@ def test_it_may_come_in_chunks(local_server: Server):
     assert_stored(requests.post(f"{local_server.url}/v1/archive", pieces, headers=headers, timeout=SECONDS), folder)
 
 
-def test_the_log_says_who_stored_what(local_server: Server):
+def test_the_log_names_user_and_key_of_each_file(local_server: Server):
     folder = new_folder()
     response = post(local_server, folder, tar())
     assert access(local_server, response)["user"] == "user@example.com"

@@ -300,7 +300,7 @@ def all_staged(server: Server, folder: str, times: int) -> bool:
 
 
 @pytest.mark.parametrize("driver", ["local", "azure"])
-def test_nobody_waits_for_an_archive_that_stands_still(start_server: Callable[..., Server], driver: str) -> None:
+def test_a_stalled_archive_delays_no_other_request(start_server: Callable[..., Server], driver: str) -> None:
     server = start_server(driver, server={"lock_timeout": 0.5})
     for other in (b"small", large(2), None):
         put(server, "f/a", b"old")
@@ -360,7 +360,7 @@ def test_a_file_that_cannot_be_committed_has_failed_alone(bench: Bench) -> None:
     wait_until_tidy(bench.server)
 
 
-def test_what_is_staged_makes_room_for_the_archive(azurite: Azurite, tmp_path: Path) -> None:
+def test_staged_copies_are_dropped_when_the_disk_is_full(azurite: Azurite, tmp_path: Path) -> None:
     """The disk has space for the archive, but not for a copy of its first file as well."""
     content = {"a": large(1), "b": large(2)}
     with small_disk(tmp_path / "cache", 26 * MIB), cold_bench(azurite, tmp_path, {}) as bench:
@@ -468,7 +468,7 @@ def receiving(service: Service, body: Body) -> Iterator[Future[ArchiveReport]]:
 
 
 @pytest.mark.parametrize("end", [ZEROS, b"\x01" * 512], ids=["accepted", "refused"])
-def test_who_waits_for_the_archives_end_holds_no_memory(tmp_path: Path, end: bytes) -> None:
+def test_a_staged_file_that_waits_for_the_archives_end_holds_no_memory(tmp_path: Path, end: bytes) -> None:
     service = Service(tmp_path)
     body = Body(entry("a", large(1)) + entry("b", large(2)) + entry("a", large(3)), end)
     with receiving(service, body) as report:
@@ -502,7 +502,7 @@ def test_no_more_is_staged_than_may_be(tmp_path: Path, monkeypatch: pytest.Monke
     assert report.result().uploaded == 4
 
 
-def test_who_waits_for_memory_goes_before_what_could_be_staged() -> None:
+def test_waiting_uploads_get_memory_before_staging() -> None:
     budget = archive_files.Budget(10)
     budget.acquire(8)
     with ThreadPoolExecutor(1) as threads:

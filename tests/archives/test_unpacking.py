@@ -216,7 +216,7 @@ def test_paths_that_lead_elsewhere_are_refused(name: str, kind: bytes, place: st
     assert "leads out of its folder" in refusal(data)
 
 
-def test_names_are_shown_short_and_on_one_line():
+def test_messages_show_names_short_and_on_one_line():
     assert len(refusal(entry("a\n/../" + "b" * 90) + ZEROS)) < 200
 
 
@@ -299,7 +299,7 @@ def test_an_extended_header_before_the_end_is_cut_short():
 
 
 @pytest.mark.parametrize("suffix", ["tar", *COMPRESS])
-def test_what_follows_the_end_is_refused(suffix: str):
+def test_data_after_the_end_is_refused(suffix: str):
     compress = COMPRESS.get(suffix, bytes)
     assert "something after its end" in refusal(compress(archive() + b"garbage"))
     assert "something after its end" in refusal(compress(archive()) + compress(archive()))

@@ -131,7 +131,7 @@ class TestEntries:
         assert Path(entry.path).read_bytes() == content_of(entry) == b"content"
         assert cache.usage.read()[:2] == (1, 7)
 
-    def test_an_empty_file_is_one_too(self, cache: Cache) -> None:
+    def test_an_empty_file_can_be_published(self, cache: Cache) -> None:
         store(cache, b"")
         assert load(cache) == b""
         assert cache.usage.read()[:2] == (1, 0)
@@ -327,7 +327,7 @@ class TestDoubt:
         assert confirmed.validated > doubtful.validated
         assert load(cache) == b"content"
 
-    def test_what_is_not_doubted_needs_no_confirmation(self, cache: Cache) -> None:
+    def test_a_copy_that_is_not_doubtful_needs_no_confirmation(self, cache: Cache) -> None:
         store(cache, b"content")
         record = record_of(cache)
         cache.confirm(record)
@@ -415,7 +415,7 @@ class TestDeadWriters:
         assert record_of(cache).doubtful
         cache.sweep()
 
-    def test_a_sweep_doubts_what_a_dead_deletion_has_left(self, cache: Cache, peer: Peer) -> None:
+    def test_a_sweep_marks_the_copy_of_a_dead_deletion_doubtful(self, cache: Cache, peer: Peer) -> None:
         """Nothing but its lock."""
         store(cache, b"content")
         peer.call(begin_deletion, cache.directory)
@@ -512,7 +512,7 @@ BrokenBy = Callable[[Location, Record], None]
 
 class TestBrokenEntries:
     @broken
-    def test_it_is_no_copy_and_goes_by_itself(self, tmp_path: Path, break_it: BrokenBy) -> None:
+    def test_it_counts_as_no_copy_and_is_removed(self, tmp_path: Path, break_it: BrokenBy) -> None:
         cache = Cache(tmp_path)
         store(cache, b"another's", "another")
         store(cache, b"content")
@@ -569,7 +569,7 @@ class TestBrokenEntries:
         assert load(cache) is None
         cache.sweep()
 
-    def test_it_is_fetched_anew_in_the_same_request(self, start_server: Callable[..., Server]) -> None:
+    def test_the_same_request_fetches_it_again(self, start_server: Callable[..., Server]) -> None:
         server = start_server("azure")
         cache = Cache(server.cache_directory)
         for break_it in BREAKAGES:
@@ -639,7 +639,7 @@ class TestFullDisk:
             cache.confirm(doubtful)
             cache.remove_version(doubtful)
 
-    def test_without_room_for_the_usage_the_work_goes_on(self, tmp_path: Path) -> None:
+    def test_without_space_for_the_usage_the_cache_still_works(self, tmp_path: Path) -> None:
         with small_disk(tmp_path / "disk", 1024 * 1024, inodes=400) as disk:
             cache = Cache(disk / "cache")
             store(cache, b"content")
@@ -666,7 +666,7 @@ class TestSweep:
         cache.sweep()
         assert cache.usage.read()[:2] == (1, 7)
 
-    def test_what_others_do_meanwhile_is_counted_once(self, cache: Cache) -> None:
+    def test_concurrent_changes_are_counted_once(self, cache: Cache) -> None:
         store(cache, b"content", "early")
         other = Cache(cache.directory)
         steps = cache.sweeping()
@@ -677,7 +677,7 @@ class TestSweep:
         assert sum(steps) == 0
         assert cache.check() == []
 
-    def test_what_others_have_done_but_not_counted_yet_is_counted_once(
+    def test_concurrent_changes_that_are_not_counted_yet_are_counted_once(
         self, cache: Cache, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         other = Cache(cache.directory)

@@ -142,7 +142,7 @@ def test_with_the_backend_away_copies_are_stale(checking: Bench) -> None:
     assert checks(checking, "failed") >= 1
 
 
-def test_a_silent_backend_holds_nobody_up_for_long(checking: Bench) -> None:
+def test_a_silent_backend_delays_no_request_for_long(checking: Bench) -> None:
     content = some_bytes(1000)
     keys = [stored_and_cached(checking, content) for _ in range(2)]
     rule = checking.proxy.inject(Hold(), kind=PROPERTIES)

@@ -103,7 +103,7 @@ def keys(cache: Cache, *candidates: str) -> str:
 
 
 class TestLimits:
-    def test_nothing_goes_within_the_limits(self, cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_nothing_is_evicted_within_the_limits(self, cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
         for key in "abc":
             store(cache, key)
         monkeypatch.setattr(housekeeping, "Job", None)  # the directory is not even walked
@@ -134,7 +134,7 @@ class TestLimits:
         housekeeper(cache, max_bytes=0).keep_limits()
         assert keys(cache, "a") == "a"
 
-    def test_the_least_recently_used_goes_not_the_oldest(self, cache: Cache) -> None:
+    def test_the_least_recently_used_is_evicted_not_the_oldest(self, cache: Cache) -> None:
         store(cache, "old but used", used_ago=2 * HOUR, written_ago=9 * HOUR)
         store(cache, "new and unused", used_ago=3 * HOUR, written_ago=3 * HOUR)
         housekeeper(cache, max_files=1).keep_limits()
@@ -154,13 +154,13 @@ class TestLimits:
         assert keys(cache, "a", "b") == "a"
 
     @pytest.mark.parametrize("chunk", [1, 2, 3, 100])
-    def test_no_more_goes_than_must_whatever_the_chunk(self, cache: Cache, chunk: int) -> None:
+    def test_no_more_is_evicted_than_needed_whatever_the_chunk(self, cache: Cache, chunk: int) -> None:
         for number, key in enumerate("abcdefgh"):
             store(cache, key, used_ago=HOUR - number)
         housekeeper(cache, max_files=3, cleanup_chunk_size=chunk).keep_limits()
         assert keys(cache, *"abcdefgh") == "fgh"
 
-    def test_at_most_a_chunk_is_chosen_in_one_walk(self, cache: Cache) -> None:
+    def test_at_most_a_chunk_is_chosen_in_one_scan(self, cache: Cache) -> None:
         for number, key in enumerate("abcdefgh"):
             store(cache, key, used_ago=HOUR - number)
         chosen = Evictor(cache, settings(cache)).least_recently_used(3)
@@ -238,7 +238,7 @@ class TestWhatMayNotGo:
         assert os.pread(entry.fd, 2 * KIB, 0) == expected
         os.close(entry.fd)
 
-    def test_a_stray_content_goes_and_not_the_copy_of_its_key(self, cache: Cache) -> None:
+    def test_a_stray_content_is_evicted_and_not_the_copy_of_its_key(self, cache: Cache) -> None:
         content = store(cache, "a", used_ago=1)
         stray = cache.location("a").content("1" * 16)
         stray.write_bytes(b"left by a loss of power")
@@ -250,7 +250,7 @@ class TestWhatMayNotGo:
 
 
 class TestTheDisk:
-    def test_it_is_freed_from_below_one_mark_to_the_other(self, tmp_path: Path) -> None:
+    def test_the_disk_is_freed_from_the_low_mark_to_the_recover_mark(self, tmp_path: Path) -> None:
         with small_disk(tmp_path / "disk", 4096 * KIB) as disk:
             cache = Cache(disk / "cache")
             keeper = housekeeper(cache, low_disk_percent=20, recover_disk_percent=40)
@@ -293,7 +293,7 @@ class TestTheDisk:
                 ballast.pop().unlink()
             assert keeper.make_room(KIB)
 
-    def test_room_is_made_for_one_that_does_not_fit(self, tmp_path: Path) -> None:
+    def test_eviction_makes_room_for_an_object_that_does_not_fit(self, tmp_path: Path) -> None:
         with small_disk(tmp_path / "disk", 1024 * KIB) as disk:
             cache = Cache(disk / "cache")
             for number in range(10):
@@ -317,7 +317,7 @@ class TestMakingRoom:
         assert housekeeper(cache, max_files=2, max_bytes=2 * KIB).make_room(KIB)
         assert keys(cache, "a") == "a"
 
-    def test_no_more_goes_than_must(self, cache: Cache) -> None:
+    def test_no_more_is_evicted_than_needed(self, cache: Cache) -> None:
         for number, key in enumerate("abcde"):
             store(cache, key, used_ago=HOUR - number)
         assert housekeeper(cache, max_bytes=6 * KIB).make_room(3 * KIB)
@@ -335,7 +335,7 @@ class TestMakingRoom:
         assert keeper.make_room(0)
         assert keys(cache, "a") == ""
 
-    def test_what_would_fit_into_no_cache_evicts_nothing(self, cache: Cache) -> None:
+    def test_an_object_larger_than_the_cache_evicts_nothing(self, cache: Cache) -> None:
         for key in "abc":
             store(cache, key)
         assert not housekeeper(cache, max_bytes=10 * KIB).make_room(10 * KIB + 1)
@@ -344,7 +344,7 @@ class TestMakingRoom:
         assert keys(cache, *"abc") == "abc"
         assert housekeeper(cache, max_bytes=10 * KIB).make_room(10 * KIB)
 
-    def test_what_may_not_go_cannot_make_room(self, cache: Cache) -> None:
+    def test_young_copies_are_not_evicted_for_a_fill(self, cache: Cache) -> None:
         store(cache, "young", used_ago=1)
         store(cache, "old")
         assert not housekeeper(cache, max_bytes=2 * KIB).make_room(2 * KIB)
@@ -374,7 +374,7 @@ class TestMakingRoom:
         assert keeper.make_room(47 * KIB)  # the job found all of them
         assert keys(cache, *map(str, range(50))) == "474849"
 
-    def test_that_of_a_small_one_is_not(self, cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_small_cache_is_scanned_in_the_worker(self, cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
         for number in range(50):
             store(cache, str(number), used_ago=HOUR - number)
         monkeypatch.setattr(housekeeping, "SMALL", 50)
@@ -407,9 +407,7 @@ class TestMakingRoom:
         assert keeper.make_room(KIB)
         assert keys(cache, *"abcd") == "bc"
 
-    def test_a_walk_that_takes_too_long_is_for_those_who_come_later(
-        self, cache: Cache, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_slow_scan_serves_later_fills(self, cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
         for number, key in enumerate("abc"):
             store(cache, key, used_ago=HOUR - number)
         monkeypatch.setattr(housekeeping, "ROOM_TIMEOUT", 0.05)
@@ -471,7 +469,7 @@ class TestTheThread:
             keeper.stop()
         wait_until(lambda: "housekeeping" not in thread_names(), TIMEOUT, "the end of the threads")
 
-    def test_a_start_sees_to_the_dead_before_it_returns(
+    def test_a_start_repairs_what_dead_writers_left_before_it_returns(
         self, cache: Cache, started: Callable[..., Housekeeper]
     ) -> None:
         store(cache, "a")
@@ -658,7 +656,7 @@ class TestRealServers:
         assert requests.get(f"{server.url}/large").headers["X-Cache"] == "hit"
         assert requests.get(f"{server.url}/0").content == bytes(30 * KIB)
 
-    def test_what_fits_into_no_cache_passes_it_by(self, start_server: Callable[..., Server]) -> None:
+    def test_an_object_larger_than_the_cache_bypasses_it(self, start_server: Callable[..., Server]) -> None:
         server = start_server("azure", cache={"interval": HOUR, "max_bytes": 100 * KIB})
         requests.put(f"{server.url}/small", b"small", headers=server.headers()).raise_for_status()
         os.utime(content_of(Cache(server.cache_directory), "small"), (0, 0))

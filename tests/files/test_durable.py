@@ -121,7 +121,7 @@ class TestNewFile:
             with pytest.raises(InsufficientStorage):
                 file.write(bytes(1024 * 1024))
 
-    def test_truncating_is_seen_by_who_has_it_open(self, tmp_path: Path) -> None:
+    def test_truncating_is_seen_through_other_descriptors(self, tmp_path: Path) -> None:
         with NewFile(tmp_path / "temporary") as file:
             file.write(b"wrong")
             with (tmp_path / "temporary").open("rb") as reader:
@@ -143,7 +143,7 @@ class TestNewFile:
 
 
 class TestFullDisk:
-    def test_what_does_not_fit_is_said_and_leaves_nothing(self, disk: Path) -> None:
+    def test_a_full_disk_raises_and_leaves_nothing(self, disk: Path) -> None:
         durable.write_file(disk / "final", b"old")
         with pytest.raises(InsufficientStorage), NewFile(disk / "temporary") as file:
             file.write(bytes(1024 * 1024))
@@ -198,7 +198,9 @@ class TestTemporaryFilesAndTheirWriters:
         assert durable.remove_if_unlocked(tmp_path / "temporary")
         assert names(tmp_path) == []
 
-    def test_it_is_told_from_another_of_its_name(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_it_is_distinguished_from_another_file_of_its_name(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """A new file takes the name between the look at the dead one and its removal."""
         path = tmp_path / "temporary"
         path.touch()
@@ -285,7 +287,7 @@ def rewrite(path: Path, times: int) -> None:
 
 
 class TestLockFiles:
-    def test_it_says_who_made_it(self, tmp_path: Path) -> None:
+    def test_it_says_whether_it_made_the_file(self, tmp_path: Path) -> None:
         path = tmp_path / "folder/lock"
         first, made_first = durable.open_or_make_lock_file(path)
         second, made_second = durable.open_or_make_lock_file(path)

@@ -134,7 +134,7 @@ class TestReports:
         with Job(count, "not a number") as job, pytest.raises(JobFailed, match="TypeError"):
             list(job)
 
-    def test_what_is_printed_is_no_report(self, capfd: pytest.CaptureFixture[str]) -> None:
+    def test_printed_output_is_not_a_report(self, capfd: pytest.CaptureFixture[str]) -> None:
         with Job(print_something) as job:
             assert list(job) == ["a report"]
         assert sorted(capfd.readouterr().err.splitlines()) == ["from a driver", "from a program"]
@@ -154,7 +154,7 @@ class TestItsEnd:
             with pytest.raises(JobStopped):
                 next(reports)
 
-    def test_one_that_is_given_up_ends(self, capfd: pytest.CaptureFixture[str]) -> None:
+    def test_one_whose_reports_are_not_read_ends(self, capfd: pytest.CaptureFixture[str]) -> None:
         """Its pipe is full, since the parent does not read its reports any more."""
         with Job(report_for_ever) as job:
             next(iter(job))

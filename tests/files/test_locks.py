@@ -187,7 +187,7 @@ class TestDeadHolders:
         with locks.hold("name", timeout=0) as lease:
             assert not lease.orphaned
 
-    def test_who_waits_for_them_learns_it(self, locks: KeyLocks) -> None:
+    def test_a_waiting_process_is_told(self, locks: KeyLocks) -> None:
         with peers(2) as [holder, waiter]:
             holder.call(take, locks.directory, "name")
             waiter.start(wait_for, locks.directory, "name")
@@ -278,7 +278,7 @@ class TestMarkers:
         prepare_markers(locks, MAX_FREE_MARKERS + 5)
         assert len(markers(locks)) == MAX_FREE_MARKERS
 
-    def test_those_of_the_dead_are_swept(self, locks: KeyLocks, peer: Peer) -> None:
+    def test_markers_of_dead_processes_are_swept(self, locks: KeyLocks, peer: Peer) -> None:
         with locks.hold("mine", TIMEOUT):
             peer.call(is_free, locks.directory, "another")
             assert locks.sweep() == 0
@@ -286,7 +286,7 @@ class TestMarkers:
             assert locks.sweep() == 1
             assert not locks_in(locks.directory).try_acquire("mine")
 
-    def test_a_lock_that_nobody_has_seen_to_keeps_its_own(self, locks: KeyLocks, peer: Peer) -> None:
+    def test_an_orphaned_lock_keeps_its_marker(self, locks: KeyLocks, peer: Peer) -> None:
         peer.call(take, locks.directory, "name")
         peer.kill()
         assert locks.sweep() == 0

@@ -118,7 +118,7 @@ FAULTS = [
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=repr)
-def test_what_fails_in_the_middle_is_taken_up_where_it_stands(bench: Bench, fault: Fault) -> None:
+def test_a_read_that_fails_in_the_middle_is_resumed_there(bench: Bench, fault: Fault) -> None:
     content = some_bytes(20 * MIB)
     key = bench.store(content)
     rule = bench.proxy.inject(fault, key=key, skip=1, times=2)
@@ -198,7 +198,7 @@ def test_a_backend_that_is_silent_from_the_beginning_is_an_error(impatient: Benc
 
 @pytest.mark.parametrize("fault", [Cut(100_000), Lie(1000), Refuse(), Say(503, "ServerBusy")], ids=repr)
 @pytest.mark.parametrize("headers", [{}, {"Range": "bytes=9000000-"}], ids=["whole", "range"])
-def test_what_passes_the_cache_is_taken_up_too(uncached_bench: Bench, fault: Fault, headers: dict[str, str]) -> None:
+def test_an_uncached_read_is_resumed_too(uncached_bench: Bench, fault: Fault, headers: dict[str, str]) -> None:
     content = some_bytes(40 * MIB)
     key = uncached_bench.store(content)
     rule = uncached_bench.proxy.inject(fault, key=key, skip=2, times=1)
@@ -334,7 +334,7 @@ def test_with_the_backend_away_copies_are_served_and_nothing_else(bench: Bench) 
 
 
 @pytest.mark.parametrize("change", ["overwrite", "delete"])
-def test_a_version_that_is_gone_cuts_those_who_have_some_of_it(bench: Bench, change: str) -> None:
+def test_the_end_of_a_version_aborts_responses_that_have_begun(bench: Bench, change: str) -> None:
     old, new = some_bytes(64 * MIB), some_bytes(5 * MIB)
     key = bench.store(old)
     rule = bench.proxy.inject(Stall(MIB), key=key, times=1)

@@ -151,7 +151,7 @@ def test_clients_that_leave_stop_nothing(bench: Bench) -> None:
     assert bench.fetched(key) == len(content)
 
 
-def test_a_copy_is_made_although_nobody_waits_for_it_any_more(bench: Bench) -> None:
+def test_a_copy_is_made_even_if_every_client_disconnects(bench: Bench) -> None:
     content = some_bytes(16 * MIB)
     key = bench.store(content)
     rule = bench.proxy.inject(Stall(2 * MIB), key=key)
@@ -246,7 +246,7 @@ def test_a_validator_that_still_holds_costs_no_content(bench: Bench) -> None:
 @pytest.mark.parametrize(
     "headers", [{"If-None-Match": '"another"'}, {"Range": "bytes=0-"}, {"Range": "bytes=1000-"}], ids=str
 )
-def test_who_wants_most_of_it_brings_it_in_for_all(bench: Bench, headers: dict[str, str]) -> None:
+def test_a_range_of_most_of_it_begins_a_fill(bench: Bench, headers: dict[str, str]) -> None:
     content = some_bytes(3 * MIB)
     key = bench.store(content)
     start = int(headers.get("Range", "bytes=0-")[6:-1])
@@ -256,7 +256,7 @@ def test_who_wants_most_of_it_brings_it_in_for_all(bench: Bench, headers: dict[s
     assert bench.fetched(key) == len(content)
 
 
-def test_who_wants_most_of_it_from_far_on_does_not_wait_for_the_fill(bench: Bench) -> None:
+def test_a_large_range_from_far_ahead_does_not_wait_for_the_fill(bench: Bench) -> None:
     content = some_bytes(8 * MIB)
     key = bench.store(content)
     rule = bench.proxy.inject(Stall(0), key=key, times=1)
@@ -376,7 +376,7 @@ def test_the_room_of_a_fill_is_its_own_from_the_beginning(azurite: Azurite, tmp_
         assert get(bench.server, first).headers["X-Cache"] == "hit"
 
 
-def test_a_disk_without_room_for_one_more_file_fails_nobody(azurite: Azurite, tmp_path: Path) -> None:
+def test_a_disk_without_space_for_one_more_file_fails_no_download(azurite: Azurite, tmp_path: Path) -> None:
     content = some_bytes(2 * MIB)
     with small_disk(tmp_path / "cache", 8 * MIB, inodes=100), cold_bench(azurite, tmp_path, {}) as bench:
         use_up_inodes(bench.server.cache_directory)
@@ -451,7 +451,7 @@ def test_beyond_the_bound_cold_objects_wait_and_hits_do_not(new_bench: Callable[
         assert wire.read(MIB - 1) == content[1:]
 
 
-def test_those_who_wait_leave_threads_to_the_others(new_bench: Callable[..., Bench]) -> None:
+def test_waiting_requests_leave_threads_to_the_others(new_bench: Callable[..., Bench]) -> None:
     bench = new_bench(cache={"max_fills": 1}, server={"workers": 1, "threads": 8, "lock_timeout": 60})
     hit = bench.store(b"hit")
     get(bench.server, hit)
@@ -472,7 +472,7 @@ def test_those_who_wait_leave_threads_to_the_others(new_bench: Callable[..., Ben
         assert sum(answer.result().status_code == 200 for answer in answers) == 4
 
 
-def test_who_follows_a_fill_that_stands_still_is_in_nobodys_way(new_bench: Callable[..., Bench]) -> None:
+def test_followers_of_a_stalled_fill_delay_no_other_request(new_bench: Callable[..., Bench]) -> None:
     bench = new_bench(server={"workers": 1, "threads": 2})
     hit = bench.store(b"hit")
     get(bench.server, hit)

@@ -362,12 +362,12 @@ IMPOSSIBLE = {
 
 
 @pytest.mark.parametrize("name", POSSIBLE)
-def test_what_can_be_is_no_alarm(name: str) -> None:
+def test_possible_histories_pass(name: str) -> None:
     assert violations(POSSIBLE[name]) == []
 
 
 @pytest.mark.parametrize("name", IMPOSSIBLE)
-def test_what_cannot_be_is_found(name: str) -> None:
+def test_impossible_histories_are_found(name: str) -> None:
     assert violations(IMPOSSIBLE[name])
 
 

@@ -203,7 +203,7 @@ def test_local_disk_keeps_the_tags(server: Server):
     assert local_tags(server)["mainline/v6.1/put"] == {OWNER: "other", "retention": "2y"}
 
 
-def test_a_reload_is_for_what_is_uploaded_from_then_on(server: Server):
+def test_a_reload_holds_for_later_uploads(server: Server):
     put(server, "a", b"1")
     server.document["retention"] = {"tag_value": "1d"}
     assert "changed=retention.rules,retention.tag_value new_workers=nothing" in reload(server)
@@ -235,7 +235,7 @@ def filled(server: Server) -> Server:
     return server
 
 
-def test_what_is_over_its_age_is_deleted(filled: Server):
+def test_expired_objects_are_deleted(filled: Server):
     left = set(keys(filled, ""))
     for days, gone in (
         (29, set()),
@@ -271,7 +271,7 @@ def test_what_was_uploaded_again_meanwhile_stays(filled: Server, monkeypatch: py
     assert get(filled, "next/26/c").content == b"newer"
 
 
-def test_what_is_being_uploaded_is_told_and_stays(start_server: Callable[..., Server], tmp_path: Path):
+def test_a_key_that_is_being_uploaded_is_reported_and_stays(start_server: Callable[..., Server], tmp_path: Path):
     server = start_server("local", retention={"tag_value": "1d"}, server={"lock_timeout": 0.2})
     put(server, "a", b"1")
     put(server, "b", b"1")

@@ -18,7 +18,7 @@ SIZES = [0, 1, BUFFER_SIZE, *AROUND_INLINE, INLINE_SIZE + 3 * BUFFERS * BUFFER_S
 
 @pytest.mark.parametrize("piece", [1000, BUFFER_SIZE, BUFFER_SIZE + 1, 10 * INLINE_SIZE])
 @pytest.mark.parametrize("size", SIZES)
-def test_they_are_those_of_the_content(size: int, piece: int):
+def test_they_equal_hashlibs_digests(size: int, piece: int):
     """The buffer that the pieces come in is used again at once, as a request's is."""
     content = os.urandom(size)
     running = RunningDigests("sha256", "md5")

@@ -141,7 +141,7 @@ def test_missing_keys_cost_the_backend_a_few_requests(bench: Bench, hammered: Ha
     assert 1 <= asked <= min(4 * lifetimes, answered / 2)
 
 
-def test_those_who_ask_at_the_same_time_share_a_question(bench: Bench) -> None:
+def test_simultaneous_requests_share_one_question(bench: Bench) -> None:
     key = f"{new_folder()}/missing"
     rule = bench.proxy.inject(Hold(), kind=PROPERTIES, key=key)
     heads = [in_background(requests.head, f"{bench.server.url}/{key}") for _ in range(30)]
@@ -163,7 +163,7 @@ def test_an_upload_is_seen_by_all_workers_at_once(bench: Bench, hammered: Hammer
         assert [get(bench.server, key).status_code for _ in range(20)] == [404] * 20
 
 
-def test_an_upload_ends_what_each_worker_remembers(bench: Bench) -> None:
+def test_an_upload_invalidates_every_workers_entry(bench: Bench) -> None:
     for pid in bench.server.worker_pids():
         key = f"{new_folder()}/later"
         with only(bench.server, pid):

@@ -93,7 +93,7 @@ def test_every_file_is_stored_whatever_the_order(server: Server, order: tuple[st
     assert sorted(keys(server, folder)) == sorted(file["path"] for file in files)
 
 
-def test_the_reply_is_what_a_download_says(server: Server):
+def test_the_reply_has_the_values_of_a_download(server: Server):
     folder, content = new_folder(), os.urandom(300_000)
     response = post(server, part("path", folder.encode()), part("file0", content, "ä b.log"))
     assert response.headers["Content-Type"] == "application/json"
@@ -825,7 +825,7 @@ def test_permissions(strict_server: Server):
         requests.delete(f"{url}/{key}", headers=strict_server.headers(), timeout=SECONDS)
 
 
-def test_a_user_who_is_not_named_may_not_write(strict_server: Server):
+def test_a_user_without_an_entry_may_not_write(strict_server: Server):
     headers = strict_server.headers("somebody@example.com")
     response = requests.put(f"{strict_server.url}/allowed/path1/a", b"x", headers=headers, timeout=SECONDS)
     assert_error(response, 403, strict_server)

@@ -107,7 +107,7 @@ def as_archive(server: Server, key: str) -> bytes:
     ],
     ids=["put", "delete", "download", "form", "archive"],
 )
-def test_who_waits_for_an_upload_is_in_nobodys_way(
+def test_a_request_that_waits_for_an_upload_delays_no_other(
     server: Server, ask: Callable[[Server, str], bytes], statuses: set[int]
 ) -> None:
     hit, key, other = keys()
@@ -182,7 +182,7 @@ def test_threads_that_wait_for_one_lock_take_it_in_order_of_arrival(tmp_path: Pa
     assert locks.waiting("name") == 0
 
 
-def test_who_gives_up_lets_the_next_one_look(tmp_path: Path) -> None:
+def test_a_thread_that_times_out_lets_the_next_one_poll(tmp_path: Path) -> None:
     locks = KeyLocks(tmp_path / "locks")
     with locks.hold("name", 0), pytest.raises(WriteConflict), locks.hold("name", 0.05):
         pass
