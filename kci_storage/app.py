@@ -17,7 +17,7 @@ from kci_storage.config.settings import Config
 from kci_storage.monitoring import logs
 from kci_storage.net.threads import give_back_memory
 from kci_storage.services import Services, build_services, inherited_services
-from kci_storage.wsgi.admission import Guard
+from kci_storage.wsgi.admission import AccessControl
 from kci_storage.wsgi.downloads import Downloads
 from kci_storage.wsgi.exchange import Exchange, Transport
 
@@ -60,7 +60,8 @@ def middleware(app: Callable[..., Any], services: Services) -> Callable[..., Any
         give_back_memory(max(exchange.sent, exchange.body.received))
 
     downloading = Downloads(app, services.objects, services.responder)
-    guard = Guard(downloading, services.policies, services.metrics.refused, services.metrics.challenged)
-    wrapped: Callable[..., Any] = Transport(guard, finished)
+    metrics = services.metrics
+    access_control = AccessControl(downloading, services.policies, metrics.refused, metrics.challenged)
+    wrapped: Callable[..., Any] = Transport(access_control, finished)
     proxies = services.config.server.trusted_proxies
     return ProxyFix(wrapped, x_for=proxies, x_proto=proxies, x_host=proxies) if proxies else wrapped

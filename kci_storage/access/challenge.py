@@ -33,12 +33,12 @@ FALLBACK = "challenge_fallback"  # the parameter of the way without a script
 REMEMBERED_CLIENTS = 16_384  # addresses, of which the networks are kept
 
 
-def _own(name: str) -> str:
+def _template(name: str) -> str:
     return files("kci_storage.pages").joinpath("templates", name).read_text(encoding="utf-8")
 
 
-STYLE, SCRIPT, PAGE = _own("challenge.css"), _own("challenge.js"), Template(_own("challenge.html"))
-FALLBACK_LINK = Template(_own("challenge_fallback.html"))
+STYLE, SCRIPT, PAGE = _template("challenge.css"), _template("challenge.js"), Template(_template("challenge.html"))
+FALLBACK_LINK = Template(_template("challenge_fallback.html"))
 POLICY = csp.policy(STYLE, SCRIPT, "connect-src 'self'", "img-src 'self'")
 
 

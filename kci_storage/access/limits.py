@@ -118,7 +118,7 @@ def _no_counts() -> memoryview:
 
 
 class DownloadLimit:
-    """How many downloads a client may have at a time.
+    """The limit on the downloads that a client may have at a time.
 
     >>> downloads = DownloadLimit(Ledger(rows=1), limit=1)
     >>> end = downloads.begin((1, 2))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""``POST /v1/archive``: an archive, whose files become objects."""
+"""``POST /v1/archive``: unpacks an archive and stores its files as objects."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kci_storage import logfmt
 from kci_storage.archives.files import ArchivePlan
 from kci_storage.archives.run import ArchiveReport
 from kci_storage.blueprints.context import authenticated, exchange, services
-from kci_storage.blueprints.errors import noted
+from kci_storage.blueprints.errors import logged
 from kci_storage.blueprints.uploads import admitted_body, form_boundary, log_stored, stored_tags, stored_type
 from kci_storage.errors import StorageError
 from kci_storage.http import problems
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 @blueprint.post("/v1/archive")
 def archive() -> Response:
-    """Store the files of an archive, each as if it had been uploaded alone."""
+    """Store the files of an archive, each as if it had been uploaded by itself."""
     with services().metrics.archiving():
         report = services().archives.store(admitted_body(FORM_OVERHEAD), form_boundary(), plan(authenticated()))
     services().metrics.archived(report.uploaded, len(report.failures), report.size)
@@ -33,7 +33,7 @@ def archive() -> Response:
 
 
 def plan(email: str) -> ArchivePlan:
-    """What the request says of the archive's files."""
+    """The request's instructions for the archive's files."""
     request_id, permissions = exchange().request_id, services().permissions
 
     def admit_folder(folder: str) -> None:
@@ -51,15 +51,15 @@ def plan(email: str) -> ArchivePlan:
 
 @blueprint.errorhandler(StorageError)
 def refused(error: StorageError) -> Response:
-    """The answer to an archive of which nothing was stored: the error's, as JSON."""
-    problem = noted(error)
+    """The response when nothing of an archive was stored: the error, as JSON."""
+    problem = logged(error)
     response = answer("error", problem.status, ArchiveReport(g.get("prefix", ""), failures=[error.message]))
     response.headers.update(problems.headers(problem, response.headers["Content-Type"], response.content_length or 0))
     return response
 
 
 def answer(status: str, code: int, report: ArchiveReport) -> Response:
-    """What came of an archive, for its client."""
+    """The response with the outcome of an archive."""
     document = {
         "status": status,
         "uploaded": report.uploaded,
@@ -72,7 +72,7 @@ def answer(status: str, code: int, report: ArchiveReport) -> Response:
 
 
 def log_archive(report: ArchiveReport) -> None:
-    """What came of an archive, for the log."""
+    """Log the outcome of an archive."""
     level = logging.WARNING if report.failures else logging.INFO
     line = logfmt.line(
         event="archive_stored", prefix=report.prefix, uploaded=report.uploaded, failed=len(report.failures),

@@ -21,15 +21,15 @@ from kci_storage.pages.directory import ROOT_URL, Directory, browse
 blueprint = Blueprint("browse", __name__)
 
 
-def _own(name: str) -> Markup:
-    """A file of the page, which we wrote: not to be escaped."""
+def _template(name: str) -> Markup:
+    """One of the page's own files, which must not be escaped."""
     text = resources.files("kci_storage.pages").joinpath("templates", name).read_text(encoding="utf-8")
-    return Markup(text)  # noqa: S704  (nothing of it comes from a user)
+    return Markup(text)  # noqa: S704  (it contains no input of users)
 
 
-STYLE, SCRIPT, MARKS = _own("directory.css"), _own("directory.js"), _own("marks.svg")
-# The names on a page may be anybody's: of what they could make it hold, nothing runs. Style and script are in the
-# page itself, so that it never meets another version's, whichever server of several answers.
+STYLE, SCRIPT, MARKS = _template("directory.css"), _template("directory.js"), _template("marks.svg")
+# Any uploader may choose the names on a page, so the policy forbids all scripts but the page's own. Style and script
+# are inline, so that they fit the page also if several servers of different versions answer.
 POLICY = csp.policy(STYLE, SCRIPT, "img-src data:")
 
 
@@ -40,9 +40,9 @@ def top() -> Response:
 
 
 def directory() -> Response:
-    """The level that a path with a trailing slash asks for.
+    """The level for a path with a trailing slash.
 
-    :raises ObjectNotFound: there is nothing below it, or it cannot be a folder.
+    :raises ObjectNotFound: there is no object below it, or the path cannot be a folder.
     """
     exchange().route = "browse"
     try:
@@ -82,9 +82,9 @@ def html(listed: Directory) -> Response:
 
 
 def compressed(response: Response) -> Response:
-    """The same page with a tenth of the bytes, for whoever understands that: a thousand names are half a MiB.
+    """The response, compressed to a tenth if the client accepts gzip: a page of a thousand names has half a MiB.
 
-    It has no ETag that would have to change with the encoding.
+    A page has no ETag, which would have to differ by encoding (RFC 9110, 8.8.3.3).
     """
     if request.accept_encodings["gzip"] > 0:
         response.set_data(gzip.compress(response.get_data(), compresslevel=1, mtime=0))
@@ -93,7 +93,7 @@ def compressed(response: Response) -> Response:
 
 
 def summary(listed: Directory) -> str:
-    """What a page holds, in words.
+    """A page's summary: how many folders and files, and their size.
 
     >>> summary(Directory("a/", [], []))
     'empty'

@@ -16,7 +16,7 @@ blueprint = Blueprint("challenge", __name__)
 def pass_challenge() -> Response:
     """204 with the cookie.
 
-    :raises ObjectNotFound: there is no challenge here.
+    :raises ObjectNotFound: the challenge is off.
     """
     challenge = services().policies.challenge
     if challenge is None:

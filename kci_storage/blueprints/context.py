@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""How a path becomes a key, and what every view gets from its request."""
+"""The URL converter for keys, and what the views need of the current request."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class KeyConverter(BaseConverter):
-    """Matches any path at all, so that a hostile one gets its answer from :mod:`kci_storage.keys`."""
+    """Matches any path, so that :mod:`kci_storage.keys` decides which ones are refused."""
 
     part_isolating = False
     regex = r"(?s:.+)"
@@ -23,13 +23,13 @@ class KeyConverter(BaseConverter):
 
 
 def services() -> Services:
-    """The application's parts."""
+    """The application's services."""
     parts: Services = current_app.extensions["kci_storage"]
     return parts
 
 
 def exchange() -> Exchange:
-    """The request as it goes over the wire."""
+    """The exchange of the current request."""
     current: Exchange = request.environ[EXCHANGE]
     return current
 
@@ -37,7 +37,7 @@ def exchange() -> Exchange:
 def authenticated() -> str:
     """The email of the request's token.
 
-    :raises Unauthorized: there is no valid one.
+    :raises Unauthorized: there is no valid token.
     """
     email = services().authenticator.verify(request.headers.get("Authorization"))
     exchange().user = email

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""``GET`` and ``HEAD`` of a path that is no download that succeeds: those are :mod:`kci_storage.wsgi.downloads`'s."""
+"""``GET`` and ``HEAD`` of directory pages, and downloads that fail (see :mod:`kci_storage.wsgi.downloads`)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ blueprint = Blueprint("downloads", __name__)
 
 @blueprint.get("/<path:path>")
 def download(path: str) -> Response:
-    """A directory page, with a trailing slash; else the error that the download has ended in."""
+    """The directory page of a path with a trailing slash; else raises the download's error."""
     failure = request.environ.pop(FAILURE, None)
     if failure is not None:
         raise failure
@@ -25,9 +25,9 @@ def download(path: str) -> Response:
 
 
 def _no_key(path_info: str) -> StorageError:
-    """The error that a path is which breaks a rule; no driver may see such a key."""
+    """The error for a path that is not a valid key; no driver may see such a key."""
     try:
         keys.for_put(path_info)
     except BadKey as exc:
         return ObjectNotFound("no such file", detail=exc.message)
-    raise AssertionError("a download of a valid key came here")
+    raise AssertionError("wsgi.downloads answers all downloads of valid keys")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What the views' errors are over HTTP, and the headers that all their answers have."""
+"""The views' error responses, and the headers that all their responses have."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from kci_storage.monitoring.metrics import METHODS
 
 log = logging.getLogger(__name__)
 
-OF_BODY = ("content-type", "content-length")  # headers that say something of the body that Flask would send
+BODY_HEADERS = ("content-type", "content-length")  # they describe the body of Werkzeug's own error response
 
 
 def install(app: Flask) -> None:
-    """Have the application answer errors so, and everything with the headers that browsers ask for."""
+    """Install the error handlers and the common headers in the application."""
     app.register_error_handler(StorageError, storage_error)
     app.register_error_handler(HTTPException, http_error)
     app.register_error_handler(Exception, unexpected_error)
@@ -33,9 +33,9 @@ def install(app: Flask) -> None:
 
 
 def note_route() -> None:
-    """Tell the log and the metrics which view answers.
+    """Note for the log and the metrics which view answers.
 
-    :raises ObjectNotFound: the path is another spelling of a route's, which is nobody's (``//metrics``).
+    :raises ObjectNotFound: the path is another spelling of a route, such as ``//metrics``.
     """
     if request.method not in METHODS:
         request.prom_do_not_track = True  # type: ignore[attr-defined]  # the exporter makes a label of each method
@@ -48,9 +48,9 @@ def note_route() -> None:
 
 
 def add_common_headers(response: Response) -> Response:
-    """Answers may be read by scripts of any site, and public ones kept by caches that ask before they use them.
+    """Let scripts of any site read the response, and let caches keep a public one that they revalidate before use.
 
-    A token is never sent by a browser on its own, so what needs one may be read too; but it is for its owner alone.
+    Scripts may read the responses to requests with a token, too: a browser never sends a token on its own.
     """
     for name, value in (NOSNIFF, *CORS_HEADERS):
         response.headers[name] = value
@@ -62,7 +62,7 @@ def add_common_headers(response: Response) -> Response:
 
 
 def redirect_to_path(response: Response) -> Response:
-    """Have a redirect name a path of this server: by which name and scheme a client reaches it, a proxy may know."""
+    """Make a redirect's target a path: behind a proxy, clients may use another host name and scheme."""
     if response.location is not None:
         url = urlsplit(response.location)
         response.location = url._replace(scheme="", netloc="").geturl()
@@ -72,12 +72,12 @@ def redirect_to_path(response: Response) -> Response:
 
 
 def storage_error(error: StorageError) -> Response:
-    """The answer that the table of errors gives."""
-    return failure(noted(error))
+    """The response by the table of errors (:data:`kci_storage.errors.TABLE`)."""
+    return failure(logged(error))
 
 
-def noted(error: StorageError) -> Problem:
-    """What an error is over HTTP; the log is told more."""
+def logged(error: StorageError) -> Problem:
+    """Log an error with its details; the error in terms of HTTP, for the client."""
     request_id = exchange().request_id
     exchange().failed(error)
     log.debug(logfmt.line(event="error", request_id=request_id), exc_info=error)
@@ -89,31 +89,29 @@ def noted(error: StorageError) -> Problem:
 
 
 def http_error(error: HTTPException) -> Response:
-    """The answer to what Flask itself refuses: most often a method that the route does not have."""
+    """The response to a request that Flask itself refuses, most often for a method that the route does not have."""
     message = error.name
     if isinstance(error, MethodNotAllowed) and error.valid_methods:
         message = f"{request.method} is not for this path, but {', '.join(sorted(error.valid_methods))}"
-    headers = [
-        header for header in error.get_headers() if header[0].lower() not in ("content-type", "content-length")
-    ]
+    headers = [header for header in error.get_headers() if header[0].lower() not in BODY_HEADERS]
     return failure(Problem(error.code or 500, error.name, message, headers))
 
 
 def unexpected_error(error: Exception) -> Response:
-    """The answer to a defect of ours. The log has the traceback."""
+    """The response to a bug in the server. The log has the traceback."""
     log.exception(logfmt.line(event="internal_error", request_id=exchange().request_id, error=repr(error)))
     message = "internal error; the request ID leads to it in the server's log"
     return failure(Problem(500, "Internal Server Error", message))
 
 
 def failure(problem: Problem) -> Response:
-    """The answer to this request when something is wrong."""
+    """The error response to the current request."""
     status, headers, body = exchange().answer(problem)
     return Response(body, status, headers)
 
 
 def without_body(status: int) -> Response:
-    """A response that consists of headers alone."""
+    """A response without a body."""
     response = Response(status=status)
     response.headers.remove("Content-Type")
     return response

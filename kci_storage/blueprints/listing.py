@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""``/v1/list``: every key, streamed a page of the backend at a time."""
+"""``/v1/list``: all keys, streamed one page of the backend at a time."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ blueprint = Blueprint("listing", __name__)
 
 @blueprint.get("/v1/list")
 def list_keys() -> Response:
-    """Every key, one a line, as the backend gives its pages."""
+    """All keys with a prefix, one per line, in the backend's order."""
     prefix = request.args.get("prefix", "")
     as_json = request.args.get("format") == "json" or prefers_json(request.headers.get("Accept"))
     pages = listed(prefix, details=as_json)
-    first = next(pages)  # so that a backend that is away is an error, not a list that ends early
+    first = next(pages)  # so that a backend that fails is an error, not an empty list
     line = json_line if as_json else text_line
     return Response(
         stream_with_context(lines(first, pages, line)),
@@ -44,7 +44,7 @@ def listed(prefix: str, *, details: bool) -> Iterator[Page]:
 
 
 def lines(first: Page, others: Iterator[Page], line: Callable[[ObjectInfo], str]) -> Iterator[bytes]:
-    """The list, a page at a time."""
+    """The list's lines, a page at a time."""
     for page in itertools.chain((first,), others):
         yield "".join(line(info) + "\n" for info in page.objects).encode()
 
@@ -55,7 +55,7 @@ def text_line(info: ObjectInfo) -> str:
 
 
 def json_line(info: ObjectInfo) -> str:
-    """The key and what a client may want to compare."""
+    """The key and its properties, as JSON."""
     return json.dumps(
         {
             "path": info.key,

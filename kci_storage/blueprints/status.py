@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The status line, what browsers and crawlers ask for, health and metrics."""
+"""``/``, ``/robots.txt``, ``/favicon.ico``, health and metrics."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ FAVICON = files("kci_storage.pages").joinpath("static/favicon.ico").read_bytes()
 
 @blueprint.get("/")
 def status() -> Response:
-    """What KernelCI's tools look for."""
+    """The text by which KernelCI's tools recognise the server."""
     return Response("KernelCI Proxy Server", mimetype="text/plain")
 
 
 @blueprint.get("/robots.txt")
 def robots() -> Response:
-    """No crawler is to read all of a build farm's files (RFC 9309)."""
+    """Asks all crawlers to stay away (RFC 9309)."""
     return Response("User-agent: *\nDisallow: /\n", mimetype="text/plain")
 
 
 @blueprint.get("/favicon.ico")
 def favicon() -> Response:
-    """The picture in a browser's tab."""
+    """The icon in a browser's tab."""
     return Response(FAVICON, mimetype="image/x-icon", headers={"Cache-Control": "public, max-age=86400"})
 
 
@@ -41,7 +41,10 @@ def health() -> Response:
 
 @blueprint.get("/v1/ready")
 def ready() -> Response:
-    """200 when the backend answers, else 503 with the reason."""
+    """200 if the backend answers.
+
+    :raises NotReady: it does not (503, with the reason).
+    """
     try:
         services().driver.probe()
     except BackendError as exc:
@@ -51,6 +54,6 @@ def ready() -> Response:
 
 @blueprint.get("/metrics")
 def metrics() -> Response:
-    """What Prometheus scrapes, over all workers."""
+    """The metrics of all workers, for Prometheus."""
     page, content_type = services().metrics.page(request.headers.get("Accept"))
     return Response(page, content_type=content_type)

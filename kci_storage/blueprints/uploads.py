@@ -48,7 +48,7 @@ def put(path: str) -> Response:
         email = authenticated()
         key = keys.for_put(request.environ["PATH_INFO"])
         services().permissions.check(email, key)
-        refuse_a_part()
+        refuse_partial_put()
         body, content_type, tags = admitted_body(0), stored_type()(key), stored_tags(email)(key)
         stored = services().uploads.put(key, content_type, body, expected_digests(), replacement_rule(), tags)
     response = report([stored], 201 if stored.created else 200)
@@ -68,9 +68,9 @@ def delete(path: str) -> Response:
 
 
 def admitted_body(overhead: int) -> RequestBody:
-    """The request's body, unless its head says that it cannot be stored.
+    """The request's body, unless the headers already show that it cannot be stored.
 
-    :param overhead: bytes that it may have beyond the limit, which then holds for each file.
+    :param overhead: bytes by which it may exceed the limit, which then holds for each file.
     :raises UploadTooLarge: it is longer than that.
     :raises UnsupportedContentEncoding: it is encoded (RFC 9110, 15.5.16).
     """
@@ -82,10 +82,10 @@ def admitted_body(overhead: int) -> RequestBody:
     return body
 
 
-def refuse_a_part() -> None:
-    """A part of a file must not be stored as the whole (RFC 9110, 14.5): ``curl -C -`` sends one.
+def refuse_partial_put() -> None:
+    """Refuse a partial PUT, such as that of ``curl -C -``: a part must not replace the whole file (RFC 9110, 14.5).
 
-    :raises BadRequest: it is one.
+    :raises BadRequest: the request has a ``Content-Range``.
     """
     if "Content-Range" in request.headers:
         raise BadRequest("a file is stored as a whole: send it without Content-Range")
@@ -94,7 +94,7 @@ def refuse_a_part() -> None:
 def form_boundary() -> bytes:
     """The boundary of the multipart form (RFC 2046, 5.1.1).
 
-    :raises BadForm: the body is none.
+    :raises BadForm: the body is not a multipart form.
     """
     content_type, options = parse_options_header(request.headers.get("Content-Type", ""))
     boundary = options.get("boundary", "")
@@ -104,19 +104,19 @@ def form_boundary() -> bytes:
 
 
 def stored_type() -> Callable[[str], str]:
-    """How the content type to store follows from a key: as asked for, else by the name."""
-    asked = media.normalise(request.headers.get("Content-Type-Upstream"))
-    return lambda key: asked or media.guess(key)
+    """The function that gives the content type to store for a key: the requested one, else by the key's extension."""
+    requested = media.normalise(request.headers.get("Content-Type-Upstream"))
+    return lambda key: requested or media.guess(key)
 
 
 def stored_tags(email: str) -> Callable[[str], Mapping[str, str]]:
-    """How the tags to store follow from a key."""
+    """The function that gives the tags to store for a key."""
     retention = services().policies.retention
     return lambda key: retention.tags(email, key)
 
 
 def expected_digests() -> ExpectedDigests:
-    """What the request says of its body."""
+    """The digests of the body in the request's headers."""
     md5, digests = request.headers.get("Content-MD5"), request.headers.get("Repr-Digest")
     return ExpectedDigests(
         md5=parse_content_md5(md5) if md5 is not None else None,
@@ -125,7 +125,10 @@ def expected_digests() -> ExpectedDigests:
 
 
 def replacement_rule() -> Callable[[ObjectInfo | None], bool] | None:
-    """Whether what is there may be replaced or deleted, by the request's conditions; None: in any case."""
+    """The function that decides, by the request's conditions, whether the current version may be replaced or deleted.
+
+    :returns: None: the request has no conditions.
+    """
     headers = RequestHeaders.from_environ(request.environ)
     if not conditional_write(headers):
         return None
@@ -137,7 +140,7 @@ def replacement_rule() -> Callable[[ObjectInfo | None], bool] | None:
 
 
 def report(stored: list[Stored], status: int) -> Response:
-    """What was stored, for the client and for the log."""
+    """Log the stored files; the response that lists them."""
     for item in stored:
         log_stored(item, exchange().user, exchange().request_id)
     files = [
@@ -156,7 +159,7 @@ def report(stored: list[Stored], status: int) -> Response:
 
 
 def log_stored(stored: Stored, user: str | None, request_id: str) -> None:
-    """Have the log say who stored a file."""
+    """Log that a user has stored a file."""
     info = stored.info
     log.info(
         logfmt.line(

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""HTTP as its RFCs have it, in pure functions: conditions, ranges, multipart bodies, media types, problems."""
+"""HTTP by its RFCs, as pure functions: conditions, ranges, multipart bodies, media types, error responses."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Content negotiation (RFC 9110, section 12.5.1): what a client prefers."""
+"""Content negotiation (RFC 9110, section 12.5.1): which media type a client prefers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _WEIGHT = re.compile(r"(?:0(?:\.[0-9]*)?|1(?:\.0*)?)\Z")
 
 
 def quality(accept: str, media_type: str) -> float:
-    """How much an ``Accept`` header wants a media type, 0 to 1, by its most specific member (section 12.5.1).
+    """The quality of a media type in an ``Accept`` header, 0 to 1, by its most specific member (section 12.5.1).
 
     >>> quality("text/*;q=0.5, */*;q=0.1", "text/plain"), quality("text/html", "text/plain")
     (0.5, 0.0)
@@ -31,9 +31,9 @@ def _weight(parameters: list[str]) -> float:
 
 
 def preferred(accept: str | None, offers: Sequence[str]) -> str:
-    """The media type that a client wants most; the first one of several that it wants as much, or not at all.
+    """The offered media type that a client prefers; of several with the same quality, the first one.
 
-    :param accept: the value of ``Accept``; None, or ``*/*``, prefers nothing.
+    :param accept: the value of ``Accept``; None and ``*/*`` mean no preference.
 
     >>> preferred("text/html, */*;q=0.8", ["text/plain", "text/html"])
     'text/html'
@@ -42,10 +42,10 @@ def preferred(accept: str | None, offers: Sequence[str]) -> str:
 
 
 def prefers_json(accept: str | None, over: str = "text/plain") -> bool:
-    """Whether a client wants JSON more than what it would get else.
+    """Whether a client prefers JSON to the default.
 
-    :param accept: the value of ``Accept``; None, or ``*/*``, prefers nothing.
-    :param over: the media type that it would get else.
+    :param accept: the value of ``Accept``; None and ``*/*`` mean no preference.
+    :param over: the default's media type.
 
     >>> prefers_json("application/json"), prefers_json("*/*")
     (True, False)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What answers have in common: their status lines, and the headers of all that scripts of any site may read. Pure."""
+"""Status lines, and the headers that responses have in common, such as those for cross-origin scripts. Pure."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from http import HTTPStatus
 Header = tuple[str, str]
 Headers = list[Header]
 
-# By RFC 9110, section 15; two of Python's names are older before Python 3.13.
+# RFC 9110, section 15; before Python 3.13, HTTPStatus has older names for these three.
 STATUS_LINES = {status.value: f"{status.value} {status.phrase}" for status in HTTPStatus} | {
     413: "413 Content Too Large",
     414: "414 URI Too Long",
@@ -17,29 +17,29 @@ STATUS_LINES = {status.value: f"{status.value} {status.phrase}" for status in HT
 }
 
 NO_STORE = "no-store"
-ASK_FIRST = "public, no-cache"  # a missing file may be there at the next look
+ASK_FIRST = "public, no-cache"  # caches revalidate before each use: a missing file may have been uploaded since
 NOSNIFF = ("X-Content-Type-Options", "nosniff")
 
 EXPOSED_HEADERS = (
     "Accept-Ranges, Content-Disposition, Content-Encoding, Content-Length, Content-Range, ETag, Last-Modified, "
     "Repr-Digest, Retry-After, X-Cache, X-Request-ID"
 )
-# Answers may be read by scripts of any site; a token is never sent by a browser on its own.
+# Scripts of any site may read responses. That exposes nothing, since a browser never sends a token on its own.
 CORS_HEADERS = (
     ("Access-Control-Allow-Origin", "*"),
     ("Access-Control-Expose-Headers", EXPOSED_HEADERS),
 )
 
 REQUEST_HEADERS = "Range, If-Match, If-None-Match, If-Modified-Since, If-Unmodified-Since, If-Range, X-Request-ID"
-_TOKEN = r"[A-Za-z0-9!#$%&'*+.^_`|~-]+"  # RFC 9110, 5.6.2
-_FIELD_NAMES = re.compile(rf"{_TOKEN}(?:[ \t]*,[ \t]*{_TOKEN})*")
+TOKEN = r"[A-Za-z0-9!#$%&'*+.^_`|~-]+"  # a regular expression (RFC 9110, 5.6.2)
+_FIELD_NAMES = re.compile(rf"{TOKEN}(?:[ \t]*,[ \t]*{TOKEN})*")
 
 
 def preflight(asked: str | None) -> Headers:
-    """What a browser is told that asks before a request from another site (CORS, "CORS-preflight fetch").
+    """The headers of the response to a browser's preflight request (Fetch Standard, "CORS-preflight fetch").
 
-    :param asked: ``Access-Control-Request-Headers``: what the request is to have. All of them are allowed, since
-        none makes a public answer less public.
+    :param asked: ``Access-Control-Request-Headers``: the headers that the request is to have. All of them are
+        allowed, since no header makes a public response less public.
 
     >>> dict(preflight("cache-control, x-a"))["Access-Control-Allow-Headers"]
     'cache-control, x-a'

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What RFC 9110 says about one request for one version of an object, as pure decisions.
+"""Conditional requests and range requests (RFC 9110, sections 13 and 14), as pure decisions.
 
-Header values and the version's ETag, time and size go in; a status and byte ranges come out. Nothing here knows a
-socket, a file or Flask. No header value, however hostile, raises, except in the two ``parse_`` functions for digests,
-whose malformed input is the client's error.
+Header values and the version's ETag, time and size go in; a status and byte ranges come out. No header value, however
+malformed, raises an exception.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ _BOUNDED_RANGE = re.compile(r"bytes=([0-9]{1,15})-([0-9]{1,15})")
 
 @dataclass(frozen=True, slots=True)
 class RequestHeaders:
-    """The values of the headers that conditions and ranges are made of; None: not sent."""
+    """The values of the headers for conditions and ranges; None: not sent."""
 
     if_match: str | None = None
     if_unmodified_since: str | None = None
@@ -32,7 +31,7 @@ class RequestHeaders:
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, Any]) -> RequestHeaders:
-        """Those of a WSGI environment.
+        """The headers in a WSGI environment.
 
         >>> RequestHeaders.from_environ({"HTTP_RANGE": "bytes=0-"}).range
         'bytes=0-'
@@ -46,7 +45,7 @@ UNCONDITIONAL = RequestHeaders()
 
 
 def bounded_range(headers: RequestHeaders) -> ByteRange | None:
-    """The one range of which both ends are known, if a request asks for that and nothing else.
+    """The one range with both ends given, if a request asks for that and has no condition; else None.
 
     >>> bounded_range(RequestHeaders(range="bytes=5-9"))
     ByteRange(start=5, stop=10)
@@ -62,7 +61,7 @@ def bounded_range(headers: RequestHeaders) -> ByteRange | None:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """How to answer: 200, 206, 304, 412 or 416; with 206, the one range, or the parts of a multipart body."""
+    """The status (200, 206, 304, 412 or 416) and, with 206, the one range or the parts of a multipart body."""
 
     status: int
     ranges: tuple[ByteRange, ...] = ()
@@ -75,11 +74,11 @@ _UNSATISFIABLE = Decision(416)
 
 
 def decide(method: str, headers: RequestHeaders, etag: str, last_modified: int, size: int) -> Decision:
-    """How to answer a request for an object that is there, by RFC 9110 section 13.2.2.
+    """The decision on a request for an object that exists (RFC 9110 section 13.2.2).
 
-    :param etag: of the present version; strong, without quotes.
-    :param last_modified: seconds since the epoch.
-    :param size: bytes.
+    :param etag: of the current version; strong, without quotes.
+    :param last_modified: of the current version, in seconds since the epoch.
+    :param size: of the current version, in bytes.
 
     >>> decide("GET", RequestHeaders(range="bytes=-1000"), "v1", 0, 100)
     Decision(status=206, ranges=(ByteRange(start=0, stop=100),))
@@ -98,22 +97,22 @@ def decide(method: str, headers: RequestHeaders, etag: str, last_modified: int, 
 
 
 def conditional_write(headers: RequestHeaders) -> bool:
-    """Whether a PUT or DELETE with these headers depends on what is there."""
+    """Whether a PUT or DELETE with these headers depends on the current version."""
     return (headers.if_match, headers.if_none_match, headers.if_unmodified_since) != (None, None, None)
 
 
 def write_allowed(headers: RequestHeaders, etag: str | None, last_modified: int | None) -> bool:
-    """Whether a PUT or DELETE may go on; else it is 412 (RFC 9110 section 13.2.2).
+    """Whether the conditions of a PUT or DELETE hold; if not, the status is 412 (RFC 9110 section 13.2.2).
 
-    :param etag: of the version that is there, without quotes; None: there is none.
-    :param last_modified: of the same, seconds since the epoch.
+    :param etag: of the current version, without quotes; None: the object does not exist.
+    :param last_modified: of the current version, in seconds since the epoch; None: the object does not exist.
 
     >>> create = RequestHeaders(if_none_match="*")
     >>> write_allowed(create, "v1", 0), write_allowed(create, None, None)
     (False, True)
     """
     if etag is None or last_modified is None:
-        return headers.if_match is None  # section 13.1.4: what is not there has no date to compare
+        return headers.if_match is None  # section 13.1.4: without a date, If-Unmodified-Since is ignored
     return decide("PUT", headers, etag, last_modified, size=0) != _PRECONDITION_FAILED
 
 
@@ -138,9 +137,9 @@ def _is_known_version(method: str, headers: RequestHeaders, etag: str, last_modi
 def _range_applies(if_range: str | None, etag: str, last_modified: int) -> bool:
     """Step 5: whether If-Range, if sent, names exactly this version (section 13.1.5).
 
-    A date counts as strong. Section 8.8.2.2 asks that the file did not change twice within its second, which a server
-    that keeps only the last version cannot know; but it lets a client send a date only where that client knows of no
-    ETag, and every response of ours has one.
+    A date counts as a strong validator. Section 8.8.2.2 demands that the file did not change twice within that
+    second, which a server that keeps only the last version cannot know. But a client may send a date only if it has no ETag
+    (section 13.1.5), and all our responses have one.
     """
     if if_range is None:
         return True
@@ -148,15 +147,15 @@ def _range_applies(if_range: str | None, etag: str, last_modified: int) -> bool:
     return date == last_modified if date is not None else _entity_tags(if_range) == [(False, etag)]
 
 
-# Possessive, as a header of nothing but blanks would else cost the square of its length.
+# Possessive quantifiers: without them, a header of blanks alone would take quadratic time.
 _MEMBER = re.compile(r'[ \t]*+(?:(W/)?"([^"]*)"|([^", \t]*+))[ \t]*+(?:,|\Z)')
 
 
 def _entity_tags(value: str) -> list[tuple[bool, str]]:
     """The members of a list of entity tags: whether each is weak, and its opaque part.
 
-    A member without quotes, as scripts send it, is taken as a strong tag. A list that is malformed otherwise has no
-    members: it then names no version, so that nothing is replaced because of it and no body is held back.
+    A member without quotes, as some scripts send it, counts as a strong tag. A list that is malformed otherwise has
+    no members: it then matches no version, so it never permits a write, and never leads to a response without a body.
     """
     tags = []
     position = 0
@@ -184,11 +183,11 @@ def _names_weakly(value: str, etag: str | None) -> bool:
 
 
 def _select(value: str, size: int) -> Decision:
-    """The ranges of a Range header.
+    """The decision on a Range header.
 
-    It is ignored, as RFC 9110 section 14.2 always allows, when it is malformed, abusive (more than 64 ranges, or
-    together twice the file or more), or for an empty file: no range of nothing is satisfiable, but a client that
-    resumes with ``bytes=0-`` means all that there is.
+    The header is ignored, as RFC 9110 section 14.2 always allows, if it is malformed or abusive (more than 64 ranges,
+    or twice the file's size or more in all), or if the file is empty: no range of an empty file is satisfiable, but a
+    client that resumes with ``bytes=0-`` wants the whole file.
     """
     try:
         asked = parse_ranges(value, size)

@@ -23,7 +23,7 @@ _LAST_DATE = 253402300799  # the end of the year 9999
 
 
 def http_date(timestamp: int) -> str:
-    """A time as an IMF-fixdate; one outside the years 1970 to 9999 as the nearest that has one.
+    """A time as an IMF-fixdate; a time outside the years 1970 to 9999 is clamped.
 
     :param timestamp: seconds since the epoch.
 
@@ -34,10 +34,10 @@ def http_date(timestamp: int) -> str:
 
 
 def parse_http_date(value: str | None, now: float | None = None) -> int | None:
-    """The seconds since the epoch of a date in any of HTTP's three formats; None when it is no such date.
+    """A date in any of HTTP's three formats, in seconds since the epoch; None: it is not a valid date.
 
-    :param now: the time by which a two-digit year is read; None: the clock's. More than 50 years in the future means
-        the past (RFC 9110 section 5.6.7).
+    :param now: the time that a two-digit year is relative to; None: the current time. A year more than 50 years in the
+        future is taken for one in the past (RFC 9110 section 5.6.7).
 
     >>> parse_http_date("Sunday, 06-Nov-94 08:49:37 GMT"), parse_http_date("yesterday")
     (784111777, None)

@@ -25,8 +25,8 @@ _DIGEST_MEMBER = re.compile(rf"[ \t]*({_SF_KEY})=:([A-Za-z0-9+/=]*):(?:;[ ]*{_SF
 def parse_repr_digest(value: str) -> bytes | None:
     """The 32 bytes of ``sha-256`` in a ``Repr-Digest`` header (RFC 9530), the last one if there are several.
 
-    :returns: None when only other algorithms are there.
-    :raises BadRequest: it is no dictionary of byte sequences (RFC 8941), or the digest has another length.
+    :returns: None: the header has only other algorithms.
+    :raises BadRequest: it is not a dictionary of byte sequences (RFC 8941), or the digest has another length.
     """
     digest = None
     for text in value.split(",") if value.strip(" \t") else ():
@@ -50,7 +50,7 @@ def repr_digest_header(sha256: str) -> str:
 
 
 def _digest(header: str, text: str, length: int) -> bytes:
-    padding = "=" * (-len(text) % 4)  # RFC 8941 section 4.2.7 asks to do without it
+    padding = "=" * (-len(text) % 4)  # RFC 8941 section 4.2.7: missing padding is accepted
     try:
         digest = base64.b64decode(text + padding, validate=True)
     except (binascii.Error, ValueError):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What HTTP/1.1 asks of a request's head, beside its syntax: which host is meant, and where the body ends. Pure."""
+"""The rules of HTTP/1.1 for a request's head beyond its syntax: the host, and where the body ends. Pure."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from kci_storage.errors import LengthRequired, ProtocolError, UnsupportedTransfe
 
 # A name, an IPv4 address, or an IP literal in brackets; then maybe a port (RFC 3986, 3.2.2 and 3.2.3).
 _HOST = re.compile(r"(?:\[[0-9A-Fa-fv:.]+\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+)(?::[0-9]*)?")
-WITH_BODY = ("PUT", "POST")  # methods whose requests are for their body
+WITH_BODY = ("PUT", "POST")  # methods whose requests must have a body
 
 
 def check(environ: Mapping[str, Any]) -> None:
-    """Find out whether a request can be answered at all. It is looked at for every request, hits included.
+    """Check whether a request is valid. Called for every request, hits included.
 
-    :param environ: the request's, of WSGI.
-    :raises ProtocolError: it names no host, or none that could be one (RFC 9112, 3.2).
-    :raises UnsupportedTransferCoding: its body is not plain, and in another coding than ``chunked`` (section 6.1).
-    :raises LengthRequired: it should have a body, and does not say where that ends (RFC 9110, 15.5.12).
+    :param environ: the request's WSGI environment.
+    :raises ProtocolError: it has no ``Host``, or an invalid one (RFC 9112, 3.2).
+    :raises UnsupportedTransferCoding: its body has another transfer coding than ``chunked`` (RFC 9112, 6.1).
+    :raises LengthRequired: it should have a body, but does not say where the body ends (RFC 9110, 15.5.12).
     """
     host = environ.get("HTTP_HOST")
     if not _is_host(host) and (host is not None or environ["SERVER_PROTOCOL"] != "HTTP/1.0"):
@@ -36,7 +36,7 @@ def check(environ: Mapping[str, Any]) -> None:
 
 @functools.lru_cache(256)
 def _is_host(value: str | None) -> bool:
-    """Whether that is a host, maybe with a port.
+    """Whether a text is a host, with or without a port.
 
     >>> _is_host("storage:8080"), _is_host("[::1]"), _is_host("a b"), _is_host(""), _is_host(None)
     (True, True, False, False, False)

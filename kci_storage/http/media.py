@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What type a file has, and whether a browser may show it. Pure.
+"""Media types of files, and whether a browser may show them. Pure.
 
-The table is the project's own and not the system's ``mime.types``, so every machine answers the same.
+The table is the project's own rather than the system's ``mime.types``, so that all machines answer alike.
 """
 
 from __future__ import annotations
@@ -10,15 +10,16 @@ import re
 from urllib.parse import quote
 
 from kci_storage.errors import BadRequest
+from kci_storage.http.answers import TOKEN
 
 OCTET_STREAM = "application/octet-stream"
 MAX_CONTENT_TYPE = 255  # characters
 
 _PLAIN = "text/plain; charset=utf-8"
 _TYPES = {
-    # YAML is application/yaml by RFC 9512, but browsers offer that for download. What a kernel build makes of it are
-    # job definitions and results, which people follow links to read, so it is sent as the text that it is. System.map
-    # and checksum lists are such texts too.
+    # YAML is application/yaml by RFC 9512, but browsers offer to save that. A kernel build's YAML files are job
+    # definitions and results, which people want to read in the browser, so they are sent as plain text. So are
+    # System.map and lists of checksums.
     **dict.fromkeys(
         "asc c cfg conf config diff dts dtsi dtso err h its log map mbox mk patch py rst s sh sha256 sha512 "
         "txt yaml yml".split(),
@@ -31,13 +32,13 @@ _TYPES = {
     "js": "text/javascript; charset=utf-8",
     "md": "text/markdown; charset=utf-8",
     "mjs": "text/javascript; charset=utf-8",
-    "json": "application/json",  # RFC 8259 knows no charset: it is UTF-8
+    "json": "application/json",  # always UTF-8, without a charset parameter (RFC 8259)
     "jsonl": "application/x-ndjson",
     "ndjson": "application/x-ndjson",
     "pdf": "application/pdf",
     "wasm": "application/wasm",
     "xhtml": "application/xhtml+xml",
-    "xml": "application/xml",  # says its own charset
+    "xml": "application/xml",  # its own declaration names the charset
     "avif": "image/avif",
     "bmp": "image/bmp",
     "gif": "image/gif",
@@ -85,10 +86,9 @@ _INLINE = frozenset(
 _READABLE = frozenset((_PLAIN, "application/json"))
 _GZIP_TYPES = frozenset(("application/gzip", "application/x-gzip", OCTET_STREAM))
 
-_TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110 section 5.6.2
 _QUOTED = re.compile(r'"(?:[\t !#-\[\]-~]|\\[\t -~])*"')  # section 5.6.4, ASCII only
-_PARAMETER = rf"[ \t]*;(?:[ \t]*{_TOKEN}=(?:{_TOKEN}|{_QUOTED.pattern}))?"  # section 5.6.6
-_MEDIA_TYPE = re.compile(rf"{_TOKEN}/{_TOKEN}(?:{_PARAMETER})*\Z")
+_PARAMETER = rf"[ \t]*;(?:[ \t]*{TOKEN}=(?:{TOKEN}|{_QUOTED.pattern}))?"  # section 5.6.6
+_MEDIA_TYPE = re.compile(rf"{TOKEN}/{TOKEN}(?:{_PARAMETER})*\Z")
 _CHARSET = re.compile(r";[ \t]*charset=", re.IGNORECASE)
 
 _SIMPLE_NAME = re.compile(r"[ !#$&-\[\]-~]+\Z")  # printable ASCII, without the quote, the percent and the backslash
@@ -97,7 +97,7 @@ _ATTR_CHAR = "!#$&+-.^_`|~"  # RFC 8187 section 3.2.1, beside letters and digits
 
 
 def guess(name: str) -> str:
-    """The content type of a file by its last extension, in whatever case.
+    """The content type of a file by its last extension, in any case.
 
     >>> guess("build/dmesg.LOG"), guess("dmesg.log.gz"), guess("vmlinux")
     ('text/plain; charset=utf-8', 'application/gzip', 'application/octet-stream')
@@ -107,11 +107,11 @@ def guess(name: str) -> str:
 
 
 def normalise(content_type: str | None) -> str | None:
-    """The content type that an uploader asks for; a text type without a charset gets ``charset=utf-8``.
+    """The content type that a client asks to store; a text type without a charset gets ``charset=utf-8``.
 
     :param content_type: the value of ``Content-Type-Upstream``.
-    :returns: None when none is asked for.
-    :raises BadRequest: it is no media type with parameters (RFC 9110 section 8.3.1) of at most 255 characters.
+    :returns: None: the client asks for none.
+    :raises BadRequest: it is not a media type (RFC 9110 section 8.3.1) of at most 255 characters.
 
     >>> normalise("text/x-log"), normalise("image/png"), normalise("")
     ('text/x-log; charset=utf-8', 'image/png', None)
@@ -127,7 +127,7 @@ def normalise(content_type: str | None) -> str | None:
 def for_download(stored: str | None, key: str) -> str:
     """The content type to send for an object.
 
-    :param stored: what the backend says. It may come from another program: what is no media type is not sent on.
+    :param stored: the backend's content type. Another program may have set it, so an invalid one is not used.
 
     >>> for_download(None, "a/boot.log"), for_download("text/html", "a/b")
     ('text/plain; charset=utf-8', 'text/html; charset=utf-8')
@@ -141,8 +141,8 @@ def for_download(stored: str | None, key: str) -> str:
 def for_reading(stored: str | None, key: str) -> str | None:
     """The content type of a compressed text once a browser has unpacked it (``Content-Encoding: gzip``).
 
-    :param stored: what the backend says of the file as it is.
-    :returns: None for what is no ``.gz`` file, or not of a text that a browser shows safely.
+    :param stored: the backend's content type, of the compressed file.
+    :returns: None: it is not a ``.gz`` file, or not one of a text that a browser shows safely.
 
     >>> for_reading("application/gzip", "a/boot.log.gz"), for_reading(None, "a/page.html.gz")
     ('text/plain; charset=utf-8', None)
@@ -155,14 +155,13 @@ def for_reading(stored: str | None, key: str) -> str | None:
 
 
 def disposition(key: str, content_type: str, force_attachment: bool = False) -> str:
-    """The value of ``Content-Disposition`` (RFC 6266): inline for what a browser shows safely, with the base name.
+    """The value of ``Content-Disposition`` (RFC 6266), with the base name: inline for types that are safe to show.
 
-    A name that is not plain ASCII goes out twice: encoded (RFC 8187), and as an ASCII fallback for old clients, in
-    which ``_`` stands for what ASCII lacks. A percent sign counts as such, as some clients decode it there (RFC 6266
-    appendix D).
+    A name that is not plain ASCII is sent twice: encoded (RFC 8187), and as an ASCII fallback for old clients, with
+    ``_`` for each other character. So is the percent sign, which some clients decode there (RFC 6266 appendix D).
 
     :param content_type: with or without parameters.
-    :param force_attachment: whether the user asked to save it (``?download=1``).
+    :param force_attachment: whether the user asked to save the file (``?download=1``).
 
     >>> disposition("build/dmesg.log", "text/plain; charset=utf-8")
     'inline; filename="dmesg.log"'

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Multipart forms (RFC 7578), piece by piece as they arrive.
+"""Multipart forms (RFC 7578), decoded piece by piece as they arrive.
 
-Werkzeug's decoder says what a form consists of. It copies each byte some four times, so it is given only the pieces
-in which there may be a boundary; the others are content as they are.
+Werkzeug's decoder does the parsing. It copies each byte about four times, so it gets only the pieces that may contain
+a boundary; all other pieces are content.
 """
 
 from __future__ import annotations
@@ -16,29 +16,29 @@ from werkzeug.sansio.multipart import Data, Epilogue, Event, MultipartDecoder, N
 from kci_storage.errors import BadForm, UploadTooLarge
 
 READ_SIZE = 256 * 1024  # bytes that are received at a time, at most
-FORM_MEMORY = 1024 * 1024  # bytes of a form that may be undecided at once: a part's head, and one read
-FORM_OVERHEAD = 1024 * 1024  # bytes that a form may have beyond the limit, which then holds for each file
-MOST_PARTS = 10_000
-LONGEST_PADDING = 64  # blanks after a boundary, which RFC 2046, 5.1.1 allows and nobody sends
+FORM_MEMORY = 1024 * 1024  # bytes in the decoder at a time, at most: a part's head, and one read
+FORM_OVERHEAD = 1024 * 1024  # bytes by which a form may exceed the limit, which then holds for each file
+MAX_PARTS = 10_000
+MAX_PADDING = 64  # blanks after a boundary, which RFC 2046, 5.1.1 allows, and hardly any client sends
 
 
 class Body(Protocol):
-    """A request body that never ends silently short."""
+    """A request body that raises if it ends too early."""
 
     def readinto(self, buffer: memoryview) -> int:
         """Put the next bytes at the beginning of ``buffer``.
 
-        :returns: how many, at least one; 0: the body has ended.
+        :returns: how many bytes, at least one; 0: the body has ended.
         :raises ClientDisconnected: it ended too early.
         """
 
 
 def form_events(body: Body, boundary: bytes, max_bytes: int) -> Iterator[Event]:
-    """What a multipart body consists of, piece by piece, read to its very end.
+    """The events of a multipart body, piece by piece. The body is read to its end.
 
-    The bytes of a :class:`~werkzeug.sansio.multipart.Data` are good until the next event is asked for.
+    The bytes of a :class:`~werkzeug.sansio.multipart.Data` are valid until the next event is taken.
 
-    :param max_bytes: how large it may be, but for :data:`FORM_OVERHEAD`.
+    :param max_bytes: how large the body may be, plus :data:`FORM_OVERHEAD`.
     :raises BadForm: it is malformed, or ended before its closing boundary.
     :raises UploadTooLarge: it is too large.
     """
@@ -53,10 +53,11 @@ def form_events(body: Body, boundary: bytes, max_bytes: int) -> Iterator[Event]:
 
 
 class _Form:
-    """A form on its way in.
+    """A form that is being received.
 
-    What may be the beginning of a boundary's line waits for the next piece in the decoder. The buffer has a margin in
-    front of the pieces, where it is put before that one: so both are searched, and handed on, as one.
+    The last bytes of a piece may be the beginning of a boundary, so they wait in the decoder for the next piece. The
+    buffer has a margin in front of that piece. The waiting bytes are copied there, so that both are searched and
+    passed on as one.
     """
 
     def __init__(self, body: Body, boundary: bytes):
@@ -64,12 +65,12 @@ class _Form:
         self._boundary = boundary
         self._mark = b"--" + boundary
         self._margin = len(b"\r\n" + self._mark)  # bytes
-        self._decoder = MultipartDecoder(boundary, max_form_memory_size=FORM_MEMORY, max_parts=MOST_PARTS)
+        self._decoder = MultipartDecoder(boundary, max_form_memory_size=FORM_MEMORY, max_parts=MAX_PARTS)
         self._buffer = bytearray(self._margin + READ_SIZE)
         self._view = memoryview(self._buffer)
 
     def events(self, max_bytes: int) -> Iterator[Event]:
-        """As of :func:`form_events`, with the decoder's own errors."""
+        """As :func:`form_events`, but with the decoder's own exceptions."""
         received = 0
         while size := self._body.readinto(self._view[self._margin :]):
             received += size
@@ -80,8 +81,11 @@ class _Form:
         yield from _decoded(self._decoder)
 
     def _take(self, size: int) -> Iterator[Event]:
-        """What the next piece brings: so many bytes, behind the margin."""
-        if self._decoder.state is State.EPILOGUE:  # what comes after the closing boundary means nothing
+        """The events of the next piece, which is in the buffer behind the margin.
+
+        :param size: of the piece, in bytes.
+        """
+        if self._decoder.state is State.EPILOGUE:  # bytes after the closing boundary are ignored (RFC 2046, 5.1.1)
             return
         if self._is_content(size):
             yield Data(self._content(size), more_data=True)  # type: ignore[arg-type]  # any buffer will do
@@ -91,7 +95,7 @@ class _Form:
             yield from _decoded(self._decoder)
 
     def _is_content(self, size: int) -> bool:
-        """Whether there is no boundary in the piece, together with what waits."""
+        """Whether the waiting bytes and the piece contain no boundary."""
         waiting = self._decoder.buffer
         if self._decoder.state is not State.DATA or len(waiting) > self._margin or size < self._margin:
             return False
@@ -100,22 +104,22 @@ class _Form:
         return self._buffer.find(self._mark, start, self._margin + size) < 0
 
     def _content(self, size: int) -> memoryview:
-        """What waited and the piece, but for its end, which waits now."""
+        """The waiting bytes and the piece, except its last bytes, which wait from now on."""
         waiting = self._decoder.buffer
-        start, stop = self._margin - len(waiting), size  # as much as the margin holds is left
+        start, stop = self._margin - len(waiting), size  # as many bytes as the margin holds remain
         waiting[:] = self._view[stop : stop + self._margin]
         return self._view[start:stop]
 
 
 def _ends_in_boundary(buffer: bytearray, boundary: bytes) -> bool:
-    r"""Whether what is here ends between a boundary and the end of its line: then the decoder has to wait for more.
+    r"""Whether the buffer ends between a boundary and the end of its line: then the decoder has to wait for more.
 
-    Werkzeug (3.1) takes the line break before such a boundary for content: the file got one byte more.
+    Werkzeug (3.1) takes the line break before such a boundary for content, so that the file would get one byte more.
 
     >>> _ends_in_boundary(bytearray(b"content\r\n--b-"), b"b"), _ends_in_boundary(bytearray(b"content-"), b"b")
     (True, False)
     """
-    tail = bytes(buffer[-len(boundary) - LONGEST_PADDING :])
+    tail = bytes(buffer[-len(boundary) - MAX_PADDING :])
     return tail.endswith((b"-", b" ", b"\t")) and tail.rstrip(b" \t").removesuffix(b"-").endswith(b"--" + boundary)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Client addresses and the networks that they lie in."""
+"""Client addresses and the networks that contain them."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from collections.abc import Iterable
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
-_MAPPED_BITS = 96  # of an IPv4 address in IPv6 are the prefix ::ffff:0:0 (RFC 4291, 2.5.5.2)
+_MAPPED_BITS = 96  # bits of the prefix ::ffff:0:0 of IPv4-mapped IPv6 addresses (RFC 4291, 2.5.5.2)
 
 
 def parse_address(text: str) -> Address | None:
     """A client's address; None: it has none, as on a Unix socket.
 
-    An IPv4 address that is written as one of IPv6, as on a socket that listens to both, is the IPv4 address.
+    An IPv4-mapped IPv6 address, as a dual-stack socket reports it, becomes the IPv4 address.
 
     >>> parse_address("::ffff:192.0.2.1")
     IPv4Address('192.0.2.1')
@@ -31,7 +31,7 @@ def parse_address(text: str) -> Address | None:
 
 
 def parse_subnet(text: str) -> Network | None:
-    """A subnet in CIDR notation, or a single address; None: it is neither. Bits after the prefix do not count.
+    """A subnet in CIDR notation, or a single address; None: it is neither. Bits after the prefix are ignored.
 
     >>> parse_subnet("192.0.2.7/24"), parse_subnet("::ffff:192.0.2.0/120")
     (IPv4Network('192.0.2.0/24'), IPv4Network('192.0.2.0/24'))
@@ -49,7 +49,7 @@ def parse_subnet(text: str) -> Network | None:
 
 
 def around(address: Address, ipv4_prefix_length: int, ipv6_prefix_length: int) -> Network:
-    """The network of so many bits that an address lies in.
+    """The network with the given prefix length that contains an address.
 
     >>> around(ipaddress.ip_address("2001:db8::1"), 32, 64)
     IPv6Network('2001:db8::/64')
@@ -60,7 +60,7 @@ def around(address: Address, ipv4_prefix_length: int, ipv6_prefix_length: int) -
 
 
 class Subnets:
-    """A set of subnets; a search costs as much as there are different lengths of prefixes.
+    """A set of subnets. A search takes one look-up for each different prefix length.
 
     >>> subnets = Subnets(["192.0.2.0/24"])
     >>> subnets.find(ipaddress.ip_address("192.0.2.1")), subnets.find(ipaddress.ip_address("192.0.3.1"))
@@ -72,7 +72,7 @@ class Subnets:
         self._lengths = sorted({(network.version, network.prefixlen) for network in self._networks})
 
     def find(self, address: Address) -> Network | None:
-        """The widest of the subnets that the address lies in."""
+        """The widest subnet that contains the address; None: no subnet does."""
         lengths = (length for version, length in self._lengths if version == address.version)
         networks = (around(address, length, length) for length in lengths)
         return next((network for network in networks if network in self._networks), None)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The one maker of error answers: what is wrong becomes a status line, headers and a body. Pure.
+"""Error responses: the one place that gives an error its status line, headers and body. Pure.
 
 The body is one line of text; problem details (RFC 9457) for clients that prefer JSON; a small page for browsers.
 """
@@ -24,11 +24,11 @@ from kci_storage.http.accept import preferred
 from kci_storage.http.answers import ASK_FIRST, CORS_HEADERS, NO_STORE, NOSNIFF, STATUS_LINES, Header, Headers
 
 TEXT, PAGE = "text/plain", "text/html"
-JSON = ("application/problem+json", "application/json")  # whoever asks for either gets the first
+JSON = ("application/problem+json", "application/json")  # a client that asks for either gets the first
 TOP = "/v1/browse/"  # the directory page of the top level
 OWN_ROUTES = "/v1/"
 
-# What some errors say in headers; others of their class do not have these.
+# Headers of some errors.
 _HEADERS: dict[type[StorageError], Header] = {
     Unauthorized: ("WWW-Authenticate", 'Bearer realm="kci-storage"'),
     UnsupportedContentEncoding: ("Accept-Encoding", "identity"),
@@ -58,12 +58,12 @@ _PAGE = Template("""\
 
 
 class Problem(NamedTuple):
-    """What is wrong, as HTTP has it."""
+    """An error in terms of HTTP."""
 
     status: int
     title: str  # the same for all errors of a kind (RFC 9457, 3.1.4)
     message: str  # one line for the client: what is wrong and, where it helps, what to do
-    headers: Iterable[Header] = ()  # beside those that every error has
+    headers: Iterable[Header] = ()  # in addition to those of every error
     cache_control: str = ASK_FIRST
 
 
@@ -72,11 +72,11 @@ class Answer(NamedTuple):
 
     status: str  # the status line's code and reason
     headers: Headers
-    body: bytes  # not to be sent in answer to HEAD
+    body: bytes  # must not be sent in response to HEAD
 
 
 def of(error: StorageError) -> Problem:
-    """What an error is over HTTP.
+    """An error in terms of HTTP.
 
     >>> of(StorageError("broken", retry_after=7)).headers
     [('Retry-After', '7')]
@@ -90,9 +90,9 @@ def of(error: StorageError) -> Problem:
 
 
 def answer(problem: Problem, request_id: str, accept: str | None = None, path: str = "") -> Answer:
-    """The whole answer, but for its date and ``X-Request-ID``, which all answers get at one place.
+    """The whole response, except ``Date`` and ``X-Request-ID``, which all responses get in one place.
 
-    :param request_id: the request's, by which its line in the log is found.
+    :param request_id: the request's, which leads to its line in the log.
     :param accept: the request's ``Accept``.
     :param path: the request's, without percent-encoding; empty: it is not known.
     """
@@ -103,7 +103,7 @@ def answer(problem: Problem, request_id: str, accept: str | None = None, path: s
 
 
 def headers(problem: Problem, content_type: str, size: int) -> Headers:
-    """The headers of every error answer, whatever its body is.
+    """The headers of every error response, whatever its body.
 
     :param size: of the body, in bytes.
     """
@@ -118,7 +118,7 @@ def headers(problem: Problem, content_type: str, size: int) -> Headers:
 
 
 def body(problem: Problem, request_id: str, accept: str | None, path: str = "") -> tuple[str, bytes]:
-    r"""The content type and the content that a client prefers; the parameters are those of :func:`answer`.
+    r"""The content type and the body that a client prefers; the parameters are those of :func:`answer`.
 
     >>> body(Problem(404, "Not Found", "no such file"), "1", None)
     ('text/plain; charset=utf-8', b'no such file\n')
@@ -130,7 +130,7 @@ def body(problem: Problem, request_id: str, accept: str | None, path: str = "") 
         return JSON[0], json.dumps(details).encode()
     if wanted == PAGE:
         return f"{PAGE}; charset=utf-8", _page(problem, request_id, path).encode()
-    # The text of a 401 is this word alone: existing clients compare it.
+    # The text of a 401 has no line break: existing clients compare it.
     return f"{TEXT}; charset=utf-8", (message if status == 401 else f"{message}\n").encode()
 
 
@@ -145,7 +145,7 @@ def _page(problem: Problem, request_id: str, path: str) -> str:
 
 
 def _links(path: str) -> list[tuple[str, str]]:
-    """Where to go from a path. The folder's URL is relative: nothing of the path needs to be encoded.
+    """The links of an error page. The folder's URL is relative, so the path need not be encoded.
 
     >>> _links("/a/b"), _links("/a/b/")[0], _links("/b")
     ([('folder', './'), ('top', '/v1/browse/')], ('folder', '../'), [('top', '/v1/browse/')])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Byte ranges (RFC 9110, section 14): which parts of a file a ``Range`` asks for, and how several are sent."""
+"""Byte ranges (RFC 9110, section 14): parsing ``Range``, and the layout of a ``multipart/byteranges`` body."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 MAX_RANGES = 64  # of one request
-_MAX_DIGITS = 18  # of an offset; what is longer is beyond any file
+_MAX_DIGITS = 18  # of an offset; a longer one is beyond the end of any file
 _BEYOND_ANY_FILE = 10**_MAX_DIGITS
 
 
@@ -43,7 +43,12 @@ class MalformedRange(Exception):
 
 
 def parse_ranges(value: str, size: int) -> list[ByteRange]:
-    """The satisfiable ranges, in the order asked for, clamped to the size."""
+    """The satisfiable ranges, in the requested order, clamped to the size.
+
+    :param value: the value of ``Range``.
+    :param size: of the object, in bytes.
+    :raises MalformedRange: the header is to be ignored.
+    """
     unit, _, specs = value.partition("=")
     members = [member for text in specs.split(",") if (member := text.strip(" \t"))]
     if unit.lower() != "bytes" or not 0 < len(members) <= MAX_RANGES:
@@ -53,7 +58,7 @@ def parse_ranges(value: str, size: int) -> list[ByteRange]:
 
 
 def _parse_range(spec: str, size: int) -> ByteRange:
-    """One range, clamped; empty when it is unsatisfiable."""
+    """One range, clamped to the size; empty if it is unsatisfiable."""
     match = _RANGE_SPEC.match(spec)
     if match is None or spec == "-":
         raise MalformedRange
@@ -68,7 +73,7 @@ def _parse_range(spec: str, size: int) -> ByteRange:
 
 
 def _offset(digits: str) -> int | None:
-    """A number of bytes; it never reaches the length that ``int`` refuses or takes long for."""
+    """An offset in bytes. Long ones are clamped, since ``int`` is slow for thousands of digits, or refuses them."""
     if not digits:
         return None
     significant = digits.lstrip("0")
@@ -76,24 +81,24 @@ def _offset(digits: str) -> int | None:
 
 
 def coalesce(ranges: list[ByteRange]) -> tuple[ByteRange, ...]:
-    """Join those that overlap or touch; else the order asked for is kept (RFC 9110 section 15.3.7.2)."""
+    """Join ranges that overlap or touch; otherwise keep the requested order (RFC 9110 section 15.3.7.2)."""
     joined: list[tuple[int, ByteRange]] = []
-    for place, part in sorted(enumerate(ranges), key=lambda item: item[1].start):
+    for index, part in sorted(enumerate(ranges), key=lambda item: item[1].start):
         if joined and part.start <= joined[-1][1].stop:
             first, before = joined.pop()
-            place, part = min(place, first), ByteRange(before.start, max(before.stop, part.stop))
-        joined.append((place, part))
+            index, part = min(index, first), ByteRange(before.start, max(before.stop, part.stop))
+        joined.append((index, part))
     return tuple(part for _, part in sorted(joined, key=lambda item: item[0]))
 
 
 @dataclass(frozen=True, slots=True)
 class MultipartRanges:
-    """A ``multipart/byteranges`` body (RFC 9110 section 14.6), described without its content.
+    """The layout of a ``multipart/byteranges`` body (RFC 9110 section 14.6), without its content.
 
-    :param ranges: the parts; two or more, as one range alone is no multipart body.
+    :param ranges: the parts; two or more, since a single range is not sent as multipart.
     :param size: of the whole object, in bytes.
     :param part_type: the object's content type, which each part repeats.
-    :param boundary: of 1 to 70 letters and digits that are not in the content: random ones.
+    :param boundary: 1 to 70 random letters and digits, which the content must not contain.
     """
 
     ranges: tuple[ByteRange, ...]
@@ -103,17 +108,17 @@ class MultipartRanges:
 
     @property
     def content_type(self) -> str:
-        """That of the response."""
+        """The response's ``Content-Type``."""
         return f"multipart/byteranges; boundary={self.boundary}"
 
     @property
     def content_length(self) -> int:
-        """That of the response, in bytes."""
+        """The response's ``Content-Length``, in bytes."""
         return sum(len(part) if isinstance(part, bytes) else part.length for part in self.segments)
 
     @property
     def segments(self) -> tuple[bytes | ByteRange, ...]:
-        r"""What to send, in order: literal bytes, and ranges of the content.
+        r"""The pieces to send, in order: literal bytes, and ranges of the content.
 
         >>> MultipartRanges((ByteRange(0, 1), ByteRange(8, 9)), 9, "text/plain", "b").segments[0]
         b'--b\r\nContent-Type: text/plain\r\nContent-Range: bytes 0-0/9\r\n\r\n'

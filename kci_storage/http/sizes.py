@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""How sizes are written for people. Pure."""
+"""Sizes in a readable form. Pure."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ _UNITS = ("KiB", "MiB", "GiB", "TiB")
 
 
 def readable_size(size: int) -> str:
-    """A number of bytes, as people read it.
+    """A size with a binary unit.
+
+    :param size: bytes.
 
     >>> readable_size(999), readable_size(1536), readable_size(5 * 2**30)
     ('999 B', '1.5 KiB', '5.0 GiB')
