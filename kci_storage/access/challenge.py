@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The browser challenge: a program that calls itself a browser gets a file only once it has run a page's script.
 
-The script asks for a cookie, and loads the file again. The cookie says until when it is good and for which network it
-was made, signed; so it is no use elsewhere, and nothing has to be remembered of whom it was given to.
+The script asks for a cookie, and loads the file again. The cookie is a signed expiry time, valid for the client's
+network alone. So it is of no use elsewhere, and the server keeps no record of the cookies that it has issued.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from kci_storage.config.settings import DownloadChallengeConfig
 
 COOKIE = "kci_storage_download"
-FALLBACK = "challenge_fallback"  # the parameter of the way without a script
-REMEMBERED_CLIENTS = 16_384  # addresses, of which the networks are kept
+FALLBACK = "challenge_fallback"  # the query parameter for browsers without JavaScript
+REMEMBERED_CLIENTS = 16_384  # client addresses whose result is cached, about 500 bytes each
 
 
 def _template(name: str) -> str:
@@ -43,11 +43,11 @@ POLICY = csp.policy(STYLE, SCRIPT, "connect-src 'self'", "img-src 'self'")
 
 
 class ChallengeVerdict(enum.Enum):
-    """What becomes of a download. Its value is the metric's label."""
+    """The outcome of a browser's download. Its value is the metric's label."""
 
-    SHOWN = "shown"  # the page instead of the file
-    PASSED = "passed"  # it has the cookie
-    SLOWED = "slowed"  # without a script, at a limited rate
+    SHOWN = "shown"  # the page was sent instead of the file
+    PASSED = "passed"  # the request has a valid cookie
+    SLOWED = "slowed"  # no JavaScript: the file is sent at a limited rate
 
 
 class Challenge:
@@ -63,11 +63,11 @@ class Challenge:
         self._network = functools.lru_cache(REMEMBERED_CLIENTS)(self._network_of)
 
     def concerns(self, user_agent: str) -> bool:
-        """Whether it is that of a browser which has to prove that it is one."""
+        """Whether programs with this user agent are challenged."""
         return self._user_agents.find(user_agent) is not None
 
     def judge(self, environ: dict[str, Any]) -> ChallengeVerdict | None:
-        """What becomes of a request that :meth:`concerns` says yes of; None: it is no download, so nothing."""
+        """The verdict on a request whose user agent :meth:`concerns` the challenge; None: it is no download."""
         if environ["REQUEST_METHOD"] not in ("GET", "HEAD") or not _names_file(environ["PATH_INFO"]):
             return None
         if self.has_passed(environ.get("HTTP_COOKIE", ""), environ.get("REMOTE_ADDR", "")):
@@ -79,15 +79,15 @@ class Challenge:
         )
 
     def has_passed(self, cookies: str, address: str) -> bool:
-        """Whether a client has a cookie that is good.
+        """Whether a client has a valid cookie.
 
         :param cookies: the value of ``Cookie``.
         :param address: the client's.
         """
         pairs = (pair.strip(" \t").partition("=") for pair in cookies.split(";"))
-        return any(name == COOKIE and self._is_good(value, address) for name, _, value in pairs)
+        return any(name == COOKIE and self._is_valid(value, address) for name, _, value in pairs)
 
-    def _is_good(self, value: str, address: str) -> bool:
+    def _is_valid(self, value: str, address: str) -> bool:
         expires, _, signature = value.partition(".")
         if not (expires.isascii() and expires.isdigit() and len(expires) <= 12 and signature.isascii()):
             return False
@@ -106,15 +106,15 @@ class Challenge:
         return hmac.new(self._secret, text.encode(), hashlib.sha256).hexdigest()
 
     def _network_of(self, address: str) -> str:
-        """Empty for a client without an address, as on a Unix socket."""
+        """The network that a cookie is bound to; empty for a client without an address, as on a Unix socket."""
         parsed = parse_address(address)
         return "" if parsed is None else str(around(parsed, *self._prefix_lengths))
 
     def page(self, path_info: str, query: str) -> bytes:
         """The page that a browser gets instead of the file.
 
-        :param path_info: of a request that :meth:`judge` has looked at.
-        :param query: the request's.
+        :param path_info: the request's ``PATH_INFO``, which :meth:`judge` has accepted as a key.
+        :param query: the request's query string.
         """
         folder, slash, _ = keys.from_path_info(path_info).rpartition("/")
         fallback = ""

@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""How much one client may have at once, counted over all workers of a server, without a lock between them.
+"""Limits per client, counted over all workers of a server, without a lock between them.
 
-The counts are in memory that the workers share (:class:`Ledger`). A client has two cells there, chosen by a hash
-that nobody outside knows, and the lesser of the two counts: where another client has the same cell, it hardly has the
-same other one (a count-min sketch). So the memory is bounded however many clients there are, and nothing has to
-be cleared.
+The counts are in memory that the workers share (:class:`Ledger`). Each client has two cells there, chosen by a keyed
+hash, and the lower of the two counts is used: two clients that share one cell hardly ever share the other one (a
+count-min sketch). So the memory is bounded whatever the number of clients, and no entry has to be removed.
 
-- Downloads: each worker counts its own, in cells that only it writes; the sum is what counts. When a worker dies, its
-  cells are cleared. Most are hits on small files, which are over before anybody could look: these are not counted,
-  and of who has no other download it is found with one look at memory that he has none.
+- Downloads: each worker counts its own, in cells that only it writes, and the sum is compared with the limit. When a
+  worker dies, its cells are cleared. Most downloads are hits on small files, which end at once and are not counted.
+  For a client without a counted download, the check is one look at memory.
 - Requests: a cell holds the time at which the client's bucket is full again (the "theoretical arrival time" of the
-  Generic Cell Rate Algorithm, ITU-T I.371). All workers write it, and two that do at the same microsecond count one
-  request instead of two. That is good enough for a limit of this kind.
+  Generic Cell Rate Algorithm, ITU-T I.371). All workers write it. Two workers that write in the same microsecond
+  count one request instead of two, which is accurate enough for a rate limit.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from kci_storage.errors import TooManyDownloads, TooManyRequests
 
 CELLS = 1 << 16
 RATE_BYTES, COUNT_BYTES = 8, 4  # of a cell: a double, an unsigned int
-MANY_DOWNLOADS_RETRY = 5  # seconds; nobody knows when a download ends
+MANY_DOWNLOADS_RETRY = 5  # seconds in Retry-After; when a download will end is unknown
 _ROUNDING = 1e-6  # seconds
 
 Cells = tuple[int, int]
@@ -38,46 +37,46 @@ Cells = tuple[int, int]
 class Ledger:
     """The counts of all clients, in memory that forked processes share.
 
-    :param rows: how many workers there may be at a time; memory is taken only for those that are.
+    :param rows: how many workers there may be at a time. Memory is used only for those that exist.
     """
 
     def __init__(self, rows: int):
         self._salt = os.urandom(16)
         size = CELLS * COUNT_BYTES
         view = memoryview(mmap.mmap(-1, mmap.PAGESIZE + CELLS * RATE_BYTES + rows * size))
-        self.may_be_busy = memoryview(mmap.mmap(-1, CELLS))  # 0: there is no download in the cell
+        self.may_be_busy = memoryview(mmap.mmap(-1, CELLS))  # 0: the cell counts no download
         self._used = view[: mmap.PAGESIZE].cast("I")  # its first number says how many rows have ever been used
         counts = view[mmap.PAGESIZE + CELLS * RATE_BYTES :]
         self.full_at = view[mmap.PAGESIZE : mmap.PAGESIZE + CELLS * RATE_BYTES].cast("d")
         self._rows = [counts[row * size : (row + 1) * size].cast("I") for row in range(rows)]
         self._own = self._rows[0]
-        self._seen_by_all = True  # whether the own row is one of them
-        self._lock = threading.Lock()  # between this process's threads; it is held for no longer than it takes to add
+        self._is_shared = True  # whether the own row is one of them
+        self._lock = threading.Lock()  # between this process's threads; held only for an addition
 
-    # The master's
+    # In the master
 
     def assign(self, number: int) -> None:
-        """The worker of that number is about to be forked: the row of that number will be its own.
+        """Reserve the row of that number for the worker that is about to be forked.
 
-        If there are not so many, it counts for itself: two that wrote one row would spoil each other's counts.
+        A worker beyond the last row counts for itself alone, since two workers that wrote to one row would lose counts.
         """
         self._used[0] = max(self._used[0], min(number + 1, len(self._rows)))
 
     def release(self, number: int) -> None:
-        """That worker is gone, and with it all downloads that it had."""
+        """The worker of that number is gone, and its downloads with it: clear its row."""
         if number < len(self._rows):
             self._rows[number][:] = _no_counts()
 
-    # The worker's
+    # In a worker
 
     def take(self, number: int) -> None:
-        """In a worker that was forked: count in its row from now on."""
-        self._seen_by_all = number < len(self._rows)
-        self._own = self._rows[number] if self._seen_by_all else _no_counts()
+        """Called in a new worker: count in the row of that number from now on."""
+        self._is_shared = number < len(self._rows)
+        self._own = self._rows[number] if self._is_shared else _no_counts()
         self._lock = threading.Lock()
 
     def cells(self, client: str) -> Cells:
-        """Where a client's counts are."""
+        """The two cells that count a client."""
         digest = hashlib.blake2b(client.encode(), key=self._salt, digest_size=8).digest()
         return int.from_bytes(digest[:4], "big") % CELLS, int.from_bytes(digest[4:], "big") % CELLS
 
@@ -90,22 +89,22 @@ class Ledger:
         self.may_be_busy[one] = 1
 
     def end(self, cells: Cells) -> None:
-        """Count it as ended. What does not count any more, since its row was cleared, is not taken off again."""
+        """Count a download as ended. A count never falls below zero, as the row may have been cleared meanwhile."""
         own, (one, other) = self._own, cells
         with self._lock:
             own[one] -= own[one] > 0
             own[other] -= own[other] > 0
         self.may_be_busy[one] = 0
-        if self._count(one):  # only now, so that one which begins meanwhile is not overlooked
+        if self._count(one):  # in this order, so that a download that begins meanwhile is not overlooked
             self.may_be_busy[one] = 1
 
     def has_more_than(self, cells: Cells, limit: int) -> bool:
-        """Whether the client has more downloads than so many."""
+        """Whether the client has more than ``limit`` downloads."""
         one, other = cells
         return self._count(one) > limit and self._count(other) > limit
 
     def _count(self, cell: int) -> int:
-        count, row, rows = 0 if self._seen_by_all else self._own[cell], 0, self._used[0] or 1
+        count, row, rows = 0 if self._is_shared else self._own[cell], 0, self._used[0] or 1
         while row < rows:
             count += self._rows[row][cell]
             row += 1
@@ -113,7 +112,7 @@ class Ledger:
 
 
 def _no_counts() -> memoryview:
-    """A row in which there is nothing."""
+    """An empty row."""
     return memoryview(bytearray(CELLS * COUNT_BYTES)).cast("I")
 
 
@@ -136,7 +135,7 @@ class DownloadLimit:
         self._limit = limit
 
     def check(self, cells: Cells) -> None:
-        """A download comes; whether it will last, and so has to be counted, nobody knows yet.
+        """Check a new download, of which it is not known yet whether it will be counted.
 
         :raises TooManyDownloads: the client has as many as it may have.
         """
@@ -144,10 +143,11 @@ class DownloadLimit:
             self._refuse()
 
     def begin(self, cells: Cells) -> Callable[[], None]:
-        """A download begins that will last; what is to be called at its end.
+        """Count a download that will take a while.
 
-        Two that come at the same moment for one last place may both be refused; never are there too many.
+        If two begin at the same moment and the limit has room for one, both may be refused; it is never exceeded.
 
+        :returns: a function to be called at the download's end.
         :raises TooManyDownloads: the client has as many as it may have.
         """
         self._ledger.begin(cells)
@@ -165,10 +165,10 @@ class DownloadLimit:
 
 
 class RateLimit:
-    """How often a client may ask.
+    """The rate of requests that a client may send (a token bucket).
 
-    :param per_second: requests in the long run.
-    :param burst: requests at once, after a pause.
+    :param per_second: requests per second in the long run.
+    :param burst: requests that may come at once after a pause.
 
     >>> rate = RateLimit(Ledger(rows=1), per_second=2, burst=1)
     >>> rate.count((1, 2), now=100.0)
@@ -182,13 +182,13 @@ class RateLimit:
         self._full_at = ledger.full_at
         self._interval = 1 / per_second
         self._tolerance = (burst - 1) * self._interval + _ROUNDING
-        self._most = burst * self._interval  # seconds until an empty bucket is full
+        self._seconds_to_full = burst * self._interval  # for an empty bucket
 
     def count(self, cells: Cells, now: float) -> None:
-        """A request has come.
+        """Count a request.
 
-        :param now: on the monotonic clock, which all processes share, in seconds.
-        :raises TooManyRequests: it is one too many. It does not count.
+        :param now: seconds on the monotonic clock, which all processes share.
+        :raises TooManyRequests: it is one too many. A refused request is not counted.
         """
         full_at, (one, other) = self._full_at, cells
         first, second = full_at[one], full_at[other]
@@ -196,7 +196,7 @@ class RateLimit:
         if full < now:
             full = now
         elif full - now > self._tolerance:
-            self._refuse(cells, now, min(full - now, self._most))
+            self._refuse(cells, now, min(full - now, self._seconds_to_full))
         full += self._interval
         if first < full:
             full_at[one] = full
@@ -204,7 +204,7 @@ class RateLimit:
             full_at[other] = full
 
     def _refuse(self, cells: Cells, now: float, ahead: float) -> NoReturn:
-        for cell in cells:  # there may be more only from before, when the limit was another one
-            self._full_at[cell] = min(self._full_at[cell], now + self._most)
+        for cell in cells:  # a later time can only be left over from another limit, before a reload
+            self._full_at[cell] = min(self._full_at[cell], now + self._seconds_to_full)
         seconds = max(1, math.ceil(ahead - self._tolerance))
         raise TooManyRequests(f"too many requests from one network; try again in {seconds} s", retry_after=seconds)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Who may write what."""
+"""Permissions: which keys a user may write and delete."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 class Permissions:
     """Which keys each user may write and delete.
 
-    :param users: the configuration's ``[[users]]``; entries of one name add up. None at all: everybody may write
-        everywhere.
+    :param users: the configuration's ``[[users]]``; entries of one name add up. Without any entry, every user may
+        write every key.
     """
 
     def __init__(self, users: Sequence[User]):
@@ -26,7 +26,7 @@ class Permissions:
             self._rules.setdefault(user.name, []).extend(map(Prefix.parse, user.prefixes))
 
     def check(self, email: str, key: str) -> None:
-        """Nothing, when the user may write the key.
+        """Check that the user may write the key.
 
         :raises Forbidden: the user may not.
         """
@@ -34,7 +34,7 @@ class Permissions:
             raise Forbidden("this token has no permission for this key", detail=f"{email!r} may not write {key!r}")
 
     def check_folder(self, email: str, folder: str) -> None:
-        """Nothing, when the user may write some key in the folder; empty: the root.
+        """Check that the user may write at least one key in the folder; empty: the root.
 
         :raises Forbidden: the user may write none.
         """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What may change while the server runs: who may come in, who may write what, and how long that is kept."""
+"""The rules that may change while the server runs: access control, permissions, retention."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 
 
 class Policies:
-    """The rules that each request meets, as of the latest configuration.
+    """The rules for each request, as of the latest configuration.
 
-    Who needs one asks for it at each request: its attributes are replaced when the configuration was read again. The
-    sections that they are made from are :data:`kci_storage.config.settings.RELOADABLE`.
+    The attributes are replaced when the configuration is reloaded, so code must read them anew for each request. They
+    are made from the sections in :data:`kci_storage.config.settings.RELOADABLE`.
 
-    :param ledger: where clients are counted.
+    :param ledger: counts the clients' requests and downloads.
     """
 
     permissions: Permissions
     admission: Admission
-    challenge: Challenge | None  # None: there is none
+    challenge: Challenge | None  # None: it is off
     retention: Retention
 
     def __init__(self, config: Config, ledger: Ledger):
@@ -34,7 +34,7 @@ class Policies:
         self.apply(config)
 
     def apply(self, config: Config) -> None:
-        """From the next request on, this configuration holds."""
+        """Use this configuration from the next request on."""
         self.challenge = Challenge(config.download_challenge) if config.download_challenge.user_agents else None
         self.admission = Admission(config, self._ledger, self.challenge)
         self.permissions = Permissions(config.users)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Tokens, and what their owners may write. It knows PyJWT, and nothing of HTTP but one header's value."""
+"""Tokens (JWT, RFC 7519, signed with HS256): issuing and verifying them. The only module that uses PyJWT."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import jwt
 
 from kci_storage.errors import Unauthorized
 
-MAX_HEADER = 8192  # characters; a token of ours has some 200
+MAX_HEADER = 8192  # characters; our tokens have about 200
 MIN_SECRET_BYTES = 32  # RFC 7518 section 3.2: as long as the hash
 SECONDS_PER_DAY = 86400
-REMEMBERED = 1_000  # tokens that were verified; then the memory starts afresh
+REMEMBERED = 1_000  # verified tokens in the cache, which is emptied when it is full
 
 _ALGORITHMS = ["HS256"]  # a list: PyJWT searches a plain string for substrings
 _OPTIONS: Any = {"verify_aud": False, "verify_iat": False, "verify_sub": False, "verify_jti": False}
@@ -27,7 +27,7 @@ _REASONS: dict[type[jwt.PyJWTError], str] = {
     jwt.InvalidAlgorithmError: "the token is not signed with HS256",
 }
 
-# PyJWT warns at every use of a short secret. Old installations have one; the server says so once, at its start.
+# PyJWT warns at every use of a short secret. Old installations have one; the server warns once, when it starts.
 warnings.filterwarnings("ignore", category=jwt.InsecureKeyLengthWarning)
 
 
@@ -35,7 +35,7 @@ class _Known(NamedTuple):
     """A token that was verified."""
 
     email: str
-    until: float  # seconds since the epoch; then it has expired, and may be refused
+    until: float  # seconds since the epoch: when it expires
 
 
 class Authenticator:
@@ -105,9 +105,9 @@ def new_secret() -> str:
 
 
 def check_secret(secret: str) -> str | None:
-    """Why a secret cannot be used at all; None when it can.
+    """Why a secret cannot be used at all; None: it can be used.
 
-    PyJWT refuses, at every request, keys that are empty or look like a public key or a JWK: better to know at start.
+    PyJWT would refuse keys that are empty or look like a public key or a JWK at every request; this tells at the start.
 
     >>> check_secret("")
     'it is empty'
@@ -122,7 +122,7 @@ def check_secret(secret: str) -> str | None:
 
 
 def is_weak(secret: str) -> bool:
-    """Whether a secret, which works, is shorter than the 32 bytes that HS256 should have.
+    """Whether a usable secret is shorter than the 32 bytes that RFC 7518 demands for HS256.
 
     >>> is_weak("short"), is_weak(new_secret())
     (True, False)

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What Prometheus and the log say."""
+"""Metrics for Prometheus, and the log."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Logging in logfmt: ``key=value`` pairs, one line per event, safe against whatever a client sends.
+"""Logging in logfmt: ``key=value`` pairs, one line per event, escaped so that no client can forge lines.
 
-Everything goes to standard error, where systemd and containers expect it: each line by one system call, and not so
-long that a pipe could tear it.
+All lines go to standard error, where systemd and containers expect them. Each is written by one system call, and is
+short enough for an atomic write to a pipe (``PIPE_BUF``).
 """
 
 from __future__ import annotations
@@ -20,37 +20,40 @@ from kci_storage.logfmt import MAX_LINE_SIZE, encoded, line, timestamp, value
 if TYPE_CHECKING:
     from kci_storage.wsgi.exchange import Exchange
 
-PROGRAM = "kci_storage"  # its modules log lines that are logfmt already
-EVENTS = {"gunicorn.error": "gunicorn", "py.warnings": "warning", PROGRAM: "flask"}  # of other loggers that are known
+PROGRAM = "kci_storage"  # messages of its modules' loggers are logfmt already
+EVENTS = {"gunicorn.error": "gunicorn", "py.warnings": "warning", PROGRAM: "flask"}  # by logger
 
 log = logging.getLogger(__name__)
 
 
 def log_access(exchange: Exchange) -> None:
-    """The one line that every request gets, once its response has gone out."""
+    """Write a request's access line, once its response has been sent."""
     environ = exchange.environ
     raw_path = environ.get("RAW_URI") or environ.get("PATH_INFO", "")
-    path = value(raw_path.partition("?")[0])  # a query may hold what nobody should read
-    who = {"user": exchange.user} if exchange.user else {"ua": environ.get("HTTP_USER_AGENT", "")}
+    path = value(raw_path.partition("?")[0])  # without the query, which may hold secrets
+    client = {"user": exchange.user} if exchange.user else {"ua": environ.get("HTTP_USER_AGENT", "")}
     _write_line(
         f"ts={timestamp(exchange.started)} event=access ip={value(environ.get('REMOTE_ADDR', ''))} "
         f"status={exchange.status} bytes={exchange.sent} method={value(environ['REQUEST_METHOD'])} path={path} "
-        f"{line(**who, cache=exchange.cache)} duration={exchange.duration:.6f} "
+        f"{line(**client, cache=exchange.cache)} duration={exchange.duration:.6f} "
         f"{line(request_id=exchange.request_id, error=exchange.error)}"
     )
 
 
 def _write_line(line: str) -> None:
-    """Write past the logging module, which costs a hit more than finding its file does.
+    """Write a line without the logging module, which would take more time than all else that a hit does.
 
-    One system call for a line, so that those of several threads and processes do not mix.
+    One system call per line, so that lines of several threads and processes do not mix.
     """
-    with contextlib.suppress(OSError):  # nobody reads the log any more; that is no reason to fail a request
+    with contextlib.suppress(OSError):  # a log that cannot be written must not fail a request
         os.write(sys.stderr.fileno(), encoded(line))
 
 
 def log_refusal(ip: str, status: int, sent: int, request_id: str, error: str) -> None:
-    """The access line of what never became a request, so that its method and path are not known."""
+    """Write the access line of a malformed request, whose method and path are unknown.
+
+    :param sent: bytes of the response's body.
+    """
     _write_line(
         line(
             ts=timestamp(time.time()),
@@ -67,8 +70,8 @@ def log_refusal(ip: str, status: int, sent: int, request_id: str, error: str) ->
 class LogfmtFormatter(logging.Formatter):
     """Puts the time and the level before a message of this program, which is logfmt already.
 
-    A traceback becomes one field. So does the message of anything else that logs: of a library, of Flask (which takes
-    this program's name), of Python's warnings.
+    A traceback becomes one field. So does the message of any other logger: a library's, Flask's (whose logger has
+    this program's name), or that of Python's warnings.
     """
 
     def format(self, record: logging.LogRecord) -> str:
@@ -88,12 +91,12 @@ def _message(record: logging.LogRecord) -> str:
 
 
 def _traceback(text: str) -> str:
-    """Its end is what matters most."""
+    """A traceback as one field; a long one is cut at its beginning, since its end matters most."""
     return value(text[-MAX_LINE_SIZE:], MAX_LINE_SIZE)
 
 
 class LineHandler(logging.Handler):
-    """Writes each record by one system call, so that those of several threads and processes do not mix."""
+    """Writes each record by one system call, so that lines of several threads and processes do not mix."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -103,7 +106,7 @@ class LineHandler(logging.Handler):
 
 
 def line_handler() -> logging.Handler:
-    """What writes a logger's lines, in logfmt, to standard error."""
+    """A handler that writes records, as logfmt, to standard error."""
     handler = LineHandler()
     handler.setFormatter(LogfmtFormatter())
     return handler
@@ -120,7 +123,7 @@ def configure(*, debug: bool) -> None:
 
 
 def take_over() -> None:
-    """Have all else that Python writes to standard error be lines of the log, too: this process is a server's."""
+    """Turn everything else that Python writes to standard error into lines of the log; for server processes."""
     logging.getLogger().handlers[:] = [line_handler()]
     logging.captureWarnings(True)
     sys.excepthook = _log_uncaught
@@ -145,5 +148,5 @@ def _log_unraisable(arguments: sys.UnraisableHookArgs) -> None:
 
 
 def _log_error(event: str, error: BaseException, where: object) -> None:
-    """One line about an exception for which nobody waits."""
+    """Log an exception that no caller handles."""
     log.error(line(event=event, where=where), exc_info=error)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What is looked up at a scrape: the machine's processor, memory and load, and its disks."""
+"""Metrics of the machine, read at each scrape: processor, memory, load, disks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 
 def mounts(folders: Iterable[Path]) -> Iterator[tuple[str, str, Path]]:
-    """The device and the mount point that each folder lies on, and a folder there that exists: it itself, if it does.
+    """For each folder: its device, its mount point, and the folder or, if it does not exist yet, its nearest parent.
 
     The local driver makes its folder with the first upload.
     """
@@ -43,7 +43,7 @@ def machine_metrics() -> Iterator[Metric]:
 def gauge(name: str, help_text: str, labels: dict[str, str], value: float) -> Metric:
     """A gauge with one value.
 
-    :param labels: its labels and their values.
+    :param labels: the labels' names and values.
     """
     family = GaugeMetricFamily(name, help_text, labels=list(labels))
     family.add_metric(list(labels.values()), value)

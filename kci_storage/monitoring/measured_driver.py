@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A driver around a driver: what is asked of the backend is counted and timed here, and waited for without a slot.
+"""A wrapper around a driver that counts and times the operations, and releases the thread's slot meanwhile.
 
-All requests ask the backend through it. So this is the one place that releases the thread's slot to another request
-while the backend takes its time (:func:`kci_storage.net.slots.waiting`; docs/decisions/waiting.md has the reasons).
+All requests use the backend through it. So this is the one place that releases the thread's slot to another request
+while a request waits for the backend (:func:`kci_storage.net.slots.waiting`; for the reasons see
+docs/decisions/waiting.md).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from prometheus_client import Counter, Histogram
 
 from kci_storage.drivers.base import Digests, Driver, Expectation, ObjectInfo, ObjectReader, ObjectWriter, Page
 from kci_storage.errors import label
-from kci_storage.monitoring import multiprocess  # noqa: F401  (before any counter is made)
+from kci_storage.monitoring import multiprocess  # noqa: F401  (must precede the first counter)
 from kci_storage.net import slots
 
 OPERATIONS = ("stat", "read", "commit", "delete", "list", "probe")
@@ -28,17 +29,17 @@ _operation_seconds = Histogram(
     ["operation"],
     buckets=(0.005, 0.02, 0.1, 0.5, 2, 10, 60),
 )
-for _name in OPERATIONS:  # they are there before the first request
+for _name in OPERATIONS:  # so that the series exist before the first request
     _operations.labels(_name, "ok")
     _operation_seconds.labels(_name)
 
 
 @contextlib.contextmanager
-def _asking(operation: str, bounded: bool = False) -> Iterator[None]:
-    """Count and time a call of the driver, which is waited for.
+def _measured(operation: str, bounded: bool = False) -> Iterator[None]:
+    """Count and time a call of the driver during the block, without a slot.
 
-    :param bounded: whether the request may be refused when too many wait already.
-    :raises Overloaded: it is; the driver has not been called.
+    :param bounded: whether the request may be refused if too many wait already.
+    :raises Overloaded: too many wait; the driver has not been called.
     """
     with slots.waiting(bounded):
         started = time.monotonic()
@@ -54,10 +55,10 @@ def _asking(operation: str, bounded: bool = False) -> Iterator[None]:
 
 
 class MeasuredDriver(Driver):
-    """A driver around a driver, which counts, times, and waits without a slot.
+    """A wrapper around a driver that counts and times its operations, and releases the thread's slot meanwhile.
 
-    Questions (:meth:`stat`, :meth:`read`, :meth:`list`) are refused when too many requests wait already. What changes
-    something is not, since the request may have been received by then.
+    Reading operations (:meth:`stat`, :meth:`read`, :meth:`list`) are refused if too many requests wait already.
+    Writing ones are not, since the request's body may have been received by then.
     """
 
     def __init__(self, driver: Driver):
@@ -66,30 +67,33 @@ class MeasuredDriver(Driver):
 
     @classmethod
     def from_config(cls, config: Any) -> Driver:
-        """It is made around a driver, not from a configuration."""
+        """Not supported: it wraps a driver and has no configuration.
+
+        :raises TypeError: always.
+        """
         raise TypeError("a MeasuredDriver is made around another driver")
 
     def stat(self, key: str) -> ObjectInfo:
-        with _asking("stat", bounded=True):
+        with _measured("stat", bounded=True):
             return self._driver.stat(key)
 
     def read(self, key: str, start: int = 0, stop: int | None = None, etag: str | None = None) -> ObjectReader:
-        with _asking("read", bounded=True):
+        with _measured("read", bounded=True):
             return MeasuredReader(self._driver.read(key, start, stop, etag))
 
     def writer(self, key: str, content_type: str, tags: Mapping[str, str] | None = None) -> ObjectWriter:
         return MeasuredWriter(self._driver.writer(key, content_type, tags))
 
     def delete(self, key: str) -> None:
-        with _asking("delete"):
+        with _measured("delete"):
             self._driver.delete(key)
 
     def list(self, prefix: str = "", delimiter: str = "", marker: str | None = None, details: bool = True) -> Page:
-        with _asking("list", bounded=True):
+        with _measured("list", bounded=True):
             return self._driver.list(prefix, delimiter, marker, details)
 
     def probe(self) -> None:
-        with _asking("probe"):
+        with _measured("probe"):
             self._driver.probe()
 
     def close(self) -> None:
@@ -97,7 +101,7 @@ class MeasuredDriver(Driver):
 
 
 class MeasuredReader(ObjectReader):
-    """A reader around a reader, which waits for each piece without a slot, and measures nothing more."""
+    """A wrapper around a reader that releases the thread's slot while it waits for a piece."""
 
     def __init__(self, reader: ObjectReader):
         self.info = reader.info
@@ -112,7 +116,7 @@ class MeasuredReader(ObjectReader):
 
 
 class MeasuredWriter(ObjectWriter):
-    """A writer around a writer, which counts and times its commit, and waits for each step without a slot."""
+    """A wrapper around a writer that counts and times its commit, and releases the thread's slot while it waits."""
 
     def __init__(self, writer: ObjectWriter):
         self._writer = writer
@@ -127,7 +131,7 @@ class MeasuredWriter(ObjectWriter):
         expected: str | Expectation = Expectation.ANYTHING,
         replay: Callable[[], Iterable[bytes]] | None = None,
     ) -> ObjectInfo:
-        with _asking("commit"):
+        with _measured("commit"):
             return self._writer.commit(digests, expected, replay)
 
     @property

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The metrics of requests and services, and the page that Prometheus reads.
+"""The metrics of requests and services, and the page that Prometheus scrapes.
 
-What can simply be looked up, such as free space, is looked up at each scrape. Labels are few and known: a route,
-never a path; an error's label of :data:`kci_storage.errors.TABLE`, never its message.
+Values that can be read at any time, such as free space, are read at each scrape. The labels' values are a small fixed
+set: a route, never a path; an error's label in :data:`kci_storage.errors.TABLE`, never its message.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ if TYPE_CHECKING:
     from kci_storage.wsgi.exchange import Exchange
 
 
-_VERSION = re.compile(r"[0-9]{1,3}(\.[0-9]{1,3}){2}", re.ASCII)  # of a format
+_VERSION = re.compile(r"[0-9]{1,3}(\.[0-9]{1,3}){2}", re.ASCII)  # of an exposition format
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS")
-SCRAPE_TRIES = 3  # while files vanish
+SCRAPE_TRIES = 3  # attempts while files vanish
 CHALLENGES = ("shown", "solved", "passed", "slowed")
 RULES = ("useragent", "subnet", "rate", "concurrency")
-DURATIONS = (0.005, 0.02, 0.1, 0.5, 2, 10, 60, 300, 1800)  # seconds; a root file system on a slow link takes minutes
+DURATIONS = (0.005, 0.02, 0.1, 0.5, 2, 10, 60, 300, 1800)  # seconds; large files on slow links take minutes
 
 
 _requests = Counter(
@@ -77,7 +77,7 @@ _lock_timeouts = Counter("kci_storage_lock_timeouts", "Waits for another writer 
 
 @functools.cache
 def _request_counters(method: str, route: str, status: int) -> tuple[Counter, Histogram]:
-    """Those of one kind of request; looking labels up costs more than counting."""
+    """The counters of one kind of request, cached since looking up labels costs more than counting."""
     return _requests.labels(method, route, status), _request_seconds.labels(method, route)
 
 
@@ -87,10 +87,10 @@ def _served_counter(result: str) -> Counter:
 
 
 class Metrics:
-    """The events that services report, and the page that Prometheus reads.
+    """Counts the events that services report, and makes the page that Prometheus scrapes.
 
-    :param cache: what is looked up at each scrape.
-    :param disks: the folders whose disks' space is shown.
+    :param cache: its size is read at each scrape.
+    :param disks: folders on the disks whose space is shown.
     """
 
     def __init__(self, cache: Cache, disks: Iterable[Path]):
@@ -113,7 +113,7 @@ class Metrics:
             _archived_files.labels(name)
 
     def request_finished(self, exchange: Exchange) -> None:
-        """A response has gone out, or the client is gone."""
+        """A response has been sent, or the client is gone."""
         method = exchange.environ["REQUEST_METHOD"]
         method, route = method if method in METHODS else "other", exchange.route or "none"
         requests, seconds = _request_counters(method, route, exchange.status)
@@ -124,11 +124,17 @@ class Metrics:
             _received.inc(exchange.body.received)
 
     def refused(self, rule: str) -> None:
-        """A request was not let in: the label of its error."""
+        """A request was refused.
+
+        :param rule: the label of its error, one of :data:`RULES`.
+        """
         _refused.labels(rule).inc()
 
     def challenged(self, result: str) -> None:
-        """A browser's download met the challenge, or a browser solved it."""
+        """A browser's download was challenged, or a browser solved the challenge.
+
+        :param result: one of :data:`CHALLENGES`.
+        """
         _challenges.labels(result).inc()
 
     def served(self, status: CacheStatus) -> None:
@@ -136,16 +142,19 @@ class Metrics:
         _served_counter(status.value).inc()
 
     def uncached(self) -> None:
-        """The rest of a download comes straight from the backend, since its fill ended early."""
+        """The rest of a download comes directly from the backend, since its fill ended early."""
         _uncached.inc()
 
     def revalidated(self, result: str) -> None:
-        """A copy was checked: ``fresh``, ``changed``, ``deleted``, or ``failed``."""
+        """A copy was revalidated.
+
+        :param result: ``fresh``, ``changed``, ``deleted``, or ``failed``.
+        """
         _revalidations.labels(result).inc()
 
     @contextlib.contextmanager
     def filling(self) -> Iterator[None]:
-        """A cold object comes in during the block."""
+        """Count a fill, which runs during the block."""
         _filling.inc()
         try:
             with _counted(_fills):
@@ -154,13 +163,16 @@ class Metrics:
             _filling.dec()
 
     def evicted(self, files: int, size: int) -> None:
-        """Copies of so many bytes in all were removed to make room."""
+        """Copies were evicted.
+
+        :param size: of all of them, in bytes.
+        """
         _evicted_files.inc(files)
         _evicted_bytes.inc(size)
 
     @contextlib.contextmanager
     def uploading(self) -> Iterator[None]:
-        """An upload request is answered during the block; its files are counted as they are stored."""
+        """Count a failed upload request, which is answered during the block; :meth:`uploaded` counts stored files."""
         try:
             yield
         except Exception as exc:
@@ -173,7 +185,7 @@ class Metrics:
 
     @contextlib.contextmanager
     def archiving(self) -> Iterator[None]:
-        """An archive is received and uploaded during the block; an error means that nothing of it was stored."""
+        """Count an archive that is received and uploaded during the block; an error means that nothing was stored."""
         _archiving.inc()
         try:
             yield
@@ -184,7 +196,12 @@ class Metrics:
             _archiving.dec()
 
     def archived(self, uploaded: int, failed: int, size: int) -> None:
-        """So many files of an archive were stored, of so many bytes in all, and so many were not."""
+        """An archive's upload has ended.
+
+        :param uploaded: the number of stored files.
+        :param failed: the number of files that were not stored.
+        :param size: of the stored files, in bytes.
+        """
         _archives.labels("partial_failure" if failed else "ok").inc()
         _archived_files.labels("ok").inc(uploaded)
         _archived_files.labels("failed").inc(failed)
@@ -192,9 +209,9 @@ class Metrics:
 
     @contextlib.contextmanager
     def waiting_for(self, lock: AbstractContextManager[None]) -> Iterator[None]:
-        """Hold a key's lock during the block; how long that took to get is measured.
+        """Hold a key's lock during the block, and measure the time until it was acquired.
 
-        :raises WriteConflict: it was held by others for too long.
+        :raises WriteConflict: others held it for too long.
         """
         with contextlib.ExitStack() as held:
             with _lock_wait():
@@ -202,11 +219,14 @@ class Metrics:
             yield
 
     def watch(self, app: Any) -> None:
-        """Have the views' own metrics (``flask_http_request_…``: time until the headers, exceptions) collected."""
+        """Collect the views' own metrics (``flask_http_request_…``: time until the headers, exceptions)."""
         PrometheusMetrics(app, path=None, group_by="endpoint", default_latency_as_histogram=False)
 
     def page(self, accept: str | None) -> tuple[bytes, str]:
-        """The metrics of all workers and of the machine, and their content type."""
+        """The metrics of all workers and of the machine, and their content type.
+
+        :param accept: the value of ``Accept``.
+        """
         registry = CollectorRegistry()
         registry.register(self)
         registry.register(multiprocess.Counted())
@@ -218,7 +238,7 @@ class Metrics:
         return encode(registry), content_type
 
     def collect(self) -> Iterator[Metric]:
-        """What is looked up at a scrape; prometheus_client calls it."""
+        """The metrics that are read at a scrape; prometheus_client calls it."""
         host = platform.node()
         usage = self._cache.usage.read()
         yield gauge("storage_files_cached", "Files in the cache", {"hostname": host}, usage[0])
@@ -241,18 +261,15 @@ class Metrics:
 
 
 def _encoder(accept: str) -> tuple[Callable[[CollectorRegistry], bytes], str]:
-    """What the header ``Accept`` asks for: how to write a page, and its content type.
-
-    A member that makes no sense is passed over, as if it were not there.
-    """
-    known = (member for member in accept.split(",") if _is_sensible(member))
-    return choose_encoder(",".join(known))
+    """The encoder and the content type that ``Accept`` asks for. Members with an invalid version are ignored."""
+    valid = (member for member in accept.split(",") if _has_valid_versions(member))
+    return choose_encoder(",".join(valid))
 
 
-def _is_sensible(member: str) -> bool:
-    """Whether each version that a member of ``Accept`` names is one.
+def _has_valid_versions(member: str) -> bool:
+    """Whether all versions in a member of ``Accept`` are valid.
 
-    >>> _is_sensible("text/plain; version=1.0.0; q=0.5"), _is_sensible("text/plain;version=x;version=1.0.0")
+    >>> _has_valid_versions("text/plain; version=1.0.0; q=0.5"), _has_valid_versions("text/plain; version=x")
     (True, False)
     """
     parameters = (parameter.partition("=") for parameter in member.split(";")[1:])

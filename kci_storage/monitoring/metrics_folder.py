@@ -15,7 +15,7 @@ from kci_storage.config.settings import ConfigError
 from kci_storage.errors import StorageError
 from kci_storage.files import durable
 
-VARIABLE = "PROMETHEUS_MULTIPROC_DIR"  # prometheus_client's; the operator's alone, this server does not set it
+VARIABLE = "PROMETHEUS_MULTIPROC_DIR"  # prometheus_client's; the operator may set it, this server never does
 PREFIX = "kci-storage-metrics"
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -27,7 +27,7 @@ class MetricsFolder(NamedTuple):
     is_own: bool  # this master made it, rather than the operator
 
     def remove(self) -> None:
-        """The master ends: its counters with it. The operator's folder stays as it is."""
+        """Remove the folder when the master ends. An operator's folder is kept as it is."""
         if self.is_own:
             shutil.rmtree(self.path, ignore_errors=True)
 
@@ -35,7 +35,7 @@ class MetricsFolder(NamedTuple):
 def choose() -> MetricsFolder:
     """The operator's folder if the environment names one, else a new one for this master.
 
-    :raises ConfigError: it cannot be made.
+    :raises ConfigError: the folder cannot be made.
     """
     named = os.environ.get(VARIABLE, "")
     try:
@@ -49,23 +49,23 @@ def choose() -> MetricsFolder:
 
 
 def shared_memory() -> Path | None:
-    """A folder in memory; None: there is none that can be written."""
+    """A folder in memory; None: there is none, or it is not writable."""
     return SHARED_MEMORY if os.access(SHARED_MEMORY, os.W_OK) else None
 
 
 def _make() -> Path:
-    """Make a folder in memory, named after the master, and remove those of masters that are no more."""
+    """Make a folder in memory, named after the master, and remove the folders of masters that no longer run."""
     parent = shared_memory() or Path(tempfile.gettempdir())
     for old in parent.glob(f"{PREFIX}-{os.getuid()}-*"):
-        if is_left_behind(old):
+        if is_abandoned(old):
             shutil.rmtree(old, ignore_errors=True)
     return Path(tempfile.mkdtemp(prefix=f"{PREFIX}-{os.getuid()}-{os.getpid()}-", dir=parent))
 
 
-def is_left_behind(path: Path) -> bool:
-    """Whether a path is named as a master names its folder, and this master is no more.
+def is_abandoned(path: Path) -> bool:
+    """Whether a path is the folder of a master that no longer runs.
 
-    What others have put there under a similar name is none of our business.
+    Other programs' files with a similar name are left alone.
     """
     match = re.fullmatch(rf"{PREFIX}-{os.getuid()}-([0-9]{{1,10}})-\w+", path.name)
     if match is None:

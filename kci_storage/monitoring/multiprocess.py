@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Where counters live: in files of each worker, which any worker reads.
+"""Counters of several processes: each worker keeps its own in files, which any worker can read.
 
-They are files as prometheus_client's multiprocess mode has them, but this process decides where, and when: until
-:func:`begin` it counts in memory. So neither the order of imports nor an inherited ``PROMETHEUS_MULTIPROC_DIR``
-matters, and files that have vanished are made again with what was counted (:func:`look`).
+The files have the format of prometheus_client's multiprocess mode, but this module decides where and when they are
+made: until :func:`begin`, a process counts in memory. So neither the order of imports nor an inherited
+``PROMETHEUS_MULTIPROC_DIR`` matters, and files that have vanished are made again with their counts
+(:meth:`Files.restore`).
 
-A worker goes on with the files, and so with the counts, of the dead one whose number it has: no count is lost or
-moved, and there are never more files than for as many workers as there were at a time.
+A new worker takes over the number of a dead one and continues its files. So no count is lost, and there are never
+more files than there were workers at a time.
 """
 
 from __future__ import annotations
@@ -31,17 +32,17 @@ from kci_storage.files import durable
 
 log = logging.getLogger(__name__)
 
-LOOK_SECONDS = 0.5  # between a worker's looks whether its files are there
-SETTLE_SECONDS = 3 * LOOK_SECONDS  # after files were made again, in which the other workers notice it too
-FIRST_SIZE = 64 * 1024  # bytes of a new file, all of them written: no room is an error now, and no SIGBUS later
-MADE_AGAIN = "made-again"  # a file whose age says when a worker's files were made again
+LOOK_SECONDS = 0.5  # between a worker's checks that its files exist
+SETTLE_SECONDS = 3 * LOOK_SECONDS  # after files were made again: by then, the other workers have made theirs, too
+FIRST_SIZE = 64 * 1024  # bytes of a new file, all written: so a full disk is an error now rather than SIGBUS later
+MADE_AGAIN = "made-again"  # a file whose time is when a worker last made its files again
 _OURS = re.compile(r"[a-z_]+_[0-9]+-[0-9]+\.db")  # the kind of metric, and the worker's name
 
 Unwritable = (OSError, InsufficientStorage)
 
 
 class Number:
-    """One number of a metric, as prometheus_client wants it; see ``prometheus_client.values``."""
+    """One number of a metric, with the interface of ``prometheus_client.values``."""
 
     _multiprocess = True
 
@@ -63,29 +64,29 @@ class Number:
         _files.add(self)
 
     def inc(self, amount: float) -> None:
-        """Add to it."""
+        """Add an amount."""
         with _lock:
             self._number += amount
             self._write()
 
     def set(self, value: float, timestamp: float | None = None) -> None:
-        """Have it be another."""
+        """Replace the number."""
         with _lock:
             self._number, self._moment = value, timestamp or 0.0
             self._write()
 
     def get(self) -> float:
-        """What it is."""
+        """The number."""
         return self._number
 
     def set_exemplar(self, exemplar: object) -> None:
-        """Nothing: files have no exemplars."""
+        """Do nothing: the files hold no exemplars."""
 
     def get_exemplar(self) -> None:
-        """None: files have no exemplars."""
+        """None: the files hold no exemplars."""
 
     def keep_in(self, file: MmapedDict) -> None:
-        """Count in a file from now on, on top of what it says. The caller holds the lock."""
+        """Count in a file from now on, starting from the number in it. The caller holds the lock."""
         self.file = file
         self._number += file.read_value(self._key)[0]
         self._write()
@@ -96,18 +97,18 @@ class Number:
 
 
 class Files:
-    """This process's files, one for each kind of metric. Whoever calls a method without underscore holds no lock."""
+    """This process's files, one for each kind of metric. Callers of public methods must not hold the lock."""
 
     def __init__(self) -> None:
-        self.folder: Path | None = None  # None: it counts in memory
+        self.folder: Path | None = None  # None: this process counts in memory
         self._name = ""
         self._numbers: list[Number] = []
-        self._in_memory: list[Number] = []  # those of them that are in no file
-        self._open: dict[str, tuple[MmapedDict, int]] = {}  # by kind; with the inode
+        self._in_memory: list[Number] = []  # the numbers that are in no file
+        self._open: dict[str, tuple[MmapedDict, int]] = {}  # file and inode, by kind
         self._has_failed = False
 
     def add(self, number: Number) -> None:
-        """A metric has one more number."""
+        """Add a number of a metric."""
         with _lock:
             self._numbers.append(number)
             self._in_memory.append(number)
@@ -119,8 +120,8 @@ class Files:
             self.folder, self._name = folder, name
             self._store()
 
-    def look(self) -> None:
-        """Make again what has vanished."""
+    def restore(self) -> None:
+        """Make files again that have vanished."""
         with _lock:
             vanished = [kind for kind, (_, inode) in self._open.items() if not self._is_there(kind, inode)]
             for kind in vanished:
@@ -147,7 +148,7 @@ class Files:
         file.close()
 
     def _store(self, again: bool = False) -> None:
-        """Put into files what is in memory alone; it stays there when that cannot be."""
+        """Move the numbers that are in memory into files; they stay in memory if that fails."""
         if self.folder is None:
             return
         try:
@@ -173,43 +174,43 @@ class Files:
         return self._open[kind][0]
 
 
-_lock = threading.Lock()  # of all numbers; held for no longer than it takes to add
+_lock = threading.Lock()  # of all numbers; held only for an addition
 _files = Files()
 values.ValueClass = Number
 
 
 def begin(folder: Path, name: str) -> None:
-    """In a worker that was forked: count in files of this folder, under this name (:func:`.numbering.name`)."""
+    """Called in a new worker: count in files of this folder, under this name (:func:`.numbering.name`)."""
     _files.begin(folder, name)
 
 
-def keep() -> None:
-    """In a worker: have a thread make files again that have vanished."""
-    threading.Thread(target=_keep, name="metrics", daemon=True).start()
+def start_restoring() -> None:
+    """Called in a new worker: start a thread that makes files again that have vanished."""
+    threading.Thread(target=_restore_forever, name="metrics", daemon=True).start()
 
 
-def _keep() -> None:
+def _restore_forever() -> None:
     while True:
         time.sleep(LOOK_SECONDS)
         try:
-            _files.look()
+            _files.restore()
         except Exception:
             log.exception("event=metrics_failed")
 
 
 def settle() -> None:
-    """Wait, where files have vanished, until all workers have made theirs again."""
-    _files.look()
+    """If files have vanished, wait until all workers have made theirs again."""
+    _files.restore()
     if _files.folder is None:
         return
-    with contextlib.suppress(OSError):  # nothing has vanished
+    with contextlib.suppress(OSError):  # no file has vanished yet
         age = time.time() - (_files.folder / MADE_AGAIN).stat().st_mtime
         if 0 <= age < SETTLE_SECONDS:
             time.sleep(SETTLE_SECONDS - age)
 
 
 class Counted:
-    """What was counted: by all workers, or, if this process is none, by this process."""
+    """Collects the counters of all workers, or, in a process that is no worker, its own."""
 
     def collect(self) -> Iterable[Metric]:
         """The metrics; prometheus_client calls it.
@@ -223,11 +224,11 @@ class Counted:
 
 
 def _counted(folder: Path) -> Iterator[Path]:
-    """The workers' files; an operator's folder may hold those of others."""
+    """The workers' files. An operator's folder may hold other files, too."""
     return (path for path in folder.iterdir() if _OURS.fullmatch(path.name))
 
 
 def forget_worker(folder: Path, name: str) -> None:
-    """The worker of that name is gone: what it was doing, it does no more. Its counts stay."""
-    with contextlib.suppress(OSError):  # the folder, or the file, has vanished
+    """Remove the gauges of a worker that is gone; its counters are kept."""
+    with contextlib.suppress(OSError):  # the folder or the file has vanished
         mark_process_dead(name, str(folder))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The workers' numbers: those that live have different ones, and a dead one's is given to another.
+"""The workers' numbers: running workers have different ones, and the number of a dead worker is used again.
 
-So what is kept for each worker, such as its counters' files, does not grow with how often they are replaced.
+So data that is kept per worker, such as its counters' files, does not grow when workers are replaced.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import itertools
 
 
 class Numbers:
-    """Those that the master gives.
+    """The numbers of one master's workers.
 
     >>> numbers = Numbers()
     >>> numbers.take(), numbers.take()
     (0, 1)
-    >>> numbers.give_back(0)
+    >>> numbers.release(0)
     >>> numbers.take()
     0
     """
@@ -24,18 +24,21 @@ class Numbers:
         self._taken: set[int] = set()
 
     def take(self) -> int:
-        """The least that no worker has."""
+        """The lowest number that no worker has."""
         number = next(number for number in itertools.count() if number not in self._taken)
         self._taken.add(number)
         return number
 
-    def give_back(self, number: int) -> None:
-        """The worker that had it is no more."""
+    def release(self, number: int) -> None:
+        """The worker of that number is gone."""
         self._taken.remove(number)
 
 
 def name(master: int, number: int) -> str:
-    """What no other process of the machine is called that lives, also of a server that has replaced its master.
+    """A worker's name, which no other running worker of the machine has, not even one of a server's old master.
+
+    :param master: the master's process ID.
+    :param number: the worker's.
 
     >>> name(4711, 2)
     '4711-2'

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Accepting connections, whatever accept(2) says: no error of it ends a worker."""
+"""Accepting connections. No error of accept(2) ends a worker."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
-PAUSE_SECONDS = 0.1  # in which nobody is accepted, after the system had no means for one more connection
+PAUSE_SECONDS = 0.1  # without accepting, after the system had no resources for another connection
 LOG_SECONDS = 1.0  # between two lines of the log
-NOBODY = frozenset({errno.EAGAIN, errno.EINTR})
-# Errors of the connection that was to be accepted, or of the network that it came by (accept(2)): the next one may be
-# all right.
+NO_CONNECTION = frozenset({errno.EAGAIN, errno.EINTR})
+# Errors of one connection or its network (accept(2)): the next connection may succeed.
 OF_CONNECTION = frozenset(
     {
         errno.ECONNABORTED, errno.EPROTO, errno.EPERM, errno.ENETDOWN, errno.ENOPROTOOPT, errno.EHOSTDOWN,
@@ -28,7 +27,7 @@ OF_CONNECTION = frozenset(
 class Acceptor:
     """Accepts connections.
 
-    :param make_room: called when the system has no means for one more connection, such as descriptors or memory.
+    :param make_room: called when the system has no resources for another connection, such as descriptors or memory.
     """
 
     def __init__(self, make_room: Callable[[], object]):
@@ -38,19 +37,20 @@ class Acceptor:
         self.paused_until = 0.0  # on the monotonic clock
 
     def accept(self, listener: Any) -> tuple[socket.socket, Any] | None:
-        """The next connection and its client's address; None: there is none, or it could not be accepted.
+        """Accept a connection.
 
-        :param listener: a socket that does not block.
+        :param listener: a non-blocking socket.
+        :returns: the connection and its client's address; None: there is none, or it could not be accepted.
         """
         try:
             accepted: tuple[socket.socket, Any] = listener.accept()
         except OSError as exc:
-            if exc.errno not in NOBODY:
-                self._not_accepted(exc)
+            if exc.errno not in NO_CONNECTION:
+                self._failed_with(exc)
             return None
         return accepted
 
-    def _not_accepted(self, error: OSError) -> None:
+    def _failed_with(self, error: OSError) -> None:
         now = time.monotonic()
         self._failed += 1
         if now >= self._log_at:

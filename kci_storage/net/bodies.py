@@ -12,27 +12,27 @@ from typing import Any, Protocol
 
 from kci_storage.errors import StorageError
 
-SMALL_FILE = 64 * 1024  # bytes; copied, it leaves in one piece with its head, sooner than by sendfile
+SMALL_FILE = 64 * 1024  # bytes; up to here, one send of head and content is faster than sendfile
 
 
 class Transfer(Protocol):
-    """What accompanies a body until its last byte has gone out: :class:`kci_storage.wsgi.exchange.Exchange`."""
+    """The exchange of a body, until its last byte has been sent: :class:`kci_storage.wsgi.exchange.Exchange`."""
 
     sent: int  # body bytes
 
     def failed(self, error: StorageError) -> None:
-        """Have the log say what went wrong."""
+        """Note the error for the log."""
 
     def finish(self) -> None:
         """The response has been sent, or never will be."""
 
 
 class SentFile:
-    """A part of a file to be sent, which notes how much of it went out.
+    """A part of a file to be sent, which counts the bytes that were sent.
 
-    :param fd: the file; nobody else moves its position.
+    :param fd: the file's descriptor; no other code may use its position.
     :param start: the offset of the first byte to send.
-    :param close: called once the file has been sent, or never will be; it closes ``fd``.
+    :param close: called once, when the file has been sent or never will be; it must close ``fd``.
     """
 
     def __init__(self, fd: int, start: int, close: Callable[[], None]):
@@ -43,7 +43,7 @@ class SentFile:
         self.exchange: Transfer | None = None
 
     def send_to(self, sock: socket.socket, head: bytes, count: int) -> None:
-        """Send a response's head, and so many bytes of the file.
+        """Send a response's head and the next ``count`` bytes of the file.
 
         :raises ConnectionResetError: the client is gone.
         """
@@ -56,26 +56,26 @@ class SentFile:
             self._position += len(data)
 
     def keep(self) -> None:
-        """The next ``close`` is not the end: somebody else goes on sending, and closes it again."""
+        """Make the next :meth:`close` do nothing: the background sender goes on sending, and closes it later."""
         self._kept = True
 
     def fileno(self) -> int:
-        """The descriptor, positioned at the first byte to send, as other servers expect it."""
+        """The descriptor, positioned at the next byte to send, as other servers expect it."""
         os.lseek(self._fd, self._position, os.SEEK_SET)
         return self._fd
 
     def seek(self, position: int) -> None:
-        """What ``socket.sendfile`` calls at its end."""
+        """Note how far the file has been sent; ``socket.sendfile`` calls it at its end."""
         self._position = position
 
     def read(self, size: int = -1) -> bytes:
-        """For a server, or a TLS connection, that cannot use ``sendfile``."""
+        """The next bytes, for a server or a TLS connection that cannot use ``sendfile``."""
         data = os.pread(self._fd, size if size >= 0 else 1 << 20, self._position)
         self._position += len(data)
         return data
 
     def close(self) -> None:
-        """Idempotent."""
+        """End the response, and close the file. Idempotent."""
         if self._kept:
             self._kept = False
         elif self._fd >= 0:
@@ -87,11 +87,11 @@ class SentFile:
 
 
 class SentSegments:
-    """A body that arrives while it is sent, in pieces: bytes, or regions of files, which go by ``sendfile``.
+    """A body that is sent while it arrives, in pieces: bytes, or regions of files, which are sent by ``sendfile``.
 
-    :param segments: the pieces; a region has ``fd``, ``start``, ``stop``, and ``read()`` for who needs bytes.
-    :param fd: any file, for a server that asks whether this is one.
-    :param close: called once all has been sent, or never will be.
+    :param segments: the pieces; a region has ``fd``, ``start``, ``stop``, and ``read()`` for callers that need bytes.
+    :param fd: the descriptor of any file, for a server that checks whether the body is a file.
+    :param close: called once, when all has been sent or never will be.
     """
 
     def __init__(self, segments: Iterator[Any], fd: int, close: Callable[[], None]):
@@ -103,11 +103,15 @@ class SentSegments:
         self.exchange: Transfer | None = None
 
     def fileno(self) -> int:
-        """The descriptor of a file that can be seeked."""
+        """The descriptor of a seekable file."""
         return self._fd
 
     def send_to(self, sock: socket.socket) -> int:
-        """Send all of it; how many bytes that were."""
+        """Send all pieces.
+
+        :returns: how many bytes.
+        :raises ConnectionResetError: the client is gone, or the content failed.
+        """
         with cut_short(self.exchange):
             for segment in self._segments:
                 if isinstance(segment, bytes):
@@ -141,7 +145,7 @@ class SentSegments:
                 yield from segment.read()
 
     def close(self) -> None:
-        """Idempotent."""
+        """End the response, and close the content. Idempotent."""
         if self._close is not None:
             close, self._close = self._close, None
             close()
@@ -151,9 +155,9 @@ class SentSegments:
 
 
 class _Position:
-    """A file for ``socket.sendfile``, which seeks it to where it stopped, also when the client went away.
+    """A file for ``socket.sendfile``, which calls ``seek`` with where it stopped, also when the client is gone.
 
-    The descriptor is shared, so its own position means nothing.
+    Several responses share the descriptor, so each keeps its own position.
     """
 
     def __init__(self, fd: int, position: int):
@@ -166,7 +170,7 @@ class _Position:
     def seek(self, position: int) -> None:
         self._next = self.position = position
 
-    def read(self, size: int) -> bytes:  # what ``socket.sendfile`` tries when the system call fails
+    def read(self, size: int) -> bytes:  # ``socket.sendfile`` uses it if the system call fails
         data = os.pread(self._fd, size, self._next)
         self._next += len(data)
         return data
@@ -174,12 +178,15 @@ class _Position:
 
 @contextlib.contextmanager
 def cut_short(exchange: Transfer | None) -> Iterator[None]:
-    """A body that fails after its head was sent ends the connection."""
+    """End the connection if the body fails during the block, after the response's head was sent.
+
+    :raises ConnectionResetError: it failed.
+    """
     try:
         yield
     except StorageError as exc:
         if exchange is not None:
             exchange.failed(exc)
-        # Too late for an error's status. The server takes this for a client that left: it closes the connection,
-        # without the last chunk or short of Content-Length, so the client sees that something is missing.
+        # It is too late for an error status. The server handles this like a client that is gone: it closes the
+        # connection without the last chunk, or short of Content-Length. So the client sees that the body is incomplete.
         raise ConnectionResetError(errno.ECONNRESET, "the response was cut short") from exc

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A client's connection: its request's head is collected before a thread sees it."""
+"""A client's connection, which collects a request's head before a thread is used for it."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from typing import Any
 from kci_storage.net.background import Background, Lingering
 from kci_storage.net.client_socket import ClientSocket
 
-HEAD_SIZE = 16 * 1024  # bytes that are read at a time, of a head and what comes with it
-_END_OF_HEAD = re.compile(rb"\r\n\r\n|(?:^|[^\r])\n")  # its own, or a bare LF, at which no head goes on
+HEAD_SIZE = 16 * 1024  # bytes that are read at a time while a head is collected
+_END_OF_HEAD = re.compile(rb"\r\n\r\n|(?:^|[^\r])\n")  # an empty line; or a bare LF, for which it is refused
 
 
 class Connection:
     """A client's connection.
 
     :param sock: its socket.
-    :param client: the client's address, as of ``accept``: host and port, or text for a Unix socket.
-    :param server: the address that it came to, likewise.
-    :param background: closes it gracefully.
+    :param client: the client's address, as ``accept`` returns it: host and port, or text for a Unix socket.
+    :param server: the address that the client has connected to, in the same form.
+    :param background: the background sender, which closes the connection gracefully.
     """
 
     def __init__(self, sock: ClientSocket, client: Any, server: Any, background: Background):
@@ -30,15 +30,18 @@ class Connection:
         self.client = client
         self.server = server
         self._background = background
-        self.head = b""  # of the next request, and what has come after it
-        self._searched = 0  # how much of it, for its end
-        self.deadline = 0.0  # on the monotonic clock: until when it may wait for a request
-        self.environ: dict[str, Any] = {}  # what of a request's environ is the same for all of them
-        self.request_id = ""  # of the request that is answered, or was answered last
-        self.keep = False  # whether there may be another request
+        self.head = b""  # the next request's head, and the bytes that have come after it
+        self._searched = 0  # bytes of ``head`` that have been searched for its end
+        self.deadline = 0.0  # on the monotonic clock: when the wait for a request ends
+        self.environ: dict[str, Any] = {}  # the part of the WSGI environment that all its requests share
+        self.request_id = ""  # of the current or the last request
+        self.keep = False  # whether it stays open for another request
 
     def receive(self) -> bool:
-        """Take what has come of the next request, without waiting; False: the client has closed the connection."""
+        """Receive what has come of the next request, without blocking.
+
+        :returns: False: the client has closed the connection.
+        """
         while True:
             try:
                 data = self.sock.recv_now(HEAD_SIZE)
@@ -51,18 +54,18 @@ class Connection:
                 return bool(data)
 
     def take_head(self) -> bytes:
-        """The request's head, and what has come after it."""
+        """Remove and return the request's head and the bytes that have come after it."""
         head, self.head, self._searched = self.head, b"", 0
         return head
 
     @property
     def has_begun(self) -> bool:
-        """Whether a request, or what must precede it, has begun. An empty line is neither (RFC 9112, 2.2)."""
+        """Whether a request, or a TLS handshake, has begun. An empty line does not count (RFC 9112, 2.2)."""
         return self.head not in (b"", b"\r", b"\r\n") or self.sock.is_handshaking
 
     @property
     def has_head(self) -> bool:
-        """Whether the parser needs no more to know what the request is, or that it is none."""
+        """Whether enough has come for the parser to read the head, or to refuse it."""
         if self.head.endswith(b"\r\n\r\n"):
             return True
         start, self._searched = max(0, self._searched - 3), len(self.head)
@@ -70,7 +73,7 @@ class Connection:
 
     @property
     def has_more(self) -> bool:
-        """Whether something of a next request is here, of which the system does not know."""
+        """Whether bytes of a next request have been received already, so that polling the socket would not tell."""
         return bool(self.head) or self.sock.has_more
 
     def close(self) -> None:
@@ -81,10 +84,10 @@ class Connection:
         self.sock.close()
 
     def linger(self, closed: Callable[[], None]) -> bool:
-        """Close so that the client gets all that was sent to it, in the background.
+        """Close the connection in the background, so that the client gets all data that was sent.
 
-        :param closed: called by another thread when it is closed.
-        :returns: False: the client has closed it already, and so it is closed.
+        :param closed: called by the background thread when the connection is closed.
+        :returns: False: the client has disconnected, and the connection is closed already.
         """
         try:
             self._background.add(Lingering(self.sock, closed))

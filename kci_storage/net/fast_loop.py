@@ -26,21 +26,21 @@ from kci_storage.net.threads import Threads
 
 log = logging.getLogger(__name__)
 
-STAY_SECONDS = 0.05  # for which a connection stays without a request, at least
-LOOK_SECONDS = 0.01  # between two looks at whether a request holds up the others
+STAY_SECONDS = 0.05  # a connection stays in the loop for at least this long without a request
+LOOK_SECONDS = 0.01  # between two checks whether a request holds up the others
 WAIT_SECONDS = 0.02  # for which a thread waits for the next request before it is free for other connections
-RETRY_SECONDS = 0.1  # after which the loop goes on when something has gone wrong in it
+RETRY_SECONDS = 0.1  # until a loop goes on after an unexpected failure
 
 
 class FastLoop:
-    """The connections, and the thread that runs it.
+    """The loop: its connections, and the thread that runs it.
 
     :param size: how many connections there may be.
-    :param threads: one of which runs it.
-    :param answer: answers the request whose head is there, and sets the connection's ``keep``.
-    :param done: called, by any thread, with a connection that no thread has any more.
-    :param is_stopping: whether clients in a hurry are to be left to the main loop, which closes their connections.
-    :param started: called, by any thread, when it begins to run: :meth:`look` is to be called from now on.
+    :param threads: provide the thread that runs the loop.
+    :param answer: answers a connection's request, whose head has come, and sets the connection's ``keep``.
+    :param done: called, by any thread, with a connection that neither the loop nor a thread uses any more.
+    :param is_stopping: whether the worker stops; then the main loop gets all connections back, and closes them.
+    :param started: called, by any thread, when the loop begins to run: :meth:`look` must be called from now on.
     """
 
     def __init__(
@@ -61,26 +61,26 @@ class FastLoop:
         self._epoll = select.epoll()
         self._lock = threading.Lock()
         self._connections: dict[int, Connection] = {}  # by descriptor
-        self._busy: set[int] = set()  # descriptors of those that had a request since the last sweep
+        self._busy: set[int] = set()  # descriptors of connections that had a request since the last sweep
         self._sweep_at = 0.0  # on the monotonic clock
-        self._runner: int | None = None  # the thread
+        self._runner: int | None = None  # the ID of the thread that runs the loop
         self._serving: int | None = None  # the descriptor of the connection whose request it answers
-        self._begun = self._seen = 0  # requests, until now and until the last look
+        self._begun = self._seen = 0  # number of requests, until now and until the last look
         self._look_at = 0.0  # on the monotonic clock
         self.is_running = False  # whether a thread answers, or is going to
 
     @property
     def threads_saved(self) -> int:
-        """How many more threads these connections would take without it."""
+        """How many more threads these connections would take without the loop."""
         return len(self._connections) - self.is_running
 
     # On any thread: one connection
 
     def serve(self, conn: Connection) -> None:
-        """Answer a connection's request, and then what its client sends next, as long as it is in a hurry.
+        """Answer a connection's request, and the next ones for as long as its client sends them without a pause.
 
-        A client in a hurry sends the next request as soon as it has the answer. If the last one was quick, the loop
-        spares it the way over the main loop; else this thread waits for it, while there are threads enough.
+        If the last request did not block, the connection joins the loop, which saves a round trip through the main
+        loop for each request. Otherwise this thread waits for the next request, while enough threads are free.
         """
         try:
             self._answer(conn)
@@ -90,7 +90,10 @@ class FastLoop:
         self._go_on(conn)
 
     def _go_on(self, following: Connection | None) -> None:
-        """Answer the next requests of a connection; None: of those of the loop, and there are no more."""
+        """Answer the next requests of a connection.
+
+        :param following: None: the loop that the caller ran has no connections left.
+        """
         conn = following
         try:
             while conn is not None and conn.keep and conn.sock.rest is None and not self._is_stopping():
@@ -108,9 +111,10 @@ class FastLoop:
             self._done(conn)
 
     def _next_has_come(self, conn: Connection) -> bool:
-        """Whether this thread may as well answer the next request, which spares the way over the main loop.
+        """Whether the next request has come, and this thread may answer it without the main loop.
 
-        Else those come first that have waited for a thread, and not a client that sends one request after the other.
+        If threads are scarce, it may not: a client that sends one request after the other must not be served before
+        connections that wait for a thread.
         """
         if not self._threads.has_plenty:
             return False
@@ -119,7 +123,10 @@ class FastLoop:
         return conn.keep and conn.has_begun and conn.has_head
 
     def _join(self, conn: Connection) -> bool:
-        """Have a connection's next requests answered by the loop; whether the caller has to run it."""
+        """Add a connection to the loop.
+
+        :returns: whether the caller has to run the loop.
+        """
         fd = conn.sock.fileno()
         with self._lock:
             self._epoll.register(fd, select.EPOLLIN)
@@ -128,12 +135,12 @@ class FastLoop:
             was_running, self.is_running = self.is_running, True
         return not was_running
 
-    # On the thread that runs it
+    # On the thread that runs the loop
 
     def _run(self) -> Connection | None:
-        """Answer requests until no connection is left, or until the caller has been left alone with one.
+        """Answer requests until no connection is left, or until the calling thread has dropped out.
 
-        That one's request has been answered then, too.
+        :returns: the connection with which it has dropped out, whose request has been answered; None: there is none.
         """
         self._started()
         self._runner = threading.get_ident()
@@ -157,7 +164,10 @@ class FastLoop:
                 time.sleep(RETRY_SECONDS)
 
     def _serve(self, fd: int, conn: Connection) -> bool:
-        """Answer a request; False: the caller has been left alone with it."""
+        """Answer a request.
+
+        :returns: False: the calling thread has dropped out with this connection.
+        """
         self._begun += 1
         self._serving = fd
         stays = self._stays(conn)
@@ -173,7 +183,10 @@ class FastLoop:
         return True
 
     def _stays(self, conn: Connection) -> bool:
-        """Something has come: answer it; whether the connection may stay here."""
+        """Receive what has come, and answer the request.
+
+        :returns: whether the connection stays in the loop.
+        """
         try:
             conn.keep = conn.receive()
             if not conn.keep or not conn.has_begun:
@@ -193,9 +206,9 @@ class FastLoop:
         """Called by the loop's thread before it may block: it finishes this request alone; another takes over."""
         with self._lock:
             if self._is_runner():
-                self._leave()
+                self._replace_runner()
 
-    def _leave(self) -> None:
+    def _replace_runner(self) -> None:
         assert self._serving is not None
         self._remove(self._serving)
         self._runner = self._serving = None
@@ -209,7 +222,10 @@ class FastLoop:
         self._epoll.unregister(fd)
 
     def _sweep(self) -> bool:
-        """Have those go that have had no request for a while; False: no connection is left."""
+        """Remove connections without a recent request.
+
+        :returns: False: no connection is left.
+        """
         now = time.monotonic()
         if now < self._sweep_at:
             return True
@@ -227,16 +243,16 @@ class FastLoop:
     # On the main loop
 
     def look(self, now: float) -> None:
-        """To be called every :data:`LOOK_SECONDS` while it runs: no request holds up the others for much longer.
+        """Replace the loop's thread if a request has blocked it. To be called every :data:`LOOK_SECONDS`.
 
-        :param now: on the monotonic clock.
+        :param now: seconds on the monotonic clock.
         """
         if not self.is_running or now < self._look_at:
             return
         self._look_at = now + LOOK_SECONDS
         with self._lock:
             if self._serving is not None and self._begun == self._seen:
-                self._leave()
+                self._replace_runner()
             self._seen = self._begun
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What threads leave for one that waits for sockets, and how they wake it."""
+"""A queue for a thread that waits in a selector: other threads put items, and wake it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ T = TypeVar("T")
 
 
 class Mailbox(Generic[T]):
-    """Items for a thread that waits in a selector, for which there is a descriptor (:meth:`fileno`).
+    """Items for a thread that waits in a selector, where it registers the mailbox's descriptor (:meth:`fileno`).
 
-    It is never closed: threads whose requests were given up may yet write, and would write into whatever file has got
-    the pipe's number by then.
+    A mailbox is never closed: threads of abandoned requests may still write to its pipe, and would then write to
+    another file that has got the same descriptor.
     """
 
     def __init__(self) -> None:
@@ -24,21 +24,21 @@ class Mailbox(Generic[T]):
         self._reader, self.writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
     def fileno(self) -> int:
-        """Can be read when there is something, or when somebody has called :meth:`wake`."""
+        """A descriptor that is readable when there are items, or after a call of :meth:`wake`."""
         return self._reader
 
     def put(self, item: T) -> None:
-        """Leave an item. Any thread may call this."""
+        """Add an item, and wake the waiting thread. Any thread may call this."""
         self._items.put(item)
         self.wake()
 
     def wake(self) -> None:
         """Wake the waiting thread. Any thread may call this."""
-        with contextlib.suppress(BlockingIOError):  # it has been woken often enough
+        with contextlib.suppress(BlockingIOError):  # the pipe is full, so the thread will wake anyway
             os.write(self.writer, b"x")
 
     def take(self) -> Iterator[T]:
-        """What there is."""
+        """Remove and yield all items."""
         with contextlib.suppress(BlockingIOError):
             os.read(self._reader, 4096)
         with contextlib.suppress(queue.Empty):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What has come on a connection and is yet to be read: a request's head, its body, and what may follow it."""
+"""Reading requests from a connection: bytes that were received ahead, and bodies by length or in chunks."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any, Protocol
 
 from kci_storage.net.client_socket import ClientSocket
 
-LEAST_READ = 8 * 1024  # bytes that are asked for when nobody knows how many will come
-MOST_READ = 1024 * 1024  # bytes that are asked for at a time
+MIN_READ = 8 * 1024  # bytes of a read when the number of bytes to come is unknown
+MAX_READ = 1024 * 1024  # bytes of a read
 
 
 class Received:
-    """Bytes that came ahead of who reads them, and then those that come.
+    """A connection's bytes: first those that were received ahead, then those from the socket.
 
-    :param sock: the client's.
-    :param ahead: what has come.
+    :param sock: the client's socket.
+    :param ahead: the bytes that were received already.
     """
 
     def __init__(self, sock: ClientSocket, ahead: bytes):
@@ -25,33 +25,33 @@ class Received:
         self._ahead = ahead
 
     def read(self, size: int | None = None, read_ahead: int | None = None) -> bytes:
-        """So many bytes, fewer only when the client sends no more.
+        """Exactly ``size`` bytes, or fewer if the client sends no more.
 
-        :param size: None: what is there, or comes next; empty when the client sends no more.
-        :param read_ahead: how many of what comes next are wanted.
-        :raises ConnectionResetError: the client is gone, or stands still.
+        :param size: None: any number of bytes, as many as have come; empty: the client sends no more.
+        :param read_ahead: how many bytes the caller wants in the latter case.
+        :raises ConnectionResetError: the client is gone, or makes no progress.
         """
         if size is None:
-            return self.take() or self._sock.recv(max(LEAST_READ, min(read_ahead or 0, MOST_READ)))
+            return self.take() or self._sock.recv(max(MIN_READ, min(read_ahead or 0, MAX_READ)))
         pieces = bytearray(self._ahead)
-        while len(pieces) < size and (data := self._sock.recv(min(size - len(pieces), MOST_READ))):
+        while len(pieces) < size and (data := self._sock.recv(min(size - len(pieces), MAX_READ))):
             pieces += data
         self._ahead = bytes(pieces[size:])
         return bytes(pieces[:size])
 
     def unread(self, data: bytes) -> None:
-        """Put back what comes before what is left."""
+        """Put bytes back in front of the others."""
         self._ahead = data + self._ahead
 
     def take(self) -> bytes:
-        """What came ahead."""
+        """Remove and return the bytes that were received ahead."""
         ahead, self._ahead = self._ahead, b""
         return ahead
 
     def readinto(self, buffer: memoryview) -> int:
-        """Put what is there, or comes next, at the beginning of the buffer; how many bytes; 0: no more come.
+        """Put the next bytes, as many as have come, at the beginning of ``buffer``, without a copy in between.
 
-        What comes goes straight from the socket into the buffer.
+        :returns: how many bytes; 0: the client sends no more.
         """
         if not self._ahead:
             return self._sock.recv_into(buffer)
@@ -61,10 +61,7 @@ class Received:
 
 
 class LengthBody(io.RawIOBase):
-    """A request's body of known length.
-
-    It ends where it should, or sooner when the client goes away: then there is less of it than was announced.
-    """
+    """A request's body of known length. It ends early if the client sends less."""
 
     def __init__(self, received: Received, length: int):
         self._received = received
@@ -74,9 +71,10 @@ class LengthBody(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Put the next bytes, as many as there are, at the beginning of ``buffer``; how many; 0: no more come.
+        """Put the next bytes, as many as have come, at the beginning of ``buffer``.
 
-        :raises ConnectionResetError: the client is gone, or stands still.
+        :returns: how many bytes; 0: the body has ended, or the client sends no more.
+        :raises ConnectionResetError: the client is gone, or makes no progress.
         """
         view = memoryview(buffer)[: self.remaining]
         size = self._received.readinto(view) if view else 0
@@ -84,9 +82,10 @@ class LengthBody(io.RawIOBase):
         return size
 
     def read(self, size: int = -1) -> bytes:
-        """So many bytes, or all that are left; fewer when no more come.
+        """Exactly ``size`` bytes, or fewer if the body ends before.
 
-        :raises ConnectionResetError: the client is gone, or stands still.
+        :param size: -1: all that are left.
+        :raises ConnectionResetError: the client is gone, or makes no progress.
         """
         wanted = self.remaining if size is None or size < 0 else min(size, self.remaining)
         data = self._received.read(wanted) if wanted else b""
@@ -95,17 +94,17 @@ class LengthBody(io.RawIOBase):
 
     @property
     def is_read(self) -> bool:
-        """Whether nothing of it is left on the connection."""
+        """Whether the whole body has been read from the connection."""
         return self.remaining == 0
 
 
 class Reader(Protocol):
-    """Reads chunks."""
+    """Decodes a chunked body."""
 
     def read(self, size: int) -> bytes:
-        """So many bytes of their content; fewer only at the end.
+        """The next ``size`` bytes of the content; fewer only at the end.
 
-        :raises Exception: of many kinds: the coding is broken, or the client is gone.
+        :raises Exception: of many classes: the encoding is broken, or the client is gone.
         """
 
 
@@ -114,7 +113,7 @@ class ChunkedBody(io.RawIOBase):
 
     def __init__(self, reader: Reader):
         self._reader = reader
-        self.is_read = False  # whether nothing of it is left on the connection
+        self.is_read = False  # whether the whole body has been read from the connection
 
     def readable(self) -> bool:
         return True
@@ -125,9 +124,10 @@ class ChunkedBody(io.RawIOBase):
         return len(data)
 
     def read(self, size: int = -1) -> bytes:
-        """So many bytes, or all that are left; fewer at the end.
+        """The next ``size`` bytes; fewer only at the end.
 
-        :raises Exception: the coding is broken, or the client is gone.
+        :param size: -1: all that are left.
+        :raises Exception: of many classes: the encoding is broken, or the client is gone.
         """
         size = sys.maxsize if size is None or size < 0 else size
         data = self._reader.read(size)

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Thread slots: a request that waits releases its slot to another one.
 
-A worker has only so many slots. A request that waits for the backend, or for another request, does nothing with its
-own. If it kept it, a backend that hangs, or one stalled upload and enough requests for its key, would hold up all
-others. So each such wait is a block of :func:`waiting`. Those for the backend are in one place, the wrapper around
-every driver (:mod:`kci_storage.monitoring.measured_driver`).
+A worker has a fixed number of slots. A request that waits for the backend or for another request does not need its
+own. If it kept the slot, a backend that hangs, or one stalled upload and enough requests for its key, would block all
+other requests. So each such wait is a block of :func:`waiting`. The waits for the backend are in one place, the
+wrapper around every driver (:mod:`kci_storage.monitoring.measured_driver`).
 
-A thread may also have other clients' requests queued behind the one that it answers (:mod:`.fast_loop`), as long as
-each takes no longer than a hit. A request that may take longer says so first: :func:`may_block`.
+A thread of the fast loop (:mod:`.fast_loop`) has other clients' requests queued behind the one that it answers. Code
+that may take longer than a hit calls :func:`may_block` first.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ import threading
 from collections.abc import Iterator
 from typing import Protocol
 
-MAX_WAITING = 256  # requests of a worker that may wait, of those that can be refused: each may cost a thread
+MAX_WAITING = 256  # requests per worker in a wait that may be refused: each may cost a thread
 
 
 class Slot(Protocol):
     """The slot of one thread."""
 
     def waiting(self, bounded: bool) -> contextlib.AbstractContextManager[None]:
-        """Another thread may have the slot during the block.
+        """Release the slot to another thread during the block.
 
-        :param bounded: whether this is one of the waits of which there may be only :data:`MAX_WAITING`.
-        :raises Overloaded: there are that many already.
+        :param bounded: whether this wait counts against :data:`MAX_WAITING`.
+        :raises Overloaded: that number is reached.
         """
         ...
 
@@ -36,7 +36,7 @@ class Batch(Protocol):
     """Requests that one thread answers in turn."""
 
     def drop_out(self) -> None:
-        """Leave the calling thread alone with the request that it answers now; nothing happens if it is already."""
+        """Let the calling thread finish its request alone, and another thread take over the batch. Idempotent."""
         ...
 
 
@@ -52,19 +52,19 @@ _here = _Here()
 
 
 def occupy(slot: Slot) -> None:
-    """The calling thread has a slot from now on."""
+    """Note that the calling thread has a slot from now on."""
     _here.slot = slot
 
 
 @contextlib.contextmanager
 def waiting(bounded: bool = True) -> Iterator[None]:
-    """The calling thread only waits during the block: for the backend, or for another thread.
+    """Release the calling thread's slot during the block, in which it only waits: for the backend or another thread.
 
-    It may have no slot, or wait already: a driver may wait for a lock.
+    Waits may be nested, as when a driver waits for a lock; and the thread may have no slot. Then nothing happens.
 
-    :param bounded: False for a wait that must not be refused, whatever the request.
-    :raises Overloaded: too many requests wait already. Nothing of this one's body has been received, and nothing of
-        its answer has been sent.
+    :param bounded: False: this wait must not be refused.
+    :raises Overloaded: too many requests wait already. No byte of this request's body has been received by then, and
+        no byte of its response has been sent.
     """
     may_block()
     if _here.slot is None or _here.is_waiting:
@@ -79,26 +79,26 @@ def waiting(bounded: bool = True) -> Iterator[None]:
 
 
 def serve(batch: Batch | None) -> None:
-    """The calling thread answers the requests of a batch from now on; None: no longer."""
+    """Note that the calling thread answers the requests of a batch from now on; None: no longer."""
     _here.batch = batch
 
 
 def begin_request() -> None:
-    """The calling thread begins to answer a request."""
+    """Note that the calling thread begins to answer a request."""
     _here.may_have_blocked = False
     _here.may_be_refused = True
 
 
 def refuse_no_longer() -> None:
-    """Called before anything of the body of the thread's request is received, and before its answer begins.
+    """Called before a request's body is received, and before its response begins: its waits are not refused any more.
 
-    From then on it may wait as often as it has to, however many others do.
+    A refusal would waste the transfer, or come too late for a status.
     """
     _here.may_be_refused = False
 
 
 def may_block() -> None:
-    """Called before anything that may take a while, so that no other request waits behind it."""
+    """Called before anything that may block, so that no other request of the fast loop has to wait for it."""
     _here.may_have_blocked = True
     if _here.batch is not None:
         _here.batch.drop_out()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The threads that answer requests, and the memory that they leave behind."""
+"""The pool of threads that answer requests, and the return of memory that they have freed."""
 
 from __future__ import annotations
 
@@ -17,29 +17,27 @@ from kci_storage.net import slots
 
 log = logging.getLogger(__name__)
 
-MOMENT = 0.02  # seconds that a wait has lasted before its slot is released; most waits are over by then
-SLOW_PER_THREAD = 4  # threads that wait for slow clients, for each of those that work: beyond, the slowest have to go
+RELEASE_SECONDS = 0.02  # after which a wait's slot is released; most waits end before
+SLOW_PER_SLOT = 4  # threads per slot that may wait for slow clients; beyond, the slowest clients are shed
+LARGE_TRANSFER = 16 * 1024 * 1024  # bytes; smaller ones leave little freed memory
 
-
-LARGE_TRANSFER = 16 * 1024 * 1024  # bytes; what is smaller leaves little memory behind
-
-_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; others keep less
+_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; other allocators keep less
 
 
 class Threads:
-    """Threads that work, so many at a time, and beside them those that wait for slow clients, or for other requests.
+    """A pool of threads. The number of working threads is limited by slots; threads that wait release theirs.
 
-    A thread that waits for its client does nothing else, and needs no processor: it gives its slot to another one,
-    and takes it back when the client has moved. So clients that are slow by intent or by their link hold up nobody
-    else. There may be as many as connections: with a limit of their own, a worker that has reached it would hold the
-    requests that it has accepted, while another one has threads to spare.
+    A thread that waits for a slow client uses no processor: it releases its slot to another thread until the client
+    makes progress. So slow clients, whether by intent or by their link, do not delay others. The number of such
+    threads is limited only by that of the connections: with a limit of their own, a worker at that limit would hold
+    up requests that it has accepted, while another worker has free threads.
 
-    A thread that waits for the backend or another request (:func:`.slots.waiting`) keeps its slot for a moment, since
-    most such waits are over by then. Then the slot is free for a request that needs one. The number of such waits is
-    limited where they can be refused, since nobody drops their clients.
+    A thread that waits for the backend or another request (:func:`.slots.waiting`) keeps its slot for
+    :data:`RELEASE_SECONDS`, since most such waits end before. Then a request that needs a slot can have it. The
+    number of waits that may be refused is limited, since their clients cannot be shed.
 
-    :param size: how many work at a time: the slots.
-    :param changed: called by any thread when a slot has become free, or is no longer.
+    :param size: how many threads may work at a time: the number of slots.
+    :param changed: called by any thread when the number of released slots has changed.
     """
 
     def __init__(self, size: int, changed: Callable[[], None]):
@@ -49,13 +47,13 @@ class Threads:
         self._queue: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._threads = 0
-        self._spare = 0  # idle threads; below zero: calls that wait for one
-        self._waiting: set[Any] = set()  # the clients for whom threads wait
+        self._spare = 0  # idle threads; below zero: calls that wait for a thread
+        self._waiting: set[Any] = set()  # the clients that threads wait for
         self._begun: dict[object, float] = {}  # other waits that still have a slot: when each began, in order
-        self._bounded = 0  # threads that wait, and could have been refused that
+        self._bounded = 0  # running waits that count against slots.MAX_WAITING
 
     def submit(self, function: Callable[[], None]) -> None:
-        """Have a function called by a thread, as soon as one is free."""
+        """Call a function in a thread of the pool, as soon as one is free."""
         self._queue.put(function)
         with self._lock:
             self._spare -= 1
@@ -63,7 +61,7 @@ class Threads:
 
     @contextlib.contextmanager
     def released_for(self, client: Any) -> Iterator[None]:
-        """The calling thread does nothing but wait for a client during the block."""
+        """Release the calling thread's slot during the block, in which it only waits for a client."""
         with self._lock:
             self._waiting.add(client)
         try:
@@ -75,10 +73,10 @@ class Threads:
 
     @contextlib.contextmanager
     def waiting(self, bounded: bool) -> Iterator[None]:
-        """The calling thread does nothing but wait for the backend, or for others, during the block.
+        """Make the calling thread's slot available during the block, in which it only waits for other than a client.
 
-        :param bounded: whether it can be refused that.
-        :raises Overloaded: too many do of those that can.
+        :param bounded: whether this wait counts against :data:`.slots.MAX_WAITING`.
+        :raises Overloaded: that number is reached.
         """
         wait = object()
         with self._lock:
@@ -96,15 +94,15 @@ class Threads:
 
     @property
     def released_slots(self) -> int:
-        """Those of threads that wait, now. To be asked for when a slot is needed: so they are released in time."""
+        """The number of released slots. Before it is read, the slots of long waits are released."""
         with self._lock:
             if self._release_due():
                 self._fill()
             return self._released
 
     def _release_due(self) -> bool:
-        """Release the slots of waits that have lasted for a moment; whether there were some."""
-        due = time.monotonic() - MOMENT
+        """Release the slots of waits that have lasted for :data:`RELEASE_SECONDS`; whether there were some."""
+        due = time.monotonic() - RELEASE_SECONDS
         before = self._released
         while (oldest := next(iter(self._begun), None)) is not None and self._begun[oldest] <= due:
             del self._begun[oldest]
@@ -125,25 +123,25 @@ class Threads:
 
     @property
     def has_plenty(self) -> bool:
-        """Whether no more than half of the threads are at work, or wait for work that is sure to come."""
+        """Whether at most half of the slots are in use."""
         return 2 * (self._threads - self._spare - self._released) <= self.size
 
     @property
     def is_crowded(self) -> bool:
-        """Whether more threads wait for slow clients than are worth their memory, or there can be no more threads."""
-        return len(self._waiting) > SLOW_PER_THREAD * self.size or self._spare < 0
+        """Whether too many threads wait for slow clients, or calls wait for a thread."""
+        return len(self._waiting) > SLOW_PER_SLOT * self.size or self._spare < 0
 
     def waited_for(self) -> list[Any]:
-        """The clients for whom threads wait."""
+        """The clients that threads wait for."""
         with self._lock:
             return list(self._waiting)
 
     def _fill(self) -> None:
-        """Start a thread if one is wanted and there is a slot for it."""
+        """Start a thread if a call waits for one and a slot is free."""
         if self._spare < 0 and self._threads - self._released < self.size:
             try:
                 threading.Thread(target=self._run, name="request", daemon=True).start()
-            except RuntimeError:  # the system has none to give; those that are there go on
+            except RuntimeError:  # the system's limit is reached; the existing threads go on
                 log.warning("event=no_thread threads=%d", self._threads)
                 return
             self._threads += 1
@@ -155,20 +153,22 @@ class Threads:
             call = self._queue.get()
             try:
                 call()
-            except BaseException:  # the thread is for all calls
+            except BaseException:  # no call may end the thread
                 log.exception("event=call_failed")
             with self._lock:
-                if self._threads - self._released > self.size:  # it came for one that waited, and that is back
+                if self._threads - self._released > self.size:  # it was started for a released slot, now in use again
                     self._threads -= 1
                     return
                 self._spare += 1
 
 
 def give_back_memory(transferred: int) -> None:
-    """After a transfer of so many bytes: return to the system what it has left (malloc_trim(3)).
+    """Return freed memory to the system after a large transfer (malloc_trim(3)).
 
-    Pieces of large transfers pass through many threads, and glibc keeps for each thread what it has freed. So a
-    worker would stay as large as its busiest moment was.
+    The pieces of large transfers are freed by many threads, and glibc keeps freed memory per thread. Without this, a
+    worker would stay as large as at its peak.
+
+    :param transferred: bytes.
     """
     if _trim is not None and transferred >= LARGE_TRANSFER:
         _trim(0)

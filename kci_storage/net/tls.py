@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""TLS, for those who have no proxy in front.
+"""TLS, for servers without a proxy in front.
 
-A connection is what it is without TLS: it never blocks, its request's head is collected by the main loop, and a slow
-reader is served from the background. Python's own TLS sockets keep to themselves what they have received already, so
+A TLS connection behaves like one without TLS: it never blocks, the main loop collects its request's head, and the
+background sender serves a slow reader. Python's own TLS sockets hide the bytes that they have received already, so
 this one encrypts and decrypts in memory (``ssl.MemoryBIO``), and leaves the socket to :class:`ClientSocket`. Files
-are read and encrypted piece by piece, since ``sendfile`` goes past TLS.
+are read and encrypted piece by piece, since ``sendfile`` would bypass TLS.
 """
 
 from __future__ import annotations
@@ -19,31 +19,31 @@ from typing import Any
 from kci_storage.net.client_socket import ClientSocket
 
 RECORD_SIZE = 16 * 1024  # bytes of plain text in a TLS record, at most (RFC 8446, 5.1)
-RECEIVE_SIZE = 64 * 1024  # bytes that are taken from the kernel at a time
-PIECE_SIZE = 64 * 1024  # bytes that are encrypted at a time; what a slow client has not taken of them stays in memory
+RECEIVE_SIZE = 64 * 1024  # bytes that are received at a time
+PIECE_SIZE = 64 * 1024  # bytes that are encrypted at a time, and held in memory until the client has received them
 _INPUT = select.POLLIN
 
 
 def server_context(certfile: str, keyfile: str) -> ssl.SSLContext | None:
-    """What a server needs to answer handshakes, as of TLS 1.2; None: it is to have no TLS.
+    """The server's TLS context, for TLS 1.2 and later; None: no TLS.
 
-    :param certfile: the certificate and those between it and its root, in PEM; empty: no TLS.
-    :param keyfile: its key; empty: it is in ``certfile``.
-    :raises OSError: a file cannot be read, or they do not belong together (``ssl.SSLError``).
+    :param certfile: path of the certificate chain, in PEM; empty: no TLS.
+    :param keyfile: path of the private key; empty: it is in ``certfile``.
+    :raises OSError: a file cannot be read, or key and certificate do not match (``ssl.SSLError``).
     """
     if not certfile:
         return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.options |= ssl.OP_NO_RENEGOTIATION  # a client of TLS 1.2 could have us work without end
+    context.options |= ssl.OP_NO_RENEGOTIATION  # else a TLS 1.2 client could cause handshakes without end
     context.set_alpn_protocols(["http/1.1"])
-    context.load_cert_chain(certfile, keyfile or None, password="")  # not asked for at the terminal
+    context.load_cert_chain(certfile, keyfile or None, password="")  # never prompt for a password
     return context
 
 
 class TlsSocket(ClientSocket):
-    """A client's socket whose other side speaks TLS.
+    """A client's socket with TLS.
 
-    :param context: of the server.
+    :param context: the server's TLS context.
     """
 
     is_secure = True
@@ -54,34 +54,34 @@ class TlsSocket(ClientSocket):
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
         self._established = False
         self.speaks_plain = False
-        self._ahead = b""  # what was decrypted before anybody asked for it
-        self._unsent = memoryview(b"")  # encrypted, and not yet taken by the kernel
-        self._written = 0  # bytes of plain text that are in there; sent only when all of it is
+        self._ahead = b""  # plain text that has been decrypted and not yet read
+        self._unsent = memoryview(b"")  # encrypted, and not yet accepted by the kernel
+        self._written = 0  # bytes of plain text in the encrypted data; they count as sent only when all of it is
 
     @property
     def is_handshaking(self) -> bool:  # type: ignore[override]  # a constant without TLS
-        """Whether the client has begun, and not ended, to shake hands."""
+        """Whether a handshake has begun and not yet ended."""
         return self._gone > 0 and not self._established
 
     @property
     def has_more(self) -> bool:
-        """Whether a record has come that can be decrypted."""
+        """Whether plain text can be read without receiving more."""
         if not self._ahead and self._established and self._incoming.pending:
-            with contextlib.suppress(ssl.SSLError):  # not all of it; or what will be said when it is asked for
+            with contextlib.suppress(ssl.SSLError):  # the record is incomplete, or the next read reports the error
                 self._ahead = self._tls.read(RECORD_SIZE)
         return bool(self._ahead or self._tls.pending())
 
     def is_ready(self, event: int, seconds: float) -> bool:
-        """As of any client's socket, and what has been received already counts."""
+        """As :meth:`ClientSocket.is_ready`; bytes that have been received already count."""
         return (event == _INPUT and self.has_more) or super().is_ready(event, seconds)
 
     # Receiving
 
     def recv_now(self, size: int, flags: int = 0) -> bytes:
-        """What is there, decrypted; the handshake is part of it.
+        """The plain text that has come, after the handshake, which takes place here.
 
-        :raises BlockingIOError: nothing.
-        :raises ConnectionResetError: this is no TLS, or not as it should be.
+        :raises BlockingIOError: nothing has come.
+        :raises ConnectionResetError: the client does not speak TLS, or violates the protocol.
         """
         if self._ahead:
             data, self._ahead = self._ahead[:size], self._ahead[size:]
@@ -89,7 +89,7 @@ class TlsSocket(ClientSocket):
         return self._received(lambda: self._tls.read(size)) or b""
 
     def recv_into_now(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:
-        """The same, into a buffer."""
+        """As :meth:`recv_now`, into a buffer; how many bytes."""
         size = nbytes or len(buffer)
         if self._ahead:
             data = self.recv_now(size)
@@ -98,7 +98,7 @@ class TlsSocket(ClientSocket):
         return self._received(lambda: self._tls.read(size, buffer)) or 0
 
     def _received(self, read: Any) -> Any:
-        """What a read gives, once enough has come; None: the client has closed the connection."""
+        """The result of a read, once enough has come; None: the client has closed the connection."""
         while True:
             try:
                 self._shake_hands()
@@ -107,7 +107,7 @@ class TlsSocket(ClientSocket):
                 self._answer()
                 if not self._take():
                     return None
-            except ssl.SSLZeroReturnError:  # it has said that it is done
+            except ssl.SSLZeroReturnError:  # close_notify
                 return None
             except ssl.SSLError as exc:
                 raise self._broken(exc) from exc
@@ -119,13 +119,14 @@ class TlsSocket(ClientSocket):
             self._answer()
 
     def _answer(self) -> None:
-        """Send what TLS itself has to say, if there is room; else it goes with what is sent next."""
+        """Send messages of the TLS protocol itself; if the kernel takes none now, they go with the next data."""
         with contextlib.suppress(BlockingIOError):
             self._flush()
 
     def _take(self) -> int:
-        """Take what has come; how many bytes; 0: the client has closed the connection.
+        """Receive encrypted bytes.
 
+        :returns: how many; 0: the client has closed the connection.
         :raises BlockingIOError: nothing has come.
         """
         data = super().recv_now(RECEIVE_SIZE)
@@ -137,19 +138,23 @@ class TlsSocket(ClientSocket):
             self.speaks_plain = True
             return ConnectionResetError("HTTP without TLS")
         with contextlib.suppress(OSError):
-            self._flush()  # the alert, which says what is wrong
+            self._flush()  # the alert that tells the client
         return ConnectionResetError(f"TLS: {error.reason or error}")
 
     # Sending
 
     def send_now(self, data: Any, flags: int = 0) -> int:
-        """Encrypt and send; all of what was encrypted, or nothing."""
+        """Encrypt and send.
+
+        :returns: how many bytes of plain text were sent.
+        :raises BlockingIOError: the kernel has not accepted all of it; the next call goes on.
+        """
         if not self._written:
             self._encrypt(memoryview(data)[:PIECE_SIZE])
         return self._sent()
 
     def send_file_now(self, fd: int, position: int, count: int) -> int:
-        """The same, of a file."""
+        """As :meth:`send_now`, from a file; 0: the file has ended."""
         if not self._written:
             data = os.pread(fd, min(count, PIECE_SIZE), position)
             if not data:
@@ -169,9 +174,9 @@ class TlsSocket(ClientSocket):
         return sent
 
     def _flush(self) -> None:
-        """Have the kernel take all that is encrypted.
+        """Send all encrypted data.
 
-        :raises BlockingIOError: it takes no more now.
+        :raises BlockingIOError: the kernel accepts no more now.
         """
         while self._unsent or self._outgoing.pending:
             if not self._unsent:
@@ -179,9 +184,9 @@ class TlsSocket(ClientSocket):
             self._unsent = self._unsent[super().send_now(self._unsent) :]
 
     def answer_now(self, data: bytes) -> None:
-        """Send an answer as far as that is possible without waiting, to whoever speaks whatever.
+        """Send a refusal as far as possible without blocking: in plain text to a client that does not speak TLS.
 
-        :raises OSError: it is not.
+        :raises OSError: it cannot be sent.
         """
         if self.speaks_plain:
             super().send_now(data)
@@ -191,9 +196,9 @@ class TlsSocket(ClientSocket):
     # Closing
 
     def shutdown(self, how: int) -> None:
-        """As of any socket; before the end of what is sent comes that of TLS, so that nobody can feign it."""
+        """As of any socket; sends ``close_notify`` first, by which the client can detect truncation (RFC 8446, 6.1)."""
         if how == socket.SHUT_WR and self._established:
-            with contextlib.suppress(OSError):  # there is no room, or the client has not said so yet: no matter
+            with contextlib.suppress(OSError):  # the kernel accepts no more, or the client is gone
                 self._close_notify()
         super().shutdown(how)
 

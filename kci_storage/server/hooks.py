@@ -120,7 +120,7 @@ def post_worker_init(worker: Any) -> None:
     """The application is there: start what runs beside requests."""
     worker.services = worker.application.extensions["kci_storage"]
     worker.services.start()
-    multiprocess.keep()
+    multiprocess.start_restoring()
 
 
 def worker_exit(server: Any, worker: Any) -> None:
@@ -143,7 +143,7 @@ def child_exit(server: Any, worker: Any) -> None:
     """A worker is gone: its gauges with it, and what its clients had. Its counters go to the next of its number."""
     multiprocess.forget_worker(_master.metrics.path, worker.name)
     _master.ledger.release(worker.number)
-    _master.numbers.give_back(worker.number)
+    _master.numbers.release(worker.number)
 
 
 def on_exit(server: Any) -> None:

@@ -50,7 +50,7 @@ HEAD_SECONDS = 10.0  # from a request's first byte until its head must be there
 LONGEST_HEAD = 64 * 1024  # bytes
 TURN_SECONDS = 1.0  # the longest turn of the main loop
 IDLE_SECONDS = 1.0  # for which a connection has been idle before it makes room for a new client
-RETRY_SECONDS = 0.1  # after which the main loop goes on when something has gone wrong in it
+
 STOP_SECONDS = 2.0  # for which a worker that stops waits for requests that may be on their way
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGABRT)
 
@@ -122,7 +122,7 @@ class Worker(gunicorn_parts.Worker):
             self._do_turn(accepting)
         except Exception:
             log.exception("event=main_loop_failed")
-            time.sleep(RETRY_SECONDS)  # it may fail again at once
+            time.sleep(fast_loop.RETRY_SECONDS)  # it may fail again at once
 
     def _do_turn(self, accepting: bool) -> None:
         """Accept, collect, dispatch, expire, shed, look.

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The way of a request from outside in, before Flask sees it: exchange, admission, downloads, responses."""
+"""The WSGI middleware in front of Flask: exchange, access control, downloads, responses."""

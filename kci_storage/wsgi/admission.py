@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Who is let in: crawlers, blocked networks, and clients that want too much are refused before any work.
+"""Access control: crawlers, blocked networks and clients over their limit are refused before any work is done.
 
-So are requests that HTTP/1.1 does not allow (:mod:`kci_storage.http.heads`). What is found out about an address with
-a user agent is remembered, so that a hit pays for one look.
+Requests that HTTP/1.1 does not allow (:mod:`kci_storage.http.heads`) are refused here, too. The rules' result for an
+address and a user agent is cached, so a hit costs one look-up.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
     from kci_storage.access.policies import Policies
 
 
-ROUTE = "refused"  # for the metrics
-CHALLENGE_ROUTE = "challenge"  # the same, of the page that a browser gets instead of a file
+ROUTE = "refused"  # the metrics' route of a refused request
+CHALLENGE_ROUTE = "challenge"  # the metrics' route of the challenge page, which a browser gets instead of a file
 
 
-class Guard:
-    """WSGI middleware that lets requests in, or refuses them.
+class AccessControl:
+    """WSGI middleware that admits requests, or refuses them.
 
-    :param app: gets those that are let in.
-    :param policies: have the rules, which may change.
-    :param refused: called with the label of the rule by which a request is refused.
-    :param challenged: called with what becomes of a browser's download.
+    :param app: gets the admitted requests.
+    :param policies: the rules, which a reload of the configuration may replace.
+    :param refused: called with the label of the rule that refused a request.
+    :param challenged: called with the challenge's verdict on a browser's download.
     """
 
     def __init__(
@@ -59,13 +59,13 @@ class Guard:
             self._refused(meaning(refusal).label)
             return _refuse(refusal, environ, start_response)
         except ProtocolError as fault:
-            environ[EXCHANGE].close_connection()  # what comes next may be a body that was not announced
+            environ[EXCHANGE].close_connection()  # the next bytes may be a body that was not announced
             return _refuse(fault, environ, start_response)
 
     def _ask(
         self, challenge: Challenge, environ: dict[str, Any], start_response: Callable[..., Any]
     ) -> Iterable[bytes]:
-        """Let a browser pass that has run the script of the page."""
+        """Admit a browser that has run the challenge page's script; show the page to others."""
         verdict = challenge.judge(environ)
         if verdict is None:
             return self._app(environ, start_response)
@@ -73,7 +73,7 @@ class Guard:
         if verdict is ChallengeVerdict.SHOWN:
             return _show(challenge, environ, start_response)
         if verdict is ChallengeVerdict.SLOWED:
-            start_response = _slowly(start_response, challenge.fallback_rate)
+            start_response = _rate_limited(start_response, challenge.fallback_rate)
         return self._app(environ, start_response)
 
 
@@ -87,7 +87,7 @@ def _refuse(error: StorageError, environ: dict[str, Any], start_response: Callab
 
 
 def _show(challenge: Challenge, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-    """The page instead of the file: an error, so that nobody takes it for the file, or for the rest of one."""
+    """The challenge page, with status 403, so that no client stores it as the file or as the rest of one."""
     body = challenge.page(environ["PATH_INFO"], environ["QUERY_STRING"])
     environ[EXCHANGE].route = CHALLENGE_ROUTE
     policy = ("Content-Security-Policy", POLICY), ("Referrer-Policy", "no-referrer")
@@ -96,14 +96,14 @@ def _show(challenge: Challenge, environ: dict[str, Any], start_response: Callabl
     return () if environ["REQUEST_METHOD"] == "HEAD" else (body,)
 
 
-def _slowly(start_response: Callable[..., Any], rate: int) -> Callable[..., Any]:
-    """Have nginx, in front, send a response at so many bytes per second.
+def _rate_limited(start_response: Callable[..., Any], rate: int) -> Callable[..., Any]:
+    """A ``start_response`` that makes nginx, in front, send the response at ``rate`` bytes per second.
 
-    It keeps no rate for what it does not buffer, so it is told to do that.
+    nginx limits the rate of buffered responses only, so buffering is switched on as well.
     """
-    slowly = [("X-Accel-Limit-Rate", str(rate)), ("X-Accel-Buffering", "yes")]
+    limit = [("X-Accel-Limit-Rate", str(rate)), ("X-Accel-Buffering", "yes")]
 
     def start(status: str, headers: Headers, *exc_info: Any) -> Any:
-        return start_response(status, [*headers, *slowly], *exc_info)
+        return start_response(status, [*headers, *limit], *exc_info)
 
     return start

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Downloads, answered before the framework sees the request.
 
-Most requests are downloads, and Flask's dispatch would be most of what a hit costs, and a good part of what a small
-cold object does. What is no download of a valid key goes to the application, and so does a download that fails: it
-makes the errors of all kinds (:mod:`kci_storage.blueprints.errors`).
+Most requests are downloads. Flask's dispatch would be most of the cost of a hit, and a good part of the cost of a
+small cold object. Any other request goes to the application. So does a download that fails, since the application
+makes all error responses (:mod:`kci_storage.blueprints.errors`).
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from kci_storage.wsgi.exchange import EXCHANGE
 from kci_storage.wsgi.responder import DownloadResponse, Responder
 
 ROUTE = "download"  # the view's name, for the metrics
-FAILURE = "kci_storage.failure"  # the environ's key for what a download has raised
-TRIES = 3  # of a cold object that is replaced while it is looked at
+FAILURE = "kci_storage.failure"  # the environ's key for the exception that a download has raised
+TRIES = 3  # attempts at a cold object that is replaced while it is opened
 
 
 class Downloads:
     """WSGI middleware that answers downloads.
 
-    :param app: gets all other requests, and those that fail, with the exception under :data:`FAILURE`.
+    :param app: gets all other requests, and the downloads that fail, with the exception under :data:`FAILURE`.
     """
 
     def __init__(self, app: Callable[..., Iterable[bytes]], objects: Objects, responder: Responder):
@@ -46,7 +46,7 @@ class Downloads:
             return self._pass_on(environ, start_response)
         try:
             response = self._respond(key, environ)
-        except Refused:  # there are too many that last
+        except Refused:  # the client has too many downloads; the access control answers
             raise
         except Exception as exc:  # noqa: BLE001  (the application raises it)
             environ[FAILURE] = exc
@@ -56,7 +56,7 @@ class Downloads:
         return response.body
 
     def _pass_on(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-        environ[EXCHANGE].lasts()
+        environ[EXCHANGE].count_as_running()
         slots.may_block()
         return self._app(environ, start_response)
 
@@ -71,11 +71,11 @@ class Downloads:
 
     def _respond_once(self, key: str, environ: dict[str, Any], conditions: RequestHeaders) -> DownloadResponse:
         exchange = environ[EXCHANGE]
-        content = self._objects.open(key, environ["REQUEST_METHOD"], conditions, exchange.lasts)
+        content = self._objects.open(key, environ["REQUEST_METHOD"], conditions, exchange.count_as_running)
         exchange.route, exchange.cache = ROUTE, content.status.value
         try:
             if content.info.size > SMALL_FILE:
-                exchange.lasts()
+                exchange.count_as_running()
             return self._responder.respond(content, environ, conditions)
         except BaseException:
             content.close()

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The border between gunicorn and the application: what was really read and sent.
+"""The exchange: one request and its response, as they were really read from and written to the connection.
 
-One :class:`Exchange` accompanies each request. Its body tells a client that went away from one that was done; its end
-is when the response's last byte has been handed to the kernel, or the client is gone, and only then is the request
-logged and counted. WSGI hooks of a framework run before the body is sent, and not at all for ``sendfile``.
+The server cannot rely on a framework's hooks, which run before the body is sent, and not at all for ``sendfile``. So
+each request has an :class:`Exchange`. Its body raises when the client disconnects before the body's end. It finishes
+when the kernel has taken the response's last byte or the client is gone; only then is the request logged and counted.
 """
 
 from __future__ import annotations
@@ -23,29 +23,36 @@ from kci_storage.net.bodies import SentFile, SentSegments, cut_short
 
 EXCHANGE = "kci_storage.exchange"  # the environ's key for it
 REQUEST_ID = "kci_storage.request_id"  # the environ's key for the request's ID, also when the exchange is over
-CONNECTION = "kci_storage.connection"  # the environ's key for what the worker lets us do to the connection
-FIRST_READ_SIZE = 1024  # bytes of a chunked body; gunicorn waits for all, and these say what may be refused
-SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:+/=-]{1,128}")
+CONNECTION = "kci_storage.connection"  # the environ's key for the worker's ClientConnection
+FIRST_READ_SIZE = 1024  # bytes of a chunked body: gunicorn waits for all of them, and they may be enough to refuse it
+VALID_REQUEST_ID = re.compile(r"[A-Za-z0-9._:+/=-]{1,128}")
 
 Environ = dict[str, Any]
 StartResponse = Callable[..., Any]
 
 
 class ClientConnection(Protocol):
-    """What the worker lets the application do to a connection."""
+    """The operations on a connection that the worker offers to the application."""
 
     def continue_body(self) -> None:
         """Send 100 Continue if the client waits for it."""
 
     def receive_into(self, buffer: memoryview) -> int:
-        """Put the next bytes of a body of known length at the beginning of ``buffer``; how many; 0: its end."""
+        """Put the next bytes of the body at the beginning of ``buffer``.
+
+        :returns: how many bytes; 0: the body has ended.
+        """
 
     def close_afterwards(self) -> None:
-        """Say ``Connection: close`` and mean it."""
+        """Send ``Connection: close``, and close the connection after this response."""
 
 
 class Exchange:
-    """A request and its response, as they went over the wire."""
+    """A request and its response, as they went over the wire.
+
+    :param environ: the request's WSGI environment.
+    :param finished: called once, with the exchange, when the response has been sent or never will be.
+    """
 
     def __init__(self, environ: Environ, finished: Callable[[Exchange], None]):
         self.environ = environ
@@ -54,46 +61,46 @@ class Exchange:
         self.request_id = environ[REQUEST_ID] = request_id_from(environ.get("HTTP_X_REQUEST_ID"))
         self.body = RequestBody(environ)
         self.status = 0
-        self.promised = 0  # body bytes, by Content-Length
+        self.announced = 0  # body bytes, by Content-Length
         self.sent = 0  # body bytes
         self.duration = 0.0  # seconds, once it has finished
         self.route: str | None = None  # which view answered
         self.user: str | None = None  # the token's email
-        self.cache: str | None = None  # what X-Cache said
-        self.error: str | None = None  # what only the log may say
-        self.count: Callable[[], Callable[[], None]] | None = None  # counts it if it lasts; returns what ends that
-        self._release: Callable[[], None] | None = None
+        self.cache: str | None = None  # the value of X-Cache
+        self.error: str | None = None  # for the log alone
+        self.count: Callable[[], Callable[[], None]] | None = None  # counts the request; returns how to undo that
+        self._uncount: Callable[[], None] | None = None
         self._finished: Callable[[Exchange], None] | None = finished
 
-    def lasts(self) -> None:
-        """It will not be over at once: have it counted, where that is wanted and has not been done.
+    def count_as_running(self) -> None:
+        """This request will take a while: count it once against the client's limit, if there is one.
 
-        :raises Refused: there are too many already.
+        :raises Refused: the client has as many running requests as it may have.
         """
         if self.count is not None:
             count, self.count = self.count, None
-            self._release = count()
+            self._uncount = count()
 
     def failed(self, error: StorageError) -> None:
-        """Have the log say what went wrong."""
+        """Note the error for the request's line in the log."""
         self.error = f"{meaning(error).label}: {error.detail or error.message}"
 
     def answer(self, problem: problems.Problem) -> problems.Answer:
-        """What this request is answered when something is wrong."""
+        """The error response to this request."""
         environ = self.environ
         return problems.answer(problem, self.request_id, environ.get("HTTP_ACCEPT"), environ["PATH_INFO"])
 
     def finish(self) -> None:
-        """The response has been sent, or never will be. Only the first call counts."""
+        """The response has been sent, or never will be. Idempotent."""
         if self._finished is not None:
             finished, self._finished = self._finished, None
-            if self._release is not None:
-                self._release()
+            if self._uncount is not None:
+                self._uncount()
             self.duration = time.monotonic() - self.begun
-            if self.sent < self.promised:
-                self.close_connection()  # else the client waits for the rest, and takes the next answer for it
+            if self.sent < self.announced:
+                self.close_connection()  # else the client would take the next response for the rest of this one
             finished(self)
-            self.environ.pop(EXCHANGE, None)  # they would keep one another until the collector of cycles comes
+            self.environ.pop(EXCHANGE, None)  # breaks a reference cycle
 
     def close_connection(self) -> None:
         """Have the connection closed after this response."""
@@ -103,22 +110,22 @@ class Exchange:
 
 
 def request_id_from(incoming: str | None) -> str:
-    """The ID that a request has brought along, if it is sane; else a new one.
+    """The request ID that the client has sent, if it is valid; else a new one.
 
     :param incoming: the request's ``X-Request-ID``.
     """
-    return incoming if incoming and SANE_REQUEST_ID.fullmatch(incoming) else new_request_id()
+    return incoming if incoming and VALID_REQUEST_ID.fullmatch(incoming) else new_request_id()
 
 
 def new_request_id() -> str:
-    """An ID for a request that brought none along."""
-    return f"{random.getrandbits(128):032x}"  # to be found in a log, not to be kept from anybody
+    """A new request ID: 128 random bits, in hex."""
+    return f"{random.getrandbits(128):032x}"  # it only has to be unique, not secret
 
 
 class RequestBody(io.RawIOBase):
-    """The request's body, which raises where it ends too early.
+    """The request's body, which raises if it ends too early.
 
-    gunicorn shows a client that went away as an ordinary end of the body; only its length tells.
+    gunicorn reports a disconnected client as an ordinary end of the body; only the body's length tells the two apart.
     """
 
     def __init__(self, environ: Environ):
@@ -132,7 +139,7 @@ class RequestBody(io.RawIOBase):
 
     @property
     def exhausted(self) -> bool:
-        """Whether nothing of it is left on the connection."""
+        """Whether the whole body has been read from the connection."""
         return self._at_end
 
     def readable(self) -> bool:
@@ -141,13 +148,13 @@ class RequestBody(io.RawIOBase):
     def read(self, size: int = -1) -> bytes:
         """The next bytes, at most ``size`` (-1: all); empty at the end.
 
-        :raises ClientDisconnected: the client went away, stalled, or broke the chunked encoding.
+        :raises ClientDisconnected: the client disconnected, stalled, or broke the chunked encoding.
         """
         if self._at_end:
             return b""
         self._continue()
         assert self._input is not None
-        if self.length is not None:  # a server may wait for more than that (PEP 3333)
+        if self.length is not None:  # else another server may wait for bytes that never come (PEP 3333)
             left = self.length - self.received
             size = left if size < 0 else min(size, left)
         with _lost_client():
@@ -156,9 +163,10 @@ class RequestBody(io.RawIOBase):
         return data
 
     def readinto(self, buffer: Any) -> int:
-        """Put the next bytes, as many as there are, at the beginning of ``buffer``; how many; 0: the end.
+        """Put the next bytes, as many as have come, at the beginning of ``buffer``.
 
-        :raises ClientDisconnected: as of :meth:`read`.
+        :returns: how many bytes; 0: the body has ended.
+        :raises ClientDisconnected: as :meth:`read` does.
         """
         if self.chunked or self._connection is None:
             data = self.read(len(buffer) if self.received else min(len(buffer), FIRST_READ_SIZE))
@@ -192,12 +200,12 @@ class RequestBody(io.RawIOBase):
 def _lost_client() -> Iterator[None]:
     try:
         yield
-    except Exception as exc:  # a reset, a time-out, a broken chunk: gunicorn has a class for each
+    except Exception as exc:  # a reset, a timeout or a broken chunk: gunicorn has a class for each
         raise ClientDisconnected("the body could not be read to its end", detail=repr(exc)) from exc
 
 
 class SentBody:
-    """Any other response body, counted as it goes out."""
+    """A response body of bytes, counted as it is sent."""
 
     def __init__(self, body: Iterable[bytes], exchange: Exchange):
         self._body = body
@@ -207,12 +215,12 @@ class SentBody:
         without_body = self._exchange.environ["REQUEST_METHOD"] == "HEAD"
         with cut_short(self._exchange):
             for data in self._body:
-                yield data  # counted when the server asks for the next piece: then this one has gone out
+                yield data  # counted when the server asks for the next piece: then this one has been sent
                 if not without_body:
                     self._exchange.sent += len(data)
 
     def close(self) -> None:
-        """Called by the server at the end, whatever happened."""
+        """The server calls this at the end, also after an error (PEP 3333)."""
         try:
             if hasattr(self._body, "close"):
                 self._body.close()
@@ -221,7 +229,7 @@ class SentBody:
 
 
 def is_content_length(name: str) -> bool:
-    """Whether that is the header's name, in whatever case.
+    """Whether a header's name is ``Content-Length``, in any case.
 
     >>> is_content_length("content-length"), is_content_length("ETag")
     (True, False)
@@ -229,10 +237,10 @@ def is_content_length(name: str) -> bool:
     return name == "Content-Length" or (len(name) == len("Content-Length") and name.lower() == "content-length")
 
 
-def _promised(method: str, headers: list[tuple[str, str]]) -> int:
+def _announced(method: str, headers: list[tuple[str, str]]) -> int:
     """How many bytes of body a response announces."""
     if method != "HEAD":
-        for name, value in reversed(headers):  # ours have it last
+        for name, value in reversed(headers):  # most of our responses have it last
             if is_content_length(name):
                 return int(value)
     return 0
@@ -241,7 +249,7 @@ def _promised(method: str, headers: list[tuple[str, str]]) -> int:
 class Transport:
     """WSGI middleware that gives each request its :class:`Exchange`.
 
-    :param finished: called with the exchange at its end.
+    :param finished: called with the exchange when it has finished.
     """
 
     def __init__(
@@ -260,10 +268,10 @@ class Transport:
         def start(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
             slots.refuse_no_longer()
             exchange.status = int(status[:3])
-            exchange.promised = _promised(environ["REQUEST_METHOD"], headers)
+            exchange.announced = _announced(environ["REQUEST_METHOD"], headers)
             headers.append(("X-Request-ID", exchange.request_id))
             if not exchange.body.exhausted:
-                exchange.close_connection()  # what is left of the body is not the next request
+                exchange.close_connection()  # the rest of the body must not be read as the next request
             return start_response(status, headers, exc_info) if exc_info else start_response(status, headers)
 
         try:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""From a content and a request's conditions to the WSGI response: the one place where that is decided.
+"""The response to a download: the one place that turns a content and a request's conditions into a WSGI response.
 
-It knows no framework: downloads are answered without (:mod:`kci_storage.wsgi.downloads`).
+It is independent of the framework, since downloads are answered without one (:mod:`kci_storage.wsgi.downloads`).
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from kci_storage.wsgi.exchange import CONNECTION, EXCHANGE
 
 FileWrapper = Callable[..., Iterable[bytes]]
 
-SEND_DIRECTLY = "HTTP_X_SEND_DIRECTLY"  # nginx could not open the file: it was replaced meanwhile, or may not be read
+SEND_DIRECTLY = "HTTP_X_SEND_DIRECTLY"  # nginx sets it when it could not open the file: replaced, or not readable
 _PLAIN_RANGE = re.compile(r"bytes=(?:[0-9]{1,15}-[0-9]{0,15}|-[0-9]{1,15})")
-REMEMBERED_VERSIONS = 10_000  # of which the headers are kept ready; about 1 KiB each
+REMEMBERED_VERSIONS = 10_000  # versions whose headers are cached; about 1 KiB each
 
 
 class DownloadResponse(NamedTuple):
@@ -46,18 +46,18 @@ class DownloadResponse(NamedTuple):
 
 
 class Purpose(enum.Enum):
-    """What a file is asked for, which its query may say."""
+    """How the client wants a file, as its query says."""
 
-    DOWNLOAD = "download"  # as it is; a browser shows what is safe to show
-    ATTACHMENT = "attachment"  # to be saved: ?download=1
-    READING = "reading"  # a compressed text, to be shown: ?view=1
+    DOWNLOAD = "download"  # as stored; a browser shows the types that are safe to show
+    ATTACHMENT = "attachment"  # ?download=1: a browser saves it
+    READING = "reading"  # ?view=1: a browser unpacks and shows a compressed text
 
 
 class Responder:
     """Makes the responses to downloads.
 
-    :param cache_control: what they all say to caches.
-    :param cache_directory: where the copies lie.
+    :param cache_control: the ``Cache-Control`` of all of them.
+    :param cache_directory: the folder with the copies.
     :param accel_redirect: nginx's internal location over that folder, if nginx in front sends the copies; else empty.
     """
 
@@ -70,7 +70,7 @@ class Responder:
     def respond(self, content: Content, environ: dict[str, Any], conditions: RequestHeaders) -> DownloadResponse:
         """The response to a ``GET`` or ``HEAD`` of an object (RFC 9110, sections 13 and 14).
 
-        It owns the content from now on: the body's end closes it.
+        The response owns the content from now on, and closes it at the body's end.
 
         :raises ObjectChanged: the version is gone; nothing has been sent.
         """
@@ -82,13 +82,13 @@ class Responder:
         headers = [*_validators(info), ("X-Cache", content.status.value), *self._common]
         if decision.status in (304, 412):
             content.close()
-            if decision.status == 412:  # a 304 never has a body, and no length of one
+            if decision.status == 412:  # a 304 has no body, and so no Content-Length
                 headers.append(("Content-Length", "0"))
             return DownloadResponse(decision.status, headers, ())
         headers += _descriptors(info, purpose(environ["QUERY_STRING"]))
         if self._accel_redirect and isinstance(content, FileContent) and content.path is not None:
             if _nginx_agrees(environ, conditions, decision):
-                return self._handed_over(content, content.path, headers, decision)
+                return self._sent_by_nginx(content, content.path, headers, decision)
         if len(decision.ranges) > 1:
             return _several_ranges(content, decision.ranges, headers, _file_wrapper(environ))
         return _one_range(content, decision, headers, method, _file_wrapper(environ))
@@ -105,29 +105,29 @@ class Responder:
         answer = environ[EXCHANGE].answer(problem)
         return DownloadResponse(416, answer.headers, () if environ["REQUEST_METHOD"] == "HEAD" else (answer.body,))
 
-    def _handed_over(self, content: FileContent, path: str, headers: Headers, decision: Decision) -> DownloadResponse:
-        """nginx sends the file, or the part of it that the request's ``Range`` asks for; the worker is free."""
+    def _sent_by_nginx(self, content: FileContent, path: str, headers: Headers, decision: Decision) -> DownloadResponse:
+        """Have nginx send the file, or the part of it that the request's ``Range`` asks for (X-Accel-Redirect)."""
         location = self._accel_redirect + os.path.relpath(path, self._cache_directory)
         content.close()
-        if decision.status == 200:  # with a 206, nginx does not say it by itself
+        if decision.status == 200:  # nginx adds it itself, except to a 206
             headers = [header for header in headers if header[0] != "Accept-Ranges"]
         return DownloadResponse(200, [*headers, ("X-Accel-Redirect", location), ("Content-Length", "0")], ())
 
 
 def _file_wrapper(environ: dict[str, Any]) -> FileWrapper | None:
-    """What has our own worker send a file by ``sendfile``; None: another server answers, and gets bytes.
+    """The wrapper by which our own worker sends a file by ``sendfile``; None: another server answers, and gets bytes.
 
-    It may have no such wrapper, and what one makes of a file that is not to be sent to its end is its own affair
-    (PEP 3333 says nothing of that).
+    Another server may have no such wrapper, and PEP 3333 does not say what a wrapper does with a file of which only a
+    part is to be sent.
     """
     return environ["wsgi.file_wrapper"] if CONNECTION in environ else None
 
 
 def _nginx_agrees(environ: dict[str, Any], conditions: RequestHeaders, decision: Decision) -> bool:
-    """Whether nginx, given the file, makes the same of the request.
+    """Whether nginx, given the file, would come to the same decision.
 
-    It does not know the version's ETag, so it can judge no condition; and what it makes of odd and of several ranges
-    is its own.
+    It does not know the version's ETag, so it cannot evaluate conditions; and it treats unusual and multiple ranges
+    in its own way.
     """
     if environ["REQUEST_METHOD"] != "GET" or SEND_DIRECTLY in environ:
         return False
@@ -140,7 +140,7 @@ def _nginx_agrees(environ: dict[str, Any], conditions: RequestHeaders, decision:
 
 @functools.lru_cache(REMEMBERED_VERSIONS)
 def _validators(info: ObjectInfo) -> tuple[tuple[str, str], ...]:
-    """What every answer says of the version."""
+    """The headers about the version, which every response has."""
     return (
         ("ETag", etag_header(info.etag)),
         ("Last-Modified", http_date(info.last_modified)),
@@ -150,7 +150,7 @@ def _validators(info: ObjectInfo) -> tuple[tuple[str, str], ...]:
 
 @functools.lru_cache(REMEMBERED_VERSIONS)
 def _descriptors(info: ObjectInfo, asked_for: Purpose) -> tuple[tuple[str, str], ...]:
-    """What the answers with content say of it."""
+    """The headers about the content, which the responses with content have."""
     unpacked_type = media.for_reading(info.content_type, info.key) if asked_for is Purpose.READING else None
     if unpacked_type is not None:
         return (
@@ -168,7 +168,7 @@ def _descriptors(info: ObjectInfo, asked_for: Purpose) -> tuple[tuple[str, str],
 
 
 def _digest(info: ObjectInfo) -> tuple[tuple[str, str], ...]:
-    """The digest of the whole file, whatever part of it is sent, and as it is stored (RFC 9530, section 3)."""
+    """The digest of the whole stored file, also when a part of it is sent (RFC 9530, section 3)."""
     return (("Repr-Digest", repr_digest_header(info.sha256)),) if info.sha256 is not None else ()
 
 
@@ -231,12 +231,12 @@ def _several_ranges(
 
 
 def _as_bytes(content: Content, pieces: Iterator[Any]) -> Iterable[bytes]:
-    """A body whose first piece is here."""
+    """A body of bytes, whose first piece has been read."""
     return _Pieces(content, _begun(pieces)[1])
 
 
 def _arriving(content: Content, wanted: ByteRange, wrap_file: FileWrapper) -> Iterable[bytes]:
-    """A body that is not all here: by ``sendfile`` where it comes through a file."""
+    """A body that is still arriving, sent by ``sendfile`` if it is written to a file meanwhile."""
     first, segments = _begun(content.segments(wanted.start, wanted.stop))
     if isinstance(first, Region):
         return wrap_file(SentSegments(segments, first.fd, content.close))
@@ -244,13 +244,13 @@ def _arriving(content: Content, wanted: ByteRange, wrap_file: FileWrapper) -> It
 
 
 def _begun(segments: Iterator[Any]) -> tuple[Any, Iterator[Any]]:
-    """The first segment, and all of them. It is waited for, so that an error can still become a proper answer."""
+    """The first segment, and all segments. Waits for the first one, so that an error still gets its own status."""
     first = next(segments, b"")
     return first, itertools.chain((first,), segments)
 
 
 class _Pieces:
-    """A body of bytes. A generator would not close the content of a body that nobody begins to read."""
+    """A body of bytes. A generator that is never started would not close the content."""
 
     def __init__(self, content: Content, pieces: Iterator[Any]):
         self._content = content

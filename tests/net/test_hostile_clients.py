@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import requests
 
-from kci_storage.net.threads import SLOW_PER_THREAD
+from kci_storage.net.threads import SLOW_PER_SLOT
 from tests.support.cold import figure, in_background
 from tests.support.harness import Server, running, wait_until
 from tests.support.wire import (
@@ -430,7 +430,7 @@ def test_who_is_too_slow_goes_when_there_are_too_many(impatient: Scene):
         return [line for line in server.log()[before:].splitlines() if "client_disconnected" in line]
 
     with ExitStack() as stack:
-        steady, *others = impatient.wires(stack, SLOW_PER_THREAD + 1)
+        steady, *others = impatient.wires(stack, SLOW_PER_SLOT + 1)
         for number, wire in enumerate((steady, *others)):
             wire.send(upload_head(server, f"{folder}/{number}", 100 * piece))
             wire.wait_until_taken()
