@@ -36,8 +36,8 @@ def http_date(timestamp: int) -> str:
 def parse_http_date(value: str | None, now: float | None = None) -> int | None:
     """A date in any of HTTP's three formats, in seconds since the epoch; None: it is not a valid date.
 
-    :param now: the time that a two-digit year is relative to; None: the current time. A year more than 50 years in the
-        future is taken for one in the past (RFC 9110 section 5.6.7).
+    :param now: the time that a two-digit year is relative to; None: the current time. A year more than 50 years in
+        the future is taken for one in the past (RFC 9110 section 5.6.7).
 
     >>> parse_http_date("Sunday, 06-Nov-94 08:49:37 GMT"), parse_http_date("yesterday")
     (784111777, None)

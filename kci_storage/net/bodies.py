@@ -188,5 +188,5 @@ def cut_short(exchange: Transfer | None) -> Iterator[None]:
         if exchange is not None:
             exchange.failed(exc)
         # It is too late for an error status. The server handles this like a client that is gone: it closes the
-        # connection without the last chunk, or short of Content-Length. So the client sees that the body is incomplete.
+        # connection without the last chunk, or short of Content-Length, so the client sees that the body is cut.
         raise ConnectionResetError(errno.ECONNRESET, "the response was cut short") from exc

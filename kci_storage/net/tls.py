@@ -196,7 +196,7 @@ class TlsSocket(ClientSocket):
     # Closing
 
     def shutdown(self, how: int) -> None:
-        """As of any socket; sends ``close_notify`` first, by which the client can detect truncation (RFC 8446, 6.1)."""
+        """As of any socket; sends ``close_notify`` first, by which the client detects truncation (RFC 8446, 6.1)."""
         if how == socket.SHUT_WR and self._established:
             with contextlib.suppress(OSError):  # the kernel accepts no more, or the client is gone
                 self._close_notify()

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""gunicorn and its processes: settings, hooks, the worker, reload."""
+"""The server under gunicorn: settings, hooks, the worker, reload."""

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""All that this server uses of gunicorn beyond its documentation; checked when it is imported.
+"""The undocumented parts of gunicorn that this server uses, checked when this module is imported.
 
-gunicorn documents its settings, its hooks and the base class of workers. What else is used stands here and nowhere
-else: the other modules see only this one. A gunicorn that names something otherwise, or reads requests otherwise,
-stops the start with one line, and not the first client who needs it.
+gunicorn documents its settings, its hooks and the base class of workers. All other parts are used in this module
+alone. If a version of gunicorn has other names, or parses requests differently, the server refuses to start with one
+line, rather than fail at the first request that needs the part.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from kci_storage.monitoring import logs
 
 Headers = list[tuple[str, str]]
 
-MOST_FIELDS = 100  # header fields of a request, as gunicorn's setting has it
+MAX_FIELDS = 100  # header fields of a request, the default of gunicorn's setting
 
 
 class NotAsExpected(Exception):
-    """gunicorn lacks something that is used here, or has it otherwise."""
+    """A part of gunicorn is missing or has changed."""
 
 
 class Part(NamedTuple):
@@ -34,12 +34,12 @@ class Part(NamedTuple):
 
     module: str
     name: str  # dotted, below the module
-    parameters: tuple[str, ...] | None = None  # that a call or an override relies on; None: it is not called
-    assigned_in: str = ""  # the function that sets it, where it is an attribute of an object
+    parameters: tuple[str, ...] | None = None  # a call or an override relies on these; None: it is not called
+    assigned_in: str = ""  # for an attribute of an object: the function that sets it
 
 
 PARTS = (
-    # The worker: how it begins, what stops it, and what it calls.
+    # The worker: its start, its end, and the methods that it calls.
     Part("gunicorn.workers.base", "Worker", ("self", "age", "ppid", "sockets", "app", "timeout", "cfg", "log")),
     Part("gunicorn.workers.base", "Worker.init_process", ("self",)),
     Part("gunicorn.workers.base", "Worker.init_signals", ("self",)),
@@ -49,7 +49,7 @@ PARTS = (
     Part("gunicorn.workers.base", "Worker.alive", assigned_in="Worker.handle_exit"),
     Part("gunicorn.workers.base", "Worker.wsgi", assigned_in="Worker.load_wsgi"),
     Part("gunicorn.errors", "AppImportError"),
-    # The master: what SIGHUP and a stop do.
+    # The master: reload (SIGHUP) and stop.
     Part("gunicorn.arbiter", "Arbiter"),
     Part("gunicorn.arbiter", "Arbiter.cfg", assigned_in="Arbiter.setup"),
     Part("gunicorn.arbiter", "Arbiter.handle_hup", ("self",)),
@@ -58,7 +58,7 @@ PARTS = (
     Part("gunicorn.errors", "HaltServer"),
     # Its own messages.
     Part("gunicorn.glogging", "Logger.setup", ("self", "cfg")),
-    # The settings, to compare those that are in use with what they would be by themselves.
+    # The settings, to compare those in use with gunicorn's defaults.
     Part("gunicorn.config", "Config", ("self", "usage", "prog")),
     Part("gunicorn.config", "Config.settings", assigned_in="Config.__init__"),
     Part("gunicorn.config", "Setting.get", ("self",)),
@@ -70,7 +70,7 @@ PARTS = (
     Part("gunicorn.http.message", "Request.headers", assigned_in="Message.__init__"),
     Part("gunicorn.http.message", "Request.body", assigned_in="Message.__init__"),
     Part("gunicorn.http.body", "Body.read", ("self", "size")),
-    # What it raises, from which the answer's status follows.
+    # The parser's exceptions, which determine the response's status.
     Part("gunicorn.http.errors", "ParseException"),
     Part("gunicorn.http.errors", "LimitRequestHeaders"),
     Part("gunicorn.http.errors", "ExpectationFailed"),
@@ -79,7 +79,10 @@ PARTS = (
 
 
 def _check(part: Part) -> None:
-    """:raises NotAsExpected: the part is not there, or takes other parameters."""
+    """Check that a part exists and has the expected parameters.
+
+    :raises NotAsExpected: it does not.
+    """
     _, _, attribute = part.name.rpartition(".")
     if part.assigned_in:
         if attribute not in _assigned(_found(part.module, part.assigned_in)):
@@ -130,27 +133,27 @@ from gunicorn.workers import base
 
 
 class Source(Protocol):
-    """Where the parser and the reader of chunked bodies get their bytes from."""
+    """The source of bytes for the parser and for the reader of chunked bodies (see :mod:`kci_storage.net.received`)."""
 
     def read(self, size: int | None = None, read_ahead: int | None = None) -> bytes:
-        """So many bytes, fewer at the end; None: what is there, or comes next, of which ``read_ahead`` are wanted."""
+        """Exactly ``size`` bytes, fewer at the end; None: as many as have come, where ``read_ahead`` are wanted."""
 
     def unread(self, data: bytes) -> None:
-        """Put back what belongs to what comes after."""
+        """Put bytes back in front of the others."""
 
 
 class Body(Protocol):
-    """A request's body, which is there or is yet to come."""
+    """A request's body."""
 
     def read(self, size: int) -> bytes:
         """The next bytes; fewer than ``size`` at the end.
 
-        :raises Exception: of many kinds: the client is gone, or the coding is broken.
+        :raises Exception: of many classes: the client is gone, or the encoding is broken.
         """
 
 
 class ParsedRequest(NamedTuple):
-    """A request's head, and how to get at its body."""
+    """A request's head, and the reader of its body."""
 
     method: str
     target: str  # as the client wrote it (RFC 9112, 3.2)
@@ -160,10 +163,10 @@ class ParsedRequest(NamedTuple):
 
 
 class MalformedRequest(Exception):
-    """What came is no request that can be answered otherwise than by a refusal.
+    """The request is malformed, and has to be refused.
 
-    :param status: of the answer.
-    :param reason: for the log: the class of what is wrong. A message could quote a header with a token in it.
+    :param status: of the response.
+    :param reason: for the log: the class of the error, since its message might quote a header with a token in it.
     """
 
     def __init__(self, status: int, reason: str):
@@ -181,17 +184,17 @@ _STATUSES: dict[type[Exception], int] = {
 
 
 class RequestSettings:
-    """gunicorn's settings, of which its parser looks up many for each request; in a worker they do not change.
+    """gunicorn's settings for its parser, cached since they are looked up for each request and do not change.
 
-    What a proxy says of its client is for ``trusted_proxies`` to believe, and the application does that. How long a
-    request's line may be follows from how long a key may be, for which gunicorn's limit is too short.
+    The application evaluates a proxy's headers itself, by ``trusted_proxies``. The length of the request line is
+    limited by this server, since gunicorn's limit is too short for the longest key.
     """
 
-    http_parser = "python"  # the other one accepts bare line feeds
+    http_parser = "python"  # the other parser accepts bare line feeds
     proxy_protocol = "off"
     secure_scheme_headers: Mapping[str, str] = MappingProxyType({})
     forwarder_headers: Sequence[str] = ()
-    limit_request_line = 0  # none
+    limit_request_line = 0  # no limit
 
     def __init__(self, settings: Any):
         self._settings = settings
@@ -202,11 +205,11 @@ class RequestSettings:
 
 
 def parse(settings: RequestSettings, source: Source) -> ParsedRequest:
-    """Read a request's head.
+    """Parse a request's head.
 
-    gunicorn is not told the client's address: there is nothing that it would believe one rather than another.
+    gunicorn does not get the client's address, since it must not evaluate any proxy's headers.
 
-    :raises MalformedRequest: it cannot be read.
+    :raises MalformedRequest: it cannot be parsed.
     """
     try:
         request = Request(settings, source, None)
@@ -220,7 +223,7 @@ def parse(settings: RequestSettings, source: Source) -> ParsedRequest:
 
 
 class Worker(base.Worker):
-    """The base of a worker: what gunicorn calls becomes what a worker of ours does."""
+    """The base class of the worker: maps the methods that gunicorn calls to methods with this server's names."""
 
     def __init__(self, age: int, ppid: int, sockets: list[Any], app: Any, timeout: float, cfg: Any, log: Any):
         super().__init__(age, ppid, sockets, app, timeout, cfg, log)
@@ -229,19 +232,19 @@ class Worker(base.Worker):
         self.settings = cfg
 
     def init_process(self) -> None:
-        """In the new process."""
+        """Called in the new process."""
         self.begin()
         super().init_process()
 
     def init_signals(self) -> None:
-        """From now on signals are heeded."""
+        """Install the signal handlers."""
         super().init_signals()
-        self.heed_signals()
+        self.handle_signals()
 
     def load_wsgi(self) -> None:
         """Make the application.
 
-        :raises AppImportError: that cannot be; gunicorn prints the line and ends the server.
+        :raises AppImportError: it cannot be made; gunicorn prints the message and ends the server.
         """
         try:
             super().load_wsgi()
@@ -249,11 +252,11 @@ class Worker(base.Worker):
             raise AppImportError(f"kci-storage: {exc}") from exc
 
     def run(self) -> None:
-        """Until the worker is told to stop."""
+        """Answer requests until the worker is told to stop."""
         self.serve()
 
     def beat(self) -> None:
-        """Tell the master that this worker lives."""
+        """Send the heartbeat to the master."""
         self.notify()
 
     @property
@@ -267,25 +270,25 @@ class Worker(base.Worker):
         application: Callable[..., Any] = self.wsgi
         return application
 
-    # What a worker does
+    # To be overridden
 
-    unusable: tuple[type[Exception], ...] = ()  # what making the application raises when it cannot be
+    unusable: tuple[type[Exception], ...] = ()  # exceptions for an application that cannot be made
 
     def begin(self) -> None:
-        """Start what must not be shared with the process that this one was forked from."""
+        """Create the resources that must not be shared with the parent process."""
 
-    def heed_signals(self) -> None:
-        """The signals' handlers are there."""
+    def handle_signals(self) -> None:
+        """Called when the signal handlers have been installed."""
 
     def serve(self) -> None:
-        """Answer requests until :attr:`is_stopping`, and then for as long as that takes what has begun."""
+        """Answer requests until :attr:`is_stopping`, and then finish the requests that have begun."""
 
 
 class Logger(glogging.Logger):
-    """Its own messages, as lines of the server's log; in a file, if the setting ``errorlog`` names one."""
+    """gunicorn's own messages, as lines of the server's log; in a file, if the setting ``errorlog`` names one."""
 
     def setup(self, cfg: Any) -> None:
-        """At the start, and when the settings have changed."""
+        """Called at the start, and when the settings have changed."""
         super().setup(cfg)
         log = logging.getLogger("gunicorn.error")
         for handler in tuple(log.handlers):
@@ -298,15 +301,15 @@ class Logger(glogging.Logger):
 
 
 def replace_reload(server: Any, reload: Callable[[Callable[[], None]], None]) -> None:
-    """Have SIGHUP call a function of ours, with what gunicorn would do: replace all workers by new ones."""
+    """Make SIGHUP call ``reload``, whose argument is gunicorn's own reaction: replace all workers by new ones."""
     new_workers = server.reload
     server.handle_hup = lambda: reload(new_workers)
 
 
 def stop_despite_failures(server: Any) -> None:
-    """Have a server stop that ends because a worker could not start.
+    """Let the master stop in good order if a worker cannot start.
 
-    Then most often the next one could not either, and gunicorn, which reaps it while it stops, would end with a
+    Most often the next worker cannot start either. gunicorn reaps that one while it stops, and would end with a
     traceback.
     """
     stop = server.stop
@@ -326,12 +329,12 @@ def stop_despite_failures(server: Any) -> None:
 
 
 def settings_of(server: Any) -> dict[str, Any]:
-    """The settings that a master process has."""
+    """The master's settings, by name."""
     return _values(server.cfg)
 
 
 def default_settings() -> dict[str, Any]:
-    """What gunicorn's settings are by themselves."""
+    """gunicorn's default settings, by name."""
     return _values(Config())
 
 
@@ -339,11 +342,11 @@ def _values(settings: Any) -> dict[str, Any]:
     return {name: setting.get() for name, setting in settings.settings.items()}
 
 
-# Does it work?
+# The check of the parser
 
 
 class _Sample:
-    """A request that has come."""
+    """A sample request, as a source of bytes."""
 
     def __init__(self, data: bytes):
         self._data = data
@@ -357,9 +360,9 @@ class _Sample:
 
 
 def _rehearse() -> None:
-    """Read some requests.
+    """Parse sample requests.
 
-    :raises NotAsExpected: they are not read as they are here.
+    :raises NotAsExpected: the result is not the expected one.
     """
     settings = RequestSettings(Config())
     put = b"PUT /a%20b?c HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\nGET /"
@@ -367,11 +370,11 @@ def _rehearse() -> None:
     method, target, version, headers, body = parse(settings, source)
     expected = "PUT", "/a%20b?c", (1, 1), [("HOST", "x"), ("TRANSFER-ENCODING", "chunked")]
     if (method, target, version, headers) != expected or body.read(5) != b"abc" or source.read() != b"GET /":
-        raise NotAsExpected("it reads a request otherwise")
+        raise NotAsExpected("it parses a request differently")
     for status, head in (
         (400, b"GET / HTTP/1.1\r\nHost : x\r\n\r\n"),
         (417, b"GET / HTTP/1.1\r\nExpect: more\r\n\r\n"),
-        (431, b"GET / HTTP/1.1\r\n" + (MOST_FIELDS + 1) * b"A: b\r\n" + b"\r\n"),
+        (431, b"GET / HTTP/1.1\r\n" + (MAX_FIELDS + 1) * b"A: b\r\n" + b"\r\n"),
         (501, b"PUT / HTTP/1.1\r\nTransfer-Encoding: br\r\n\r\n"),
     ):
         try:
@@ -379,10 +382,10 @@ def _rehearse() -> None:
         except MalformedRequest as exc:
             if exc.status == status:
                 continue
-        raise NotAsExpected(f"it does not refuse with {status} what is to be refused so")
+        raise NotAsExpected(f"it does not refuse a request with the expected status {status}")
 
 
 try:
     _rehearse()
-except Exception as _exc:  # noqa: BLE001  (whatever another version makes of them)
+except Exception as _exc:  # noqa: BLE001  (another version may raise anything)
     _stop(f"{type(_exc).__name__}: {_exc}" if not isinstance(_exc, NotAsExpected) else _exc)

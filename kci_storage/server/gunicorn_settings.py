@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""gunicorn's settings, all of them: which an operator may change, and which this server refuses, and why.
+"""All settings of gunicorn: which an operator may change, and which this server refuses, and why.
 
-A setting that gunicorn would heed and this server does not must not be taken in silence. So each is in one of the
-tables below; one that a later gunicorn adds counts as refused until it is.
+The server must not silently ignore a setting that gunicorn would respect. So each is in one of the tables below; a
+setting that a later gunicorn adds is refused until it is added here.
 """
 
 from __future__ import annotations
@@ -10,25 +10,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-# They do what gunicorn's documentation says.
+# These work as gunicorn's documentation says.
 WORKING = frozenset(
     {
         # the start
         "config", "wsgi_app", "bind", "backlog", "chdir", "check_config", "print_config", "pidfile", "proc_name",
         "default_proc_name", "pythonpath", "raw_env", "umask", "worker_tmp_dir", "spew",
         "daemon", "enable_stdio_inheritance",
-        # workers' lives
+        # life cycle of workers
         "timeout", "graceful_timeout", "keepalive", "reload", "reload_engine", "reload_extra_files",
         # gunicorn's own messages; the access log is this server's
         "errorlog", "loglevel", "capture_output", "logger_class", "logconfig", "logconfig_dict", "logconfig_json",
-        # what a request may look like
+        # the syntax of requests
         "limit_request_fields", "limit_request_field_size", "permit_obsolete_folding", "strip_header_spaces",
         "permit_unconventional_http_method", "permit_unconventional_http_version", "casefold_http_method",
         "header_map",
-        # hooks; those that kci_storage.server.hooks has must be called by those that take their place
+        # hooks; a replacement for one of kci_storage.server.hooks must call the original
         "on_starting", "on_reload", "when_ready", "pre_fork", "post_fork", "post_worker_init", "worker_int",
         "worker_abort", "pre_exec", "child_exit", "worker_exit", "nworkers_changed", "on_exit",
-        # gunicorn's control socket, which this server leaves off unless it is asked for
+        # gunicorn's control socket, which is off by default
         "control_socket", "control_socket_mode", "control_socket_disable",
     }
 )  # fmt: skip
@@ -39,21 +39,21 @@ _PROXY = "set trusted_proxies in the configuration's [server]"
 _ACCESS_LOG = "each request is logged on standard error already"
 _SYSLOG = "the log goes to standard error; let systemd or logger(1) pass it on"
 _STATSD = "the server's figures are at /metrics"
-_USER = "start the whole server as the user whose it is to be"
+_USER = "start the whole server as the user that it is to run as"
 _HTTP1 = "the server speaks HTTP/1.1; let a proxy in front speak HTTP/2"
-_WSGI = "it is for ASGI, and this is WSGI"
+_WSGI = "it is for ASGI, and this is a WSGI server"
 _PASTE = "the application is kci-storage's own"
 _DIRTY = "the server has no use for such workers"
 _RESTARTS = "a worker that ends is replaced only when its last transfer has ended"
 
-# They keep the value that kci_storage.server.settings gives them: what to do instead.
+# These keep the value that kci_storage.server.settings gives them; the text says what to do instead.
 KEPT: Mapping[str, str] = {
     "workers": _OF_CONFIGURATION,
     "threads": _OF_CONFIGURATION,
     "worker_class": "the server needs its own",
 }
 
-# They keep the value that gunicorn gives them: what to do instead.
+# These keep gunicorn's default; the text says why, or what to do instead.
 REFUSED: Mapping[str, str] = {
     "http_parser": "the other one accepts bare line feeds",
     "limit_request_line": "it follows from how long a key may be",
@@ -122,11 +122,11 @@ REFUSED: Mapping[str, str] = {
 
 
 def refusal(values: Mapping[str, Any], defaults: Mapping[str, Any], own: Mapping[str, Any]) -> str | None:
-    """Why a server does not start with these settings: a line for the first that it does not heed; None: it does.
+    """Why the server does not start with these settings, as a line about the first refused one; None: it starts.
 
-    :param values: all settings that are in force.
-    :param defaults: what gunicorn makes them by itself.
-    :param own: what this server makes of some.
+    :param values: all settings in use.
+    :param defaults: gunicorn's defaults.
+    :param own: the settings that this server sets itself.
 
     >>> refusal({"timeout": 30, "threads": 8}, {"timeout": 60, "threads": 1}, {"threads": 8}) is None
     True

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What gunicorn calls in the life of the master and of its workers; and what it loads for that.
+"""gunicorn's configuration: the settings, and the hooks that it calls in the master and in its workers.
 
 Used as ``gunicorn -c python:kci_storage.server.hooks``, and by ``gunicorn.conf.py`` for ``gunicorn wsgi:app``. On
-import it reads the configuration, and ends the process with one line where that cannot be used.
+import it reads the server's configuration, and ends the process with one line if that cannot be used.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from kci_storage.services import open_cache
 
 log = logging.getLogger("kci_storage.server.hooks")
 
-MOST_DESCRIPTORS = 2**20  # more would only make tables larger
+MAX_DESCRIPTORS = 2**20  # a higher limit would only make the kernel's tables larger
 
 
 def _use_certificate(config: Config) -> None:
-    """New connections have this configuration's certificate; also when only the file's content is another one."""
+    """Use this configuration's certificate for new connections; read the file again even if its path is the same."""
     Worker.tls = tls.server_context(config.server.certfile, config.server.keyfile)
 
 
@@ -41,7 +41,7 @@ def _refuse(reason: object) -> NoReturn:
 
 try:
     _config = preflight.usable()
-    open_cache(_config)  # before the workers, each of which would say so
+    open_cache(_config)  # in the master, so that an error is reported once rather than by each worker
 except ConfigError as exc:
     _refuse(exc)
 
@@ -53,15 +53,15 @@ globals().update(_settings)  # where gunicorn looks for them
 
 
 def on_starting(server: Any) -> None:
-    """The master is about to listen: gunicorn must not have been told what this server does not heed."""
+    """Check gunicorn's settings, and prepare the master, which is about to listen."""
     in_force, defaults = gunicorn_parts.settings_of(server), gunicorn_parts.default_settings()
     if reason := gunicorn_settings.refusal(in_force, defaults, _settings):
         _refuse(reason)
     try:
-        _master.metrics = metrics_folder.choose()  # named after this process, which is another one in the background
+        _master.metrics = metrics_folder.choose()  # named after this process: as a daemon, it has another ID by now
     except ConfigError as exc:
         _refuse(exc)
-    gunicorn_parts.replace_reload(server, _master.reload)  # gunicorn's own does not look whether all is valid
+    gunicorn_parts.replace_reload(server, _master.reload)  # gunicorn's own does not validate the configuration
     gunicorn_parts.stop_despite_failures(server)
     if any(is_weak(secret) for secret in _config.secrets):
         log.warning(logfmt.line(event="weak_secret", message=f"shorter than {MIN_SECRET_BYTES} bytes"))
@@ -78,31 +78,31 @@ def _connections() -> int:
         settings.possible_connections(_config, descriptors),
     )
     if possible < wanted:
-        level = logging.WARNING if _config.server.connections else logging.INFO  # whether that is what was asked for
+        level = logging.WARNING if _config.server.connections else logging.INFO  # configured, or the default
         fields = {"wanted": wanted, "connections": possible, "descriptors": descriptors}
         log.log(level, logfmt.line(event="connections_lowered", **fields))
     return min(wanted, possible)
 
 
 def _raise_limit() -> int:
-    """How many descriptors a process can have, from now on.
+    """Raise the limit of open files; how many descriptors a process can have from now on.
 
-    The usual soft limit of 1,024 is for programs that use ``select()``; clients, downloads, uploads and their locks
-    are open files.
+    The usual soft limit of 1,024 is for programs that use ``select()``. Clients, downloads, uploads and locks need one
+    descriptor each.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MOST_DESCRIPTORS)
-    if soft != resource.RLIM_INFINITY and soft < most:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-        return most
-    return MOST_DESCRIPTORS if soft == resource.RLIM_INFINITY else soft
+    limit = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < limit:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+        return limit
+    return MAX_DESCRIPTORS if soft == resource.RLIM_INFINITY else soft
 
 
 def pre_fork(server: Any, worker: Any) -> None:
-    """A worker will count in a place of its own; what stops it while it is being forked waits for its handlers.
+    """Give the new worker its number, and block the signals that end a process until it has its own handlers.
 
-    Until then it has the master's, which only put the signal into a queue that nobody in the new process looks at: it
-    would serve on until the master kills it, ``graceful_timeout`` later.
+    Until then, the worker has the master's handlers, which put the signal into a queue that no code in the worker
+    reads. So it would go on serving until the master kills it, ``graceful_timeout`` later.
     """
     worker.number = _master.numbers.take()
     worker.name = numbering.name(os.getpid(), worker.number)
@@ -111,41 +111,41 @@ def pre_fork(server: Any, worker: Any) -> None:
 
 
 def post_fork(server: Any, worker: Any) -> None:
-    """In the worker, first of all."""
+    """Called first in a new worker: count in its own row and files from now on."""
     _master.ledger.take(worker.number)
     multiprocess.begin(_master.metrics.path, worker.name)
 
 
 def post_worker_init(worker: Any) -> None:
-    """The application is there: start what runs beside requests."""
+    """Called in a new worker that has made the application: start its background threads."""
     worker.services = worker.application.extensions["kci_storage"]
     worker.services.start()
     multiprocess.start_restoring()
 
 
 def worker_exit(server: Any, worker: Any) -> None:
-    """The worker has answered its last request, and ends in good order or by an error.
+    """Called when a worker ends, in good order or by an error.
 
-    In good order it ends here: the interpreter would wait for threads that wait for a silent backend on behalf of
-    nobody, and pull the floor from under those that nobody waits for.
+    In good order the process ends here. A normal exit of the interpreter would wait for threads that wait for a silent
+    backend, although their clients are gone, and would tear down modules that daemon threads still use.
     """
     services = getattr(worker, "services", None)
     if services is None:
         return
     services.stop()
-    ending = sys.exc_info()[1]  # what gunicorn raised to end the process
+    ending = sys.exc_info()[1]  # gunicorn raises an exception to end the process
     if isinstance(ending, SystemExit) and not ending.code:
         logging.shutdown()
         os._exit(0)
 
 
 def child_exit(server: Any, worker: Any) -> None:
-    """A worker is gone: its gauges with it, and what its clients had. Its counters go to the next of its number."""
+    """A worker is gone: remove its gauges and its clients' counts. The next worker of its number keeps its counters."""
     multiprocess.forget_worker(_master.metrics.path, worker.name)
     _master.ledger.release(worker.number)
     _master.numbers.release(worker.number)
 
 
 def on_exit(server: Any) -> None:
-    """The master ends: its counters with it."""
+    """The master ends: remove its counters."""
     _master.metrics.remove()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Whether a configuration can be used: checks that need more of the program than the file's own rules."""
+"""Checks of a configuration that need other parts of the program: secrets, the driver, the certificate."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from kci_storage.net import tls
 
 
 def usable(path: Path | None = None) -> Config:
-    """The configuration, of which the secrets can sign and the driver is installed.
+    """Load a configuration, and check that its secrets can sign, and that driver and certificate can be loaded.
 
-    :param path: as of :func:`kci_storage.config.reading.load`.
+    :param path: as for :func:`kci_storage.config.reading.load`.
     :raises ConfigError: it cannot be used.
     """
     config = load(path)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Answers that do not come from the application: to heads that are malformed or late, and when it has failed."""
+"""Responses without the application: to malformed, late or too long heads, and when the application has failed."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ _MESSAGES = {
     501: "the only transfer coding is chunked",
 }
 _FIELDS = re.compile(rb"\r\n(accept|x-request-id):[ \t]*([^\r\n]*?)[ \t]*(?=\r\n)", re.IGNORECASE)
-LONGEST_FIELD = 1024  # bytes of a value that is looked at
+MAX_FIELD_SIZE = 1024  # bytes of a value; longer ones are ignored
 
 
 def refusal(status: int, address: Any, reason: str = "IncompleteHead", text: str = "", head: bytes = b"") -> bytes:
-    """The whole answer, after which the connection is to be closed; it is logged.
+    """The whole response, after which the connection must be closed. Writes the access line, too.
 
-    :param address: the client's, as of ``accept``.
-    :param reason: for the log: the class of what is wrong.
-    :param text: what the answer says; empty: what is usual for the status.
+    :param address: the client's, as ``accept`` returns it.
+    :param reason: for the log: the class of the error.
+    :param text: the response's text; empty: the usual one for the status.
     :param head: what has come of the request, for what it says of its answer; empty: it is not known.
     """
     text = text or _MESSAGES[status]
@@ -44,7 +44,7 @@ def refusal(status: int, address: Any, reason: str = "IncompleteHead", text: str
 
 
 def internal_error(request_id: str) -> bytes:
-    """The whole answer to a request when the application failed before it began one; the log is the caller's."""
+    """The whole response if the application has failed before it began one. The caller logs the error."""
     return _as_bytes(_answer(500, "internal error", request_id), request_id)
 
 
@@ -80,4 +80,4 @@ def _fields(head: bytes) -> dict[str, str]:
     end = head.find(b"\r\n\r\n")
     lines = head if end < 0 else head[: end + 2]
     found = ((name.decode().lower(), value.decode("latin-1")) for name, value in _FIELDS.findall(lines))
-    return {name: value for name, value in found if len(value) <= LONGEST_FIELD}
+    return {name: value for name, value in found if len(value) <= MAX_FIELD_SIZE}

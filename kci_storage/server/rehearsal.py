@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Building the server's parts with a configuration, in a process of its own, to see whether that works.
+"""A trial start: builds the server's services with a configuration, in a separate process.
 
-``python -m kci_storage.server.rehearsal FILE`` builds them as a worker does, without serving, and says in one line
-what fails. The master runs it before it gives workers a new configuration, since a worker that does not start ends
-the server.
+``python -m kci_storage.server.rehearsal FILE`` builds them as a worker does, without serving, and prints one line if
+that fails. The master runs it before it starts workers with a new configuration, since a worker that does not start
+ends the server.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from kci_storage.config.settings import Config, ConfigError
 from kci_storage.server.preflight import usable
 from kci_storage.services import build_services
 
-REHEARSAL_SECONDS = 60.0  # a driver may ask its backend something when it is made
+REHEARSAL_SECONDS = 60.0  # a driver may contact its backend when it is made
 
 
 def rehearse(config: Config) -> None:
-    """Build a server's parts from the configuration's file, in a process of its own.
+    """Build the server's services from the configuration's file, in a separate process.
 
-    :raises ConfigError: that fails.
+    :raises ConfigError: that fails, or takes longer than :data:`REHEARSAL_SECONDS`.
     """
     command = [sys.executable, "-m", "kci_storage.server.rehearsal", str(config.path)]
     try:
@@ -38,7 +38,7 @@ def rehearse(config: Config) -> None:
 
 
 def main() -> int:
-    """Build the parts; 0 when that worked."""
+    """Build the services; the process's exit code."""
     try:
         build_services(usable(Path(sys.argv[1])))
     except ConfigError as exc:

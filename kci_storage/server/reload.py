@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What the master process keeps for its workers, who inherit it when they are forked; and SIGHUP.
+"""The master's state, which workers inherit when they are forked, and reloading the configuration (SIGHUP).
 
-A worker is made from the configuration that the master found valid last. The file may be in the middle of a change,
-and a worker that cannot start would end the server.
+A worker starts with the last configuration that the master found valid, since the file may be in the middle of a
+change, and a worker that cannot start would end the server.
 
-On SIGHUP the master reads the file again. If it is not valid, the log says why, and everything stays as it was. Else:
+On SIGHUP the master reads the file again. If it is not valid, the log says why, and nothing changes. Otherwise:
 
-- The workers take over what :data:`~kci_storage.config.settings.RELOADABLE` names; requests that they have begun are
-  not affected.
-- For what else has changed, new workers take the place of the old ones, which end what they have begun (for as long
-  as gunicorn's ``graceful_timeout``).
-- What the master itself was started with (:data:`AT_START`) waits for the next start, and the log says so.
+- The workers apply the sections in :data:`~kci_storage.config.settings.RELOADABLE`. Requests that have begun are not
+  affected.
+- If other sections have changed, new workers replace the old ones, which finish their requests (for up to gunicorn's
+  ``graceful_timeout``).
+- The settings in :data:`AT_START` only take effect at the next start, and the log says so.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from kci_storage.server import preflight, rehearsal
 log = logging.getLogger(__name__)
 
 AT_START = frozenset({"server.bind", "server.workers", "server.threads", "server.connections", "server.send_timeout"})
-LOOK_SECONDS = 0.5  # between a worker's looks whether there is a new configuration
+LOOK_SECONDS = 0.5  # between a worker's checks for a new configuration
 
 
 def changes(old: Config, new: Config) -> Iterator[str]:
-    """The keys whose values differ, dotted; a list of sections counts as one key."""
+    """The dotted keys whose values differ; a list of sections counts as one key."""
     for field in dataclasses.fields(Config):
         before, after = getattr(old, field.name), getattr(new, field.name)
         if field.name in SECTIONS:
@@ -46,26 +46,26 @@ def changes(old: Config, new: Config) -> Iterator[str]:
 
 
 class Master:
-    """The master process's own.
+    """The master process's state.
 
-    :param config: with which the server starts.
-    :param prepare: called with each configuration, in the master and in the workers, for what connections need.
+    :param config: the configuration with which the server starts.
+    :param prepare: called with each configuration, in the master and in the workers, before connections use it.
     """
 
     def __init__(self, config: Config, prepare: Callable[[Config], None]):
         self.prepare = prepare
         prepare(config)
-        self.config = config  # the last one that was valid
+        self.config = config  # the last valid one
         self.numbers = Numbers()
-        self.ledger = Ledger(rows=2 * config.server.worker_count + 8)  # old workers may end while new ones serve
-        self.metrics: MetricsFolder  # of the workers' counters; chosen when the server is about to listen
-        self.edition = 0  # how often the configuration had changed when this one was read
-        self._latest_edition = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("Q")  # which all processes see
+        self.ledger = Ledger(rows=2 * config.server.worker_count + 8)  # after a reload, old workers overlap new ones
+        self.metrics: MetricsFolder  # for the workers' counters; chosen when the server is about to listen
+        self.edition = 0  # the number of changes before ``config`` was read
+        self._latest_edition = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("Q")  # shared by all processes
 
     def reload(self, new_workers: Callable[[], None]) -> None:
-        """Read the configuration again (SIGHUP).
+        """Read the configuration again (SIGHUP). An error is logged, and nothing changes.
 
-        :param new_workers: replaces the workers by new ones, as gunicorn does.
+        :param new_workers: gunicorn's function that replaces the workers by new ones.
         """
         try:
             config = preflight.usable(self.config.path)
@@ -90,12 +90,12 @@ class Master:
             new_workers()
 
     def follower(self, apply: Callable[[Config], None]) -> Follower:
-        """A thread for a worker, which calls ``apply`` with each new configuration."""
+        """A worker's thread that calls ``apply`` with each new configuration."""
         return Follower(self, apply)
 
     @property
     def latest_edition(self) -> int:
-        """How often it has changed by now, in all processes."""
+        """The number of changes until now, in all processes."""
         return self._latest_edition[0]
 
 
@@ -108,17 +108,17 @@ def _joined(names: set[str]) -> str:
 
 
 def begin(config: Config, prepare: Callable[[Config], None]) -> Master:
-    """In the master, before the first fork."""
+    """Called in the master before the first fork: its state, which the workers inherit."""
     master = Master(config, prepare)
     services.parent = master
     return master
 
 
 class Follower:
-    """A thread of a worker that takes over each new configuration.
+    """A worker's thread that applies each new configuration.
 
-    :param master: as it was when the worker was forked.
-    :param apply: called with the configuration.
+    :param master: the master's state when the worker was forked.
+    :param apply: called with each new configuration.
     """
 
     def __init__(self, master: Master, apply: Callable[[Config], None]):
@@ -128,11 +128,11 @@ class Follower:
         self._stopped = threading.Event()
 
     def start(self) -> None:
-        """Begin."""
+        """Start the thread."""
         threading.Thread(target=self._run, name="configuration", daemon=True).start()
 
     def stop(self) -> None:
-        """End."""
+        """Let the thread end."""
         self._stopped.set()
 
     def _run(self) -> None:
@@ -147,9 +147,9 @@ class Follower:
             config = preflight.usable(self._master.config.path)
             self._master.prepare(config)
             self._apply(config)
-        except (ConfigError, OSError) as exc:  # it was changed again since the master read it
+        except (ConfigError, OSError) as exc:  # the file has changed again since the master read it
             log.error(logfmt.line(event="reload_refused", reason=exc))
-        except Exception:  # the thread is for all configurations to come
+        except Exception:  # the thread must survive for later configurations
             log.exception("event=reload_failed")
         else:
             log.info(logfmt.line(event="rules_renewed"))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Answering one request: its head is parsed, the application is asked, and the connection may be kept or not."""
+"""Answering one request: parses its head, calls the application, and decides whether the connection is kept."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ Environ = dict[str, Any]
 Body = LengthBody | ChunkedBody | io.BytesIO
 
 # A key of 1,024 characters has up to 12 KiB when percent-encoded.
-LONGEST_TARGET = 16 * 1024  # characters
-GONE = (ConnectionError, TimeoutError)  # what an operation on a client's socket raises when the client is no more
-MOUNT_VARIABLE = "SCRIPT_NAME"  # of the process's environment: the path below which the application is mounted
+MAX_TARGET_LENGTH = 16 * 1024  # characters
+GONE = (ConnectionError, TimeoutError)  # raised by operations on the socket of a client that is gone
+MOUNT_VARIABLE = "SCRIPT_NAME"  # environment variable: the path below which the application is mounted
 
 
 class Requests:
     """Answers requests.
 
-    :param settings: gunicorn's.
-    :param application: gives the WSGI application.
-    :param may_keep: whether connections may be kept at all.
+    :param settings: gunicorn's settings.
+    :param application: returns the WSGI application.
+    :param may_keep: returns whether connections may be kept at all.
     """
 
     def __init__(self, settings: Any, application: Callable[[], Callable[..., Any]], may_keep: Callable[[], bool]):
@@ -48,14 +48,14 @@ class Requests:
         self._may_keep = may_keep
 
     def answer(self, conn: Connection) -> None:
-        """Answer the request whose head is there. The connection's ``keep`` then says whether it can be kept."""
+        """Answer the request whose head has come, and set the connection's ``keep``."""
         conn.keep = False
         slots.begin_request()
         try:
             conn.keep = self._answer(conn)
         except GONE:
             log.debug("event=client_gone request_id=%s", conn.request_id)
-        except BaseException:  # the thread goes on, and the connection must not be forgotten
+        except BaseException:  # the thread must go on, and close the connection
             log.exception(logfmt.line(event="request_failed", request_id=conn.request_id or None))
 
     def _answer(self, conn: Connection) -> bool:
@@ -78,7 +78,7 @@ class Requests:
 
     def _parsed(self, received: Received) -> ParsedRequest:
         request = parse(self._settings, received)
-        if len(request.target) > LONGEST_TARGET:
+        if len(request.target) > MAX_TARGET_LENGTH:
             raise MalformedRequest(414, "LongTarget")
         return request
 
@@ -102,7 +102,7 @@ class Requests:
 
 
 class Channel:
-    """What the application may do to its connection (:class:`kci_storage.wsgi.exchange.ClientConnection`)."""
+    """The application's access to its connection (:class:`kci_storage.wsgi.exchange.ClientConnection`)."""
 
     def __init__(self, sock: ClientSocket, body: Body, response: Response, expects_continue: bool):
         self._sock = sock
@@ -117,21 +117,21 @@ class Channel:
             self._sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def receive_into(self, buffer: memoryview) -> int:
-        """Put the next bytes of the body at the beginning of the buffer; how many; 0: no more come."""
+        """Put the next bytes of the body at the beginning of ``buffer``; how many; 0: the body has ended."""
         return self._body.readinto(buffer)
 
     def close_afterwards(self) -> None:
-        """Say ``Connection: close`` and mean it."""
+        """Send ``Connection: close``, and close the connection after this response."""
         self._response.force_close()
 
 
 def wants_to_stay(request: ParsedRequest, connection: str) -> bool:
-    """Whether the client will wait for the answer to another request (RFC 9112, 9.3).
+    """Whether the client may send another request on this connection (RFC 9112, 9.3).
 
-    :param connection: its header.
+    :param connection: the value of its ``Connection`` header.
     """
     if request.method == "CONNECT":
-        return False  # what follows is for somebody else (RFC 9110, 9.3.6)
+        return False  # the next bytes are not HTTP for this server (RFC 9110, 9.3.6)
     if not connection:
         return request.version > (1, 0)
     options = {option.strip(" \t").lower() for option in connection.split(",")}
@@ -139,7 +139,7 @@ def wants_to_stay(request: ParsedRequest, connection: str) -> bool:
 
 
 def _body(request: ParsedRequest, environ: Environ, received: Received) -> Body:
-    """The parser has seen to it that a request has no more than one of the headers that tell where it ends."""
+    """The request's body. The parser has refused requests with both Content-Length and Transfer-Encoding."""
     if "HTTP_TRANSFER_ENCODING" in environ:
         return ChunkedBody(request.body)
     length = int(environ.get("CONTENT_LENGTH", 0))
@@ -147,7 +147,7 @@ def _body(request: ParsedRequest, environ: Environ, received: Received) -> Body:
 
 
 def _expects_continue(request: ParsedRequest, environ: Environ) -> bool:
-    """The parser has refused other expectations; an old client means nothing by it (RFC 9110, 10.1.1)."""
+    """Whether the client waits for 100 Continue. The parser has refused other expectations (RFC 9110, 10.1.1)."""
     return "HTTP_EXPECT" in environ and request.version > (1, 0)
 
 
@@ -155,12 +155,12 @@ def _expects_continue(request: ParsedRequest, environ: Environ) -> bool:
 
 
 def make_environ(conn: Connection, request: ParsedRequest) -> Environ:
-    """What the application is told of a request (PEP 3333), but for its body.
+    """A request's WSGI environment (PEP 3333), without its body.
 
-    What is the same for all requests of a connection is kept with it. A server on a Unix socket has the name by which
-    its client calls it.
+    The part that all requests of a connection share is cached in the connection. On a Unix socket, the server's name
+    is taken from ``Host``.
 
-    :raises MalformedRequest: the application is mounted below another path.
+    :raises MalformedRequest: the path is not below the one that the application is mounted at.
     """
     if not conn.environ:
         conn.environ = _of_connection(conn)
@@ -181,7 +181,7 @@ def make_environ(conn: Connection, request: ParsedRequest) -> Environ:
         _mount(environ, path)
     if "SERVER_NAME" not in environ:
         host = environ.get("HTTP_HOST", "")
-        environ["SERVER_NAME"], environ["SERVER_PORT"] = _called(host, environ["wsgi.url_scheme"])
+        environ["SERVER_NAME"], environ["SERVER_PORT"] = _name_and_port(host, environ["wsgi.url_scheme"])
     return environ
 
 
@@ -206,7 +206,7 @@ def _of_connection(conn: Connection) -> Environ:
 
 
 def split_target(target: str) -> tuple[str, str]:
-    """A request's path, percent-encoded, and its query (RFC 9112, 3.2).
+    """The percent-encoded path and the query of a request's target (RFC 9112, 3.2).
 
     >>> split_target("/a//b?c?d#e"), split_target("//a"), split_target("http://host?a"), split_target("*")
     (('/a//b', 'c?d'), ('//a', ''), ('/', 'a'), ('*', ''))
@@ -225,10 +225,10 @@ def _mount(environ: Environ, path: str) -> None:
     environ["PATH_INFO"] = unquote_to_bytes(path.removeprefix(below)).decode("latin-1")
 
 
-def _called(host: str, scheme: str) -> tuple[str, str]:
-    """The server's name and port, as a client has them in its ``Host``.
+def _name_and_port(host: str, scheme: str) -> tuple[str, str]:
+    """The server's name and port in a ``Host`` header.
 
-    >>> _called("storage:8080", "http"), _called("[::1]", "https"), _called("storage", "http")
+    >>> _name_and_port("storage:8080", "http"), _name_and_port("[::1]", "https"), _name_and_port("storage", "http")
     (('storage', '8080'), ('[::1]', '443'), ('storage', '80'))
     """
     name, colon, port = host.rpartition(":")
@@ -239,6 +239,6 @@ def _called(host: str, scheme: str) -> tuple[str, str]:
 
 @functools.lru_cache(256)
 def _variable(name: str) -> str:
-    """The variable for a header, whose name gunicorn has in capitals (RFC 3875, 4.1.18)."""
+    """The environment's key for a header, whose name gunicorn converts to capitals (RFC 3875, 4.1.18)."""
     variable = name.replace("-", "_")
     return variable if name in ("CONTENT-TYPE", "CONTENT-LENGTH") else f"HTTP_{variable}"

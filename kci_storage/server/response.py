@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""How a response leaves: what the application says becomes what HTTP/1.1 has it (RFC 9112), at little cost.
+"""Sending a response: turns the application's WSGI response into HTTP/1.1 (RFC 9112), at little cost.
 
-- Headers that were found right once are not checked again, and their lines are kept.
-- A small file leaves together with its head, in one system call; a large one by ``sendfile``.
+- Headers that have been validated once are cached together with their lines.
+- A small file is sent together with the head, by one system call; a large one by ``sendfile``.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from kci_storage.wsgi.exchange import is_content_length
 Header = tuple[str, str]
 
 SERVER = "gunicorn"
-REMEMBERED_HEADERS = 16_384  # that were found right; about 300 bytes each
-REMEMBERED_HEADS = 4096  # all headers of a response; about 2 KiB each
-UNIQUE = "X-Request-ID"  # the last one; never the same twice, and right since it was made or matched by us
-PIECE_SIZE = 64 * 1024  # bytes that are read at a time of a file that does not leave by sendfile
+REMEMBERED_HEADERS = 16_384  # validated headers in the cache; about 300 bytes each
+REMEMBERED_HEADS = 4096  # responses' headers in the cache; about 2 KiB each
+UNIQUE = "X-Request-ID"  # the last header: different each time, so not cached, and valid already
+PIECE_SIZE = 64 * 1024  # bytes of a read, for a file that is not sent by sendfile
 
 _STATUS = re.compile(r"[1-9][0-9]{2}(?: [\t\x20-\x7e\x80-\xff]*)?")
-_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")  # a token (RFC 9110, 5.6.2)
+_NAME = re.compile(TOKEN)
 _VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")  # RFC 9110, 5.5
-# What is between this server and its peer, and what it says itself; the application's are dropped.
+# Hop-by-hop headers, and those that this server sets itself; the application's are dropped.
 _OWN = frozenset(
     {
         "connection", "date", "keep-alive", "proxy-authenticate", "proxy-authorization", "server", "te", "trailer",
@@ -42,25 +42,25 @@ class Socket(Protocol):
     """A client's socket."""
 
     def sendall(self, data: Any, flags: int = 0) -> None:
-        """Send all of it; a client that stands still counts as one that is gone."""
+        """Send all of it; a client without progress counts as gone."""
 
     def sendfile(self, file: Any, offset: int = 0, count: int | None = None) -> int:
-        """Send a part of a file; how much of it went out, or will."""
+        """Send a part of a file; how many bytes were sent, or will be."""
 
     def reset(self) -> None:
-        """End the connection so that the client sees that something is missing."""
+        """End the connection so that the client sees that the body is incomplete."""
 
 
 class Checked(NamedTuple):
-    """The headers of a response that go out."""
+    """The validated headers of a response."""
 
     length: int | None  # bytes of the body
     lines: str  # the headers as they are sent
-    without_length: str  # the same for a response that must not have one
+    without_length: str  # the same without Content-Length
 
 
 class WrappedFile:
-    """What ``wsgi.file_wrapper`` makes of a file: a body that is sent by ``sendfile`` where it can (PEP 3333)."""
+    """The server's ``wsgi.file_wrapper``: a body that is sent by ``sendfile`` if possible (PEP 3333)."""
 
     def __init__(self, filelike: Any, block_size: int = PIECE_SIZE):
         self.filelike = filelike
@@ -70,18 +70,18 @@ class WrappedFile:
         return iter(functools.partial(self.filelike.read, self._block_size), b"")
 
     def close(self) -> None:
-        """Close the file, where it can be closed."""
+        """Close the file, if it has a ``close`` method."""
         if hasattr(self.filelike, "close"):
             self.filelike.close()
 
 
 class Response:
-    """A response, as WSGI has it.
+    """A WSGI response on its way to the client.
 
-    :param sock: the client's.
-    :param method: of the request.
-    :param version: of the request's HTTP.
-    :param keep: whether the connection may be kept after it.
+    :param sock: the client's socket.
+    :param method: the request's method.
+    :param version: the request's HTTP version.
+    :param keep: whether the connection may be kept.
     """
 
     def __init__(self, sock: Socket, method: str, version: tuple[int, int], keep: bool):
@@ -91,7 +91,7 @@ class Response:
         self._keep = keep
         self._status = ""
         self._headers = Checked(None, "", "")
-        self._unique = ""  # a header's line
+        self._unique = ""  # the line of the header UNIQUE
         self._has_body = self._is_chunked = self._ends_with_connection = False
         self._sent = 0  # bytes of the body
         self.headers_sent = False
@@ -102,15 +102,15 @@ class Response:
         return self._keep
 
     def force_close(self) -> None:
-        """The connection is not kept."""
+        """Close the connection after this response."""
         self._keep = False
 
     # What the application says
 
     def start_response(self, status: str, headers: list[Header], exc_info: Any = None) -> Callable[[bytes], None]:
-        """Take the status and the headers (PEP 3333).
+        """Set the status and the headers (PEP 3333).
 
-        :raises ValueError: one of them would break the response; the message has a header's name, but no value.
+        :raises ValueError: one of them is invalid; the message names the header, but not its value.
         """
         if exc_info and self.headers_sent:
             raise exc_info[1].with_traceback(exc_info[2])
@@ -126,7 +126,7 @@ class Response:
         return self.write
 
     def _frame(self, status: int) -> None:
-        """How the client will know where the body ends (RFC 9112, 6.3)."""
+        """Choose how the client will find the body's end (RFC 9112, 6.3)."""
         if status < 200 or status == 204:
             self._headers = Checked(None, self._headers.without_length, self._headers.without_length)
         self._has_body = not (self._is_head or status < 200 or status in (204, 304))
@@ -134,13 +134,13 @@ class Response:
         self._ends_with_connection = self._has_body and self._headers.length is None and not self._is_chunked
         self._keep = self._keep and not self._ends_with_connection
 
-    # What the client gets
+    # Sending
 
     def send(self, body: Iterable[bytes]) -> None:
-        """Send all of it.
+        """Send the response.
 
-        The end of a body that has neither a length nor chunks is the connection's; if it fails, that is reset, since
-        an orderly end would say that it is complete (RFC 9112, 8).
+        A body with neither a length nor chunks ends with the connection. If such a body fails, the connection is
+        reset, since an orderly close would mean that the body is complete (RFC 9112, 8).
         """
         try:
             self._send(body)
@@ -157,7 +157,7 @@ class Response:
         self._end()
 
     def _send_file(self, file: Any) -> bool:
-        """Send what is a file, or knows how to send itself; False when it must be read instead."""
+        """Send a file by ``sendfile``, or a body that can send itself; False: it must be read instead."""
         length = self._headers.length
         if not self._has_body:
             self._send_head()
@@ -175,7 +175,7 @@ class Response:
         return True
 
     def write(self, data: bytes) -> None:
-        """Send a piece of the body, but no more of it in all than was announced."""
+        """Send a piece of the body, but never more than ``Content-Length`` in all."""
         self._send_head()
         if self._headers.length is not None:
             data = data[: self._headers.length - self._sent]
@@ -188,7 +188,7 @@ class Response:
         if self._is_chunked:
             self._sock.sendall(b"0\r\n\r\n")
         elif self._has_body and self._sent != self._headers.length:
-            self._keep = False  # something is missing
+            self._keep = False  # the body is incomplete
 
     def _send_head(self) -> None:
         if not self.headers_sent:
@@ -231,9 +231,9 @@ def _checked(headers: tuple[Header, ...]) -> Checked:
 
 @functools.lru_cache(REMEMBERED_HEADERS)
 def _may_be_sent(name: str, value: str) -> bool:
-    """Whether a header of the application's goes out.
+    """Whether a header of the application's is sent.
 
-    :raises ValueError: it would break the response.
+    :raises ValueError: it is invalid.
     """
     if not _NAME.fullmatch(name):
         raise ValueError(f"not a header's name: {name!r}")

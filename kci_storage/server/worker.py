@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The worker: a process that accepts connections and answers their requests.
 
-- A connection costs a thread only while something is done for it. Its request's head is collected by the main loop
-  (:class:`~kci_storage.net.connection.Connection`), the end of a file goes to a slow reader from the background
-  (:class:`~kci_storage.net.background.Sending`), connections are closed there too, and a thread that has to wait for
-  a slow client gives its slot to another one (:class:`~kci_storage.net.threads.Threads`).
-- Clients that ask again at once share a thread (:class:`~kci_storage.net.fast_loop.FastLoop`).
-- A client that stands still for ``send_timeout`` seconds is dropped. One that is slow is served, unless there
-  are too many of them (:class:`~kci_storage.net.client_socket.Pace`).
-- A connection is accepted only while a thread is free for it, as another worker may have a free one, and only while
-  the worker may have one more.
-- Whatever fails costs the connection for which it was done, and nothing else: slots, loops and threads live on.
+- A connection uses a thread only while its request is answered. The main loop collects the request's head
+  (:class:`~kci_storage.net.connection.Connection`). The background sender sends the rest of a file to a slow reader
+  (:class:`~kci_storage.net.background.Sending`), and closes connections. A thread that waits for a slow client
+  releases its slot (:class:`~kci_storage.net.threads.Threads`).
+- Clients that send their next request at once share a thread (:class:`~kci_storage.net.fast_loop.FastLoop`).
+- A client without progress for ``send_timeout`` seconds is dropped. A slow client is served, unless there are too
+  many of them (:class:`~kci_storage.net.client_socket.Pace`).
+- A connection is accepted only while a thread is free, since another worker may have a free one, and only while the
+  worker may have one more connection.
+- A failure costs the connection that it concerns, and nothing else: slots, loops and threads go on.
 """
 
 from __future__ import annotations
@@ -47,11 +47,10 @@ from kci_storage.server.request import Requests
 log = logging.getLogger(__name__)
 
 HEAD_SECONDS = 10.0  # from a request's first byte until its head must be there
-LONGEST_HEAD = 64 * 1024  # bytes
+MAX_HEAD_SIZE = 64 * 1024  # bytes
 TURN_SECONDS = 1.0  # the longest turn of the main loop
-IDLE_SECONDS = 1.0  # for which a connection has been idle before it makes room for a new client
-
-STOP_SECONDS = 2.0  # for which a worker that stops waits for requests that may be on their way
+IDLE_SECONDS = 1.0  # after which an idle connection may be closed to make room for a new client
+STOP_SECONDS = 2.0  # for which a stopping worker waits for requests that may be on their way
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGABRT)
 
 Step = Callable[..., object]  # of the main loop; its first argument is the connection that it is for
@@ -60,15 +59,15 @@ Step = Callable[..., object]  # of the main loop; its first argument is the conn
 class Worker(gunicorn_parts.Worker):
     """The worker class of this server."""
 
-    send_timeout = 60.0  # seconds; this and the next are set before the workers are forked
-    connections = 1000  # how many it may have, those included that are being closed
-    number: int  # the master's, which no other worker has that lives
-    tls: ssl.SSLContext | None = None  # for connections from now on; set by the master, and when that is reloaded
+    send_timeout = 60.0  # seconds; the master sets this and the next before it forks workers
+    connections = 1000  # how many it may have, including those that are being closed
+    number: int  # unique among the master's running workers
+    tls: ssl.SSLContext | None = None  # for new connections; set by the master, and when it is reloaded
     unusable = (ConfigError,)
 
     def begin(self) -> None:
-        """Start what must not be shared with the process that this one was forked from."""
-        self._calls: Mailbox[tuple[Connection, Step]] = Mailbox()  # what other threads want done by the main loop
+        """Create the resources that must not be shared with the parent process."""
+        self._calls: Mailbox[tuple[Connection, Step]] = Mailbox()  # steps that other threads leave for the main loop
         self._threads = Threads(self.settings.threads, changed=self._calls.wake)
         self._background = Background()
         self._requests = Requests(self.settings, lambda: self.application, self._may_keep)
@@ -82,42 +81,42 @@ class Worker(gunicorn_parts.Worker):
         )
         self._acceptor = Acceptor(self._drop_oldest_idle)
         self._selector = selectors.DefaultSelector()
-        self._selector.register(self._calls, selectors.EVENT_READ, self._heed_calls)
-        self._accepts = False  # whether the selector has the listeners
+        self._selector.register(self._calls, selectors.EVENT_READ, self._take_calls)
+        self._accepts = False  # whether the listeners are registered in the selector
         # Each connection is in the first of these, and in one of the others.
         self._connections: set[Connection] = set()
-        self._keepalive: float = self.settings.keepalive  # seconds; looked up for each request
-        self._idle = Waiting(self._keepalive)  # nothing of a request has come
-        self._heads = Waiting(min(HEAD_SECONDS, self.send_timeout))  # a part of its head has come
-        self._ready: deque[Connection] = deque()  # a request's head is there, and no thread has it yet
-        self._working: set[Connection] = set()  # a thread has it
-        self._sending: set[Connection] = set()  # the rest of a response goes out in the background
-        self._lingering: set[Connection] = set()  # it is being closed in the background
+        self._keepalive: float = self.settings.keepalive  # seconds; cached, since it is needed for each request
+        self._idle = Waiting(self._keepalive)  # no byte of a request has come
+        self._heads = Waiting(min(HEAD_SECONDS, self.send_timeout))  # a part of the head has come
+        self._ready: deque[Connection] = deque()  # the head has come, and waits for a thread
+        self._working: set[Connection] = set()  # a thread answers the request
+        self._sending: set[Connection] = set()  # the background sender sends the rest of a response
+        self._lingering: set[Connection] = set()  # the background sender closes it
         self._shed_at = 0.0  # on the monotonic clock
         for listener in self.listeners:
-            self._notice_the_vanished(listener)
+            self._set_user_timeout(listener)
 
-    def _notice_the_vanished(self, listener: Any) -> None:
-        """The kernel notices a client that vanishes without a word; accepted sockets inherit this."""
+    def _set_user_timeout(self, listener: Any) -> None:
+        """Let the kernel drop clients that vanish without closing the connection; accepted sockets inherit this."""
         if listener.family in (socket.AF_INET, socket.AF_INET6):
             milliseconds = int(self.send_timeout * 1000)
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
 
-    def heed_signals(self) -> None:
-        """From now on signals are heeded, and wake the main loop; those since the fork are delivered here."""
+    def handle_signals(self) -> None:
+        """Let signals wake the main loop; those since the fork are delivered here."""
         signal.set_wakeup_fd(self._calls.writer, warn_on_full_buffer=False)
         release_signals()
 
     # The main loop
 
     def serve(self) -> None:
-        """Answer requests until a signal says otherwise or the master is gone; then end what has begun."""
+        """Answer requests until a signal stops the worker or the master is gone; then finish the running ones."""
         while not self.is_stopping and os.getppid() == self.master:
             self._turn()
         self._stop()
 
     def _turn(self, accepting: bool = True) -> None:
-        """One turn, which the loop outlives whatever it brings."""
+        """One turn of the loop. An exception in it does not end the loop."""
         try:
             self._do_turn(accepting)
         except Exception:
@@ -127,16 +126,15 @@ class Worker(gunicorn_parts.Worker):
     def _do_turn(self, accepting: bool) -> None:
         """Accept, collect, dispatch, expire, shed, look.
 
-        Those requests get a thread for which there was one before; the others wait here, and not for a thread.
-
-        So each time that one is free, a new client is let in first.
+        Requests are dispatched only if a thread was free at the turn's beginning; the others stay in ``_ready``. So
+        whenever a thread becomes free, new connections are accepted before requests are dispatched.
         """
         self.beat()
         now = time.monotonic()
         has_thread = self._has_free_thread()
         self._listen(accepting and has_thread and self._has_room(now) and now >= self._acceptor.paused_until)
         for key, _ in self._selector.select(self._seconds_to_wait(now, has_thread)):
-            key.data(key.fileobj)  # accepts a connection, collects a head, or heeds calls
+            key.data(key.fileobj)  # accepts a connection, collects a head, or takes other threads' calls
         if has_thread:
             self._dispatch()
         now = time.monotonic()
@@ -148,7 +146,7 @@ class Worker(gunicorn_parts.Worker):
         if has_thread and self._ready:
             return 0.0
         seconds = TURN_SECONDS
-        if self._fast_loop.is_running or not has_thread:  # for threads that have waited for a moment by then
+        if self._fast_loop.is_running or not has_thread:  # waits may have lasted long enough to release slots by then
             seconds = fast_loop.LOOK_SECONDS
         if now < self._acceptor.paused_until:
             seconds = min(seconds, self._acceptor.paused_until - now)
@@ -157,9 +155,10 @@ class Worker(gunicorn_parts.Worker):
         return max(0.0, seconds)
 
     def _stop(self) -> None:
-        """Whoever has come is served; whoever comes is not left waiting for as long as that takes.
+        """Finish the running requests, and answer the connections in the listeners' backlog.
 
-        A port that nobody holds open any more refuses them, and a balancer asks another server at once.
+        The listeners are closed first, so that new clients are refused rather than left waiting, and a load balancer
+        uses another server at once.
         """
         self._listen(False)
         for listener in self.listeners:
@@ -177,12 +176,12 @@ class Worker(gunicorn_parts.Worker):
     # Accept
 
     def _has_free_thread(self) -> bool:
-        """Whether fewer requests are at work than may be."""
+        """Whether a slot is free."""
         at_work = len(self._working) - self._threads.released_slots - self._fast_loop.threads_saved
         return at_work < self._threads.size
 
     def _has_room(self, now: float) -> bool:
-        """Whether there may be one more connection, if need be in the place of an idle one."""
+        """Whether there may be one more connection, if necessary after closing an idle one."""
         return len(self._connections) < self.connections or self._idle.oldest_age(now) >= IDLE_SECONDS
 
     def _listen(self, accepts: bool) -> None:
@@ -197,7 +196,7 @@ class Worker(gunicorn_parts.Worker):
                 self._selector.unregister(listener)
 
     def _accept(self, listener: Any) -> bool:
-        """Accept a connection, which costs a thread only once a request's head has come; whether there was one."""
+        """Accept a connection; whether there was one."""
         accepted = self._acceptor.accept(listener)
         if accepted is None:
             return False
@@ -226,32 +225,32 @@ class Worker(gunicorn_parts.Worker):
     # Collect
 
     def _await_request(self, conn: Connection) -> None:
-        """Have the next request collected, of which there may be something."""
+        """Collect the next request's head, of which a part may have come already."""
         if conn.sock.has_more:
             conn.receive()
         if conn.has_begun and conn.has_head:
             self._ready.append(conn)
             return
         (self._heads if conn.has_begun else self._idle).add(conn)
-        self._selector.register(conn.sock, selectors.EVENT_READ, partial(self._something_came, conn))
+        self._selector.register(conn.sock, selectors.EVENT_READ, partial(self._on_readable, conn))
 
-    def _something_came(self, conn: Connection, _: Any) -> None:
+    def _on_readable(self, conn: Connection, _: Any) -> None:
         if conn in self._idle or conn in self._heads:  # else it was dropped while the event was on its way
             self._try(conn, self._collect)
 
     def _collect(self, conn: Connection) -> None:
-        """Something has come on a connection that waits."""
+        """Receive what has come on a waiting connection."""
         if not conn.receive():
             self._drop_or_explain(conn)
         elif conn.has_head:
             self._stop_waiting(conn)
             self._ready.append(conn)
-        elif len(conn.head) > LONGEST_HEAD:
+        elif len(conn.head) > MAX_HEAD_SIZE:
             self._refuse(conn, 431)
         elif conn in self._idle and conn.has_begun:
             self._idle.discard(conn)
             self._heads.add(conn)
-        elif conn in self._heads and not conn.has_begun:  # it has shaken hands, and may take its time now
+        elif conn in self._heads and not conn.has_begun:  # the TLS handshake is over; now it may be idle
             self._heads.discard(conn)
             self._idle.add(conn)
 
@@ -267,38 +266,38 @@ class Worker(gunicorn_parts.Worker):
         self._heads.discard(conn)
 
     def _drop(self, conn: Connection) -> None:
-        """Close a connection that waits."""
+        """Close a waiting connection."""
         self._stop_waiting(conn)
         self._connections.discard(conn)
         conn.close()
 
     def _refuse(self, conn: Connection, status: int, text: str = "") -> None:
-        """Answer a request whose head is not all there, and close."""
+        """Refuse a request whose head is incomplete, and close the connection."""
         self._stop_waiting(conn)
         answer = refusal(status, conn.client, text=text, head=conn.head)
-        with contextlib.suppress(OSError):  # also if there is no room: the main loop waits for nobody
+        with contextlib.suppress(OSError):  # also if the kernel accepts no data: the main loop never waits
             conn.sock.answer_now(answer)
         self._linger(conn)
 
     # Dispatch
 
     def _dispatch(self) -> None:
-        """Have threads answer requests that are there."""
+        """Let threads answer the requests whose head has come."""
         while self._ready and self._has_free_thread():
             conn = self._ready.popleft()
             self._working.add(conn)
             self._threads.submit(partial(self._fast_loop.serve, conn))
 
     def _hand_back(self, conn: Connection) -> None:
-        """On any thread: it is done with the connection."""
+        """Called by any thread that is done with a connection."""
         self._calls.put((conn, self._answered))
 
-    def _heed_calls(self, _: Any) -> None:
+    def _take_calls(self, _: Any) -> None:
         for conn, step in self._calls.take():
             self._try(conn, step)
 
     def _answered(self, conn: Connection) -> None:
-        """A thread is done with the connection's request."""
+        """A thread has answered the connection's request."""
         self._working.discard(conn)
         if conn.sock.rest is not None:
             self._sending.add(conn)
@@ -307,7 +306,7 @@ class Worker(gunicorn_parts.Worker):
             self._go_on(conn)
 
     def _sent(self, conn: Connection, complete: bool) -> None:
-        """On the background's thread: the rest of a response has gone out, or never will."""
+        """Called by the background thread: the rest of a response has been sent, or never will be."""
         conn.keep = conn.keep and complete
         self._calls.put((conn, self._end_sending))
 
@@ -322,7 +321,7 @@ class Worker(gunicorn_parts.Worker):
             self._linger(conn)
 
     def _linger(self, conn: Connection) -> None:
-        """Close a connection so that its client gets all that was sent to it."""
+        """Close a connection in the background, so that its client gets all data that was sent."""
         self._lingering.add(conn)
         if not conn.linger(closed=lambda: self._calls.put((conn, self._forget))):
             self._forget(conn)
@@ -334,14 +333,14 @@ class Worker(gunicorn_parts.Worker):
     # Expire, shed
 
     def _expire(self, now: float) -> None:
-        """Close those that have been waited for in vain."""
+        """Close connections whose deadline has passed."""
         for conn in self._idle.expired(now):
             self._try(conn, self._drop)
         for conn in self._heads.expired(now):
             self._try(conn, partial(self._refuse, status=408))
 
     def _shed(self, now: float) -> None:
-        """Drop clients that are too slow, if there are too many of them."""
+        """Shed the slowest clients, if threads or connections are scarce."""
         if now < self._shed_at or not (self._threads.is_crowded or not self._has_room(now)):
             return
         self._shed_at = now + 1
@@ -352,7 +351,7 @@ class Worker(gunicorn_parts.Worker):
     # Failures
 
     def _try(self, conn: Connection, step: Step) -> None:
-        """Do something for a connection; should that fail, it costs the connection and nothing else."""
+        """Take a step for a connection; if it fails, only this connection is closed."""
         try:
             step(conn)
         except Exception:
@@ -371,10 +370,10 @@ class Worker(gunicorn_parts.Worker):
 
 
 def hold_signals() -> None:
-    """Have what ends a process wait; a process that is forked now has that wait, too."""
+    """Block the signals that end a process; a process that is forked meanwhile inherits this."""
     signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
 
 
 def release_signals() -> None:
-    """Deliver what has waited."""
+    """Unblock the signals; those that came meanwhile are delivered."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)

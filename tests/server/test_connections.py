@@ -58,15 +58,15 @@ def config(connections: int = 0, workers: int = 2, threads: int = 64, fills: int
 
 def test_there_are_descriptors_for_all_of_them():
     """A socket and a file for each, and what else a worker opens."""
-    assert wanted_connections(config().server) == settings.MOST_CONNECTIONS
+    assert wanted_connections(config().server) == settings.DEFAULT_CONNECTIONS
     assert wanted_connections(config(connections=17).server) == 17
     for descriptors in (1024, 4096, 65536):
         possible = possible_connections(config(), descriptors)
         beside = descriptors - settings.PER_CONNECTION * possible
         assert beside >= settings.OTHERS + 64 * settings.PER_THREAD + 32 * settings.PER_FILL
         assert possible >= descriptors // 4
-    assert possible_connections(config(), 65536) > settings.MOST_CONNECTIONS
-    assert possible_connections(config(), 100) == settings.LEAST_CONNECTIONS
+    assert possible_connections(config(), 65536) > settings.DEFAULT_CONNECTIONS
+    assert possible_connections(config(), 100) == settings.MIN_CONNECTIONS
 
 
 def ask(server: Server, path: str = "/v1/health") -> None:
@@ -97,7 +97,7 @@ def test_with_few_descriptors_there_are_fewer_connections(
     server = start_server(server=document, wrapper=["prlimit", "--nofile=1024:1024"])
     [line] = re.findall(rf"level={level} event=connections_lowered .*", server.log())
     fields = dict(pair.split("=") for pair in line.split()[1:])
-    assert (int(fields["wanted"]), fields["descriptors"]) == (connections or settings.MOST_CONNECTIONS, "1024")
+    assert (int(fields["wanted"]), fields["descriptors"]) == (connections or settings.DEFAULT_CONNECTIONS, "1024")
     pids = server.worker_pids()
     with ExitStack() as stack:
         idle_clients(stack, server, IDLE)
