@@ -58,7 +58,7 @@ class Ledger:
     def assign(self, number: int) -> None:
         """Reserve the row of that number for the worker that is about to be forked.
 
-        A worker beyond the last row counts for itself alone, since two workers that write to one row would lose counts.
+        A worker beyond the last row counts for itself alone: two workers that write to one row would lose counts.
         """
         self._used[0] = max(self._used[0], min(number + 1, len(self._rows)))
 

@@ -107,7 +107,7 @@ def new_secret() -> str:
 def check_secret(secret: str) -> str | None:
     """Why a secret cannot be used at all; None: it can be used.
 
-    PyJWT would refuse keys that are empty or look like a public key or a JWK at every request; this tells when it starts.
+    PyJWT refuses keys that are empty or look like a public key or a JWK, but only when they are used.
 
     >>> check_secret("")
     'it is empty'

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""``python -m kci_storage.cli``: the command, where its script is not on the path."""
+"""``python -m kci_storage.cli``: runs the command if its script is not on the path."""
 
 import sys
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The client's commands, as the command line describes them. What they do is only imported when one is run."""
+"""The client's commands on the command line. Their code is imported only when one is run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kci_storage.client.settings import TOKEN_VARIABLE, URL_VARIABLE
 # What `ArgumentParser.add_subparsers` returns: argparse has no public name for it.
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # noqa: SLF001  (see above)
 
-MOST_JOBS = 64
+MAX_JOBS = 64
 EXIT_CODES = "exit codes: 0, all worked; 1, something failed; 2, wrong usage, or no server or token; 130, interrupted"
 
 
@@ -92,7 +92,7 @@ def _add_stat(commands: Commands) -> None:
 
 
 def _command(commands: Commands, name: str, text: str) -> argparse.ArgumentParser:
-    """A command with what all of them have."""
+    """A command with the options that all commands have."""
     command = commands.add_parser(name, help=text, description=text, epilog=EXIT_CODES)
     command.set_defaults(run=run, action=name, quiet=False, jobs=1, token_file=None)
     command.add_argument("--url", metavar="URL", help=f"the server; else ${URL_VARIABLE}")
@@ -115,21 +115,21 @@ def _add_jobs(command: argparse.ArgumentParser) -> None:
 
 
 def _add_quiet(command: argparse.ArgumentParser) -> None:
-    command.add_argument("-q", "--quiet", action="store_true", help="only failures are told")
+    command.add_argument("-q", "--quiet", action="store_true", help="report failures only")
 
 
 class Number:
-    """A whole number within bounds, as an argument's type.
+    """An argument's type: a whole number within bounds.
 
     >>> Number(1, 4)("3")
     3
     """
 
-    def __init__(self, least: int, most: int):
-        self._least = least
-        self._most = most
+    def __init__(self, minimum: int, maximum: int):
+        self._minimum = minimum
+        self._maximum = maximum
 
     def __call__(self, text: str) -> int:
-        if not text.isascii() or not text.isdigit() or not self._least <= int(text[:9]) <= self._most:
-            raise argparse.ArgumentTypeError(f"expected a whole number from {self._least} to {self._most}")
+        if not text.isascii() or not text.isdigit() or not self._minimum <= int(text[:9]) <= self._maximum:
+            raise argparse.ArgumentTypeError(f"expected a whole number from {self._minimum} to {self._maximum}")
         return int(text)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Completion for shells, made from the commands' own description."""
+"""Completion scripts for shells, generated from the argument parser."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ SHELLS = ("bash", "zsh")
 
 
 def script(parser: argparse.ArgumentParser, shell: str) -> str:
-    """What the shell is to read.
+    """The completion script for a shell.
 
-    :param parser: of the whole program.
-    :raises UsageError: the library that makes it is not installed.
+    :param parser: the program's parser.
+    :param shell: one of :data:`SHELLS`.
+    :raises UsageError: the library that generates it is not installed.
     """
     try:
         import shtab
@@ -24,12 +25,12 @@ def script(parser: argparse.ArgumentParser, shell: str) -> str:
 
 
 def with_files(action: argparse.Action) -> argparse.Action:
-    """Have an argument completed with the names of files."""
+    """Let the shell complete an argument with names of files."""
     return _completed(action, bash="_shtab_compgen_files", zsh="_files")  # shtab.FILE
 
 
 def with_folders(action: argparse.Action) -> argparse.Action:
-    """Have an argument completed with the names of folders."""
+    """Let the shell complete an argument with names of folders."""
     return _completed(action, bash="_shtab_compgen_dirs", zsh="_files -/")  # shtab.DIRECTORY
 
 

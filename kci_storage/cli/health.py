@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Whether the server of a configuration answers: what ``kci-storage health`` asks, for containers and scripts."""
+"""``kci-storage health``: asks whether the server of a configuration answers, for containers and scripts."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import ssl
 from kci_storage.config.checks import split_bind
 from kci_storage.config.settings import ServerConfig
 
-SECONDS = 8.0  # for each step of the conversation; a container's health check has ten in all
-_HERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104  (of "all addresses", one that can be connected to)
+TIMEOUT = 8.0  # seconds for each step; a container's health check has 10 s in all
+_LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104  (replaces "all addresses" by one to connect to)
 
 
 class Unhealthy(Exception):
-    """Nobody answers, or the answer is not 200; the text says what happened."""
+    """The server does not answer, or not with 200; the text says what happened."""
 
 
 def ask(server: ServerConfig) -> None:
@@ -40,7 +40,7 @@ def _status(server: ServerConfig) -> int:
 
 
 def _connect(server: ServerConfig) -> socket.socket:
-    """A connection, with TLS where the server has it; the certificate need not name this machine's loopback."""
+    """A connection, with TLS if the server has it. The certificate is not verified: it does not name the loopback."""
     sock = _socket(server.bind)
     if not server.certfile:
         return sock
@@ -51,11 +51,11 @@ def _connect(server: ServerConfig) -> socket.socket:
 
 
 def _socket(bind: str) -> socket.socket:
-    """A connection to where the server listens."""
+    """A connection to the server's address."""
     if address := split_bind(bind):
         host, port = address
-        return socket.create_connection((_HERE.get(host, host), port), SECONDS)
+        return socket.create_connection((_LOOPBACK.get(host, host), port), TIMEOUT)
     sock = socket.socket(socket.AF_UNIX)
-    sock.settimeout(SECONDS)
+    sock.settimeout(TIMEOUT)
     sock.connect(bind.removeprefix("unix:"))
     return sock

@@ -2,9 +2,9 @@
 """The command ``kci-storage``.
 
 Exit codes: 0, done; 1, ``health`` found no server; 2, wrong usage; 78 (``EX_CONFIG`` of sysexits.h), the
-configuration cannot be used. A service manager can be told that trying again does not mend the last of them (systemd:
-``RestartPreventExitStatus=78``). The client's commands (:mod:`kci_storage.cli.client`) have 1, something failed,
-and 130, interrupted, too.
+configuration cannot be used. A service manager can be told not to restart the server after 78 (systemd:
+``RestartPreventExitStatus=78``). The client's commands (:mod:`kci_storage.cli.client`) also exit with 1, something
+failed, and 130, interrupted.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from kci_storage.config.settings import ConfigError
 from kci_storage.server import preflight
 
 GUNICORN = ("gunicorn", "-c", "python:kci_storage.server.hooks", "kci_storage.app:create_app()")
-MOST_DAYS = 36_500
+MAX_DAYS = 36_500
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -131,8 +131,8 @@ def _days(text: str) -> float:
         days = float(text)
     except ValueError:
         days = 0.0
-    if not 0 < days <= MOST_DAYS:
-        raise argparse.ArgumentTypeError(f"expected a number of days, more than 0 and at most {MOST_DAYS}")
+    if not 0 < days <= MAX_DAYS:
+        raise argparse.ArgumentTypeError(f"expected a number of days, more than 0 and at most {MAX_DAYS}")
     return days
 
 

@@ -21,13 +21,13 @@ from kci_storage.server import preflight
 if TYPE_CHECKING:
     from kci_storage.retention.expire import Expired, Expiry
 
-PROGRESS_STEP = 10_000  # objects looked at between two lines that say so
+PROGRESS_STEP = 10_000  # objects between two lines about progress
 
 
 def add_to(add: Callable[[str, Callable[..., Any], str], argparse.ArgumentParser]) -> None:
     """Add the commands.
 
-    :param add: makes one, of its name, what it does, and its help.
+    :param add: makes a command from its name, its function and its help.
     """
     parser = add("expire", expire, "delete objects that are over the age that their retention tag allows")
     parser.add_argument("--dry-run", action="store_true", help="only print what would be deleted")
@@ -35,7 +35,7 @@ def add_to(add: Callable[[str, Callable[..., Any], str], argparse.ArgumentParser
 
 
 def expire(arguments: argparse.Namespace) -> int:
-    """Delete what is over its age, key by key on standard output; 1 when something could not be deleted."""
+    """Delete expired objects, and print each key; 1 if one could not be deleted."""
     config = preflight.usable(arguments.config)
     if config.driver == "azure":
         raise ConfigError(f"{config.path}: driver: Azure deletes by itself what `kci-storage lifecycle-policy` says")
@@ -61,7 +61,7 @@ def lifecycle_policy(arguments: argparse.Namespace) -> None:
 
 
 def _check_owner(config: Config) -> None:
-    """What this process makes, such as locks, must be the server's, too."""
+    """Check that this process runs as the server's user, since the server must be able to use its locks."""
     for folder in (config.cache.directory, config.local.storage_path):
         with contextlib.suppress(FileNotFoundError, KeyError):
             owner = os.stat(folder).st_uid
@@ -71,7 +71,7 @@ def _check_owner(config: Config) -> None:
 
 def _expiry(config: Config) -> Expiry:
     from kci_storage.retention.expire import Expiry
-    from kci_storage.services import build_services  # only now: it takes as long as all else
+    from kci_storage.services import build_services  # only now, since the import is slow
 
     services = build_services(config)
     return Expiry(services.driver, services.objects, config.retention.tag_key)
@@ -84,18 +84,19 @@ def _would_expire(expiry: Expiry) -> Iterable[Expired]:
 
 
 class _Report:
-    """What becomes of objects, line by line.
+    """Prints the results, line by line.
 
-    :param done: what is done to them, in words.
+    :param done: the result for an object, in words.
+    :param expiry: counts the objects that have been looked at.
     """
 
     def __init__(self, done: str, expiry: Expiry):
         self._done = done
         self._expiry = expiry
-        self._said = 0  # of how many objects it was said that they had been looked at
+        self._reported = 0  # objects in the last line about progress
 
     def show(self, found: Iterable[Expired]) -> int:
-        """Print all of it; the command's exit code."""
+        """Print all results and a summary; the command's exit code."""
         deleted = size = failed = 0
         for item in found:
             self._progress()
@@ -111,6 +112,6 @@ class _Report:
         return 1 if failed else 0
 
     def _progress(self) -> None:
-        if self._expiry.seen - self._said >= PROGRESS_STEP:
-            self._said = self._expiry.seen
-            print(f"kci-storage: {self._said} objects looked at", file=sys.stderr)
+        if self._expiry.seen - self._reported >= PROGRESS_STEP:
+            self._reported = self._expiry.seen
+            print(f"kci-storage: {self._reported} objects looked at", file=sys.stderr)

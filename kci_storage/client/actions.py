@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What the commands do, from the parsed arguments to the exit code."""
+"""The client's commands, from the parsed arguments to the exit code."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130  # exit codes
 
 @dataclass(frozen=True)
 class Result:
-    """What became of one file; the fields are those of a line with ``--json``."""
+    """The outcome for one file; the fields are those of a line with ``--json``."""
 
     action: str
     key: str
@@ -61,13 +61,16 @@ class Session:
         self.progress = progress(arguments.quiet) if transfers else Progress(arguments.quiet)
 
     def attempts(self, subject: str) -> Attempts:
-        """For an operation on something, which is named when it fails and is tried again."""
+        """The attempts at an operation, whose retries are reported.
+
+        :param subject: the file or folder that the messages name.
+        """
         return Attempts(self.arguments.retries, lambda text: self.progress.note(f"{subject or '/'}: {text}"))
 
     def each(self, action: str, tasks: Sequence[tuple[str, str | None, Callable[[], Result]]]) -> int:
-        """Do something with several files at once, and tell what became of each.
+        """Run tasks for several files concurrently, and report the outcome of each; the exit code.
 
-        :param tasks: key, local file, and what to do with them.
+        :param tasks: for each file: its key, the local file, and the function to call.
         """
         guarded = [functools.partial(_guarded, action, *task) for task in tasks]
         failed = 0
@@ -82,7 +85,7 @@ class Session:
         return FAILED if failed else DONE
 
     def report(self, result: Result) -> None:
-        """Tell what became of a file."""
+        """Print the outcome for a file."""
         if result.error is not None:
             self.progress.failure(f"{result.file if result.action == 'upload' else result.key}: {result.error}")
         if self.arguments.json:
@@ -102,14 +105,14 @@ def run(arguments: argparse.Namespace) -> int:
         kept = "; what has come is kept: run it again to have the rest" if arguments.action == "download" else ""
         print(f"kci-storage: interrupted{kept}", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # whoever read our output has seen enough, such as head
+    except BrokenPipeError:  # the reader of the output, such as head, has closed the pipe
         with contextlib.suppress(BrokenPipeError):
             sys.stdout.close()
         return FAILED
 
 
 def _guarded(action: str, key: str, file: str | None, task: Callable[[], Result]) -> Result:
-    """The task's result, whatever happens that may happen."""
+    """The task's result; an expected exception becomes a failed result."""
     try:
         return task()
     except ClientError as exc:
@@ -147,7 +150,7 @@ def _size(path: str) -> int:
     try:
         return os.stat(path).st_size
     except OSError:
-        return 0  # it will be told when its turn comes
+        return 0  # the upload itself will report the error
 
 
 def _download(session: Session) -> int:
@@ -170,7 +173,7 @@ def _download(session: Session) -> int:
 
 
 def _targets(session: Session, key: str, folder: Path, recursive: bool) -> Iterator[paths.Target]:
-    """The files that are asked for by a key, or by a folder's name."""
+    """The files to download for a key, or for a folder's name."""
     name = key.strip("/")
     if recursive or key.endswith("/"):
         yield from _targets_below(session, name, folder)
@@ -204,7 +207,7 @@ def _rm(session: Session) -> int:
 
 
 def _delete(session: Session, key: str) -> str:
-    """Delete a file; what became of it."""
+    """Delete a file; the outcome, as of :class:`Result`."""
     attempts, doubtful = session.attempts(key), False
     while True:
         try:
@@ -263,19 +266,19 @@ def _ls(session: Session) -> int:
 
 
 def _everything(session: Session, name: str) -> Iterator[dict[str, Any]]:
-    """The file of that name, and all in the folder of that name."""
+    """The file of that name, and all files in the folder of that name."""
     for file in session.attempts(name).run(lambda: _begun(session.storage.list(name))):
         if not name or file.key == name or file.key.startswith(f"{name}/"):
             yield _listed(file)
 
 
 def _begun(items: Iterator[T]) -> Iterator[T]:
-    """The same, the first one being there already, so that what fails at the beginning can be tried again."""
+    """The same items, of which the first has been fetched, so that a failure at the beginning can be retried."""
     return itertools.chain(list(itertools.islice(items, 1)), items)
 
 
 def _level(session: Session, name: str) -> Iterator[dict[str, Any]]:
-    """What is directly in the folder of that name; or the file, if that is one."""
+    """The entries directly in the folder of that name; or the file, if the name is that of a file."""
     attempts, prefix = session.attempts(name), f"{name}/" if name else ""
     try:
         level, following = attempts.run(lambda: session.storage.level(prefix))
@@ -317,7 +320,7 @@ def _row(fields: dict[str, Any]) -> str:
 
 
 def _date(http_date: str | None) -> str:
-    """To the minute, UTC.
+    """A date to the minute, UTC; empty: it is not valid.
 
     >>> _date("Wed, 21 Oct 2015 07:28:00 GMT"), _date("today")
     ('2015-10-21 07:28', '')

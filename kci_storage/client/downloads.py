@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""One file comes: resumed where it was interrupted, verified, and only then under its name."""
+"""Downloading one file: resumes after an interruption, verifies, and only then replaces the target."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from kci_storage.client.progress import Progress
 from kci_storage.client.retries import Attempts
 from kci_storage.client.storage import Download, Properties, Storage
 
-CLEAN_STARTS = 2  # how often a file is fetched whose digest is wrong at the end
-GONE = (404, 410, 416)  # statuses after which what has come so far is of no use
+CLEAN_STARTS = 2  # attempts at a file whose digest is wrong at the end
+GONE = (404, 410, 416)  # statuses that make the part useless
 
 
 def download(storage: Storage, target: Target, attempts: Attempts, progress: Progress) -> tuple[Properties, bool]:
-    """Have the file, whole and right, at its target.
+    """Download a file, unless the target is the same already.
 
-    :returns: what it is; and whether anything had to be fetched, which is not so if it was there already.
-    :raises ClientError: it cannot be had. What has come is kept for the next time, beside the target.
-    :raises OSError: the disk does not take it.
+    :returns: its properties, and whether it had to be fetched.
+    :raises ClientError: it cannot be downloaded. The part that has come is kept beside the target, to be resumed.
+    :raises OSError: it cannot be written.
     """
     if target.path is None:
         raise ClientError(target.problem)
@@ -47,7 +47,7 @@ def download(storage: Storage, target: Target, attempts: Attempts, progress: Pro
 
 
 def _is_same(path: Path, there: Properties) -> bool:
-    """Whether a file is what the server has."""
+    """Whether a local file equals the server's."""
     if there.sha256 is None or path.stat().st_size != there.size:
         return False
     with path.open("rb") as file:
@@ -63,12 +63,12 @@ class _Transfer:
         self._part = part
         self._attempts = attempts
         self._progress = progress
-        self._expected = target.size  # bytes that the progress knows of
+        self._expected = target.size  # bytes that the progress expects
         self._furthest = part.size  # bytes
         progress.add(part.size)
 
     def run(self) -> Properties:
-        """All of the file, in as many attempts as it takes."""
+        """Receive the whole file, in as many attempts as necessary."""
         while True:
             try:
                 return self._attempt()
@@ -81,7 +81,7 @@ class _Transfer:
     def _attempt(self) -> Properties:
         part = self._part
         etag = part.version.etag if part.version else None
-        # At least the last byte is asked for again: so the answer tells whether it still is that version.
+        # The last byte is always requested again, since the response tells whether the version is still the same.
         start = min(part.size, part.version.size - 1) if part.version and part.size else 0
         with self._storage.download(self._key, start, etag) as incoming:
             version = self._begun(incoming, start)
@@ -92,7 +92,7 @@ class _Transfer:
         return version
 
     def _begun(self, incoming: Download, start: int) -> Properties:
-        """The version that comes; the part is ready for it."""
+        """Prepare the part for the response's content; the version that is being received."""
         part, version = self._part, incoming.properties
         if incoming.start == 0:
             self._progress.add(-part.size)

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What can go wrong for a client: one line each, and whether trying again may help."""
+"""The client's errors: a line of text each, and whether a retry may help."""
 
 from __future__ import annotations
 
 import email.utils
 import time
 
-RETRIED = (408, 425, 429, 500, 502, 503, 504, 507)  # statuses that may be others soon
+RETRIED = (408, 425, 429, 500, 502, 503, 504, 507)  # statuses of temporary errors
 
 
 class ClientError(Exception):
-    """Something failed; the text is one line for a person."""
+    """An operation failed; the text is one line for the user."""
 
     retriable = False
     status: int | None = None  # of the server's answer, if that is what failed
@@ -18,15 +18,15 @@ class ClientError(Exception):
 
 
 class UsageError(ClientError):
-    """The command cannot even begin: a setting is missing or impossible."""
+    """The command cannot begin: a setting is missing or invalid."""
 
 
 class ServerRefused(ClientError):
-    """The server's answer is an error.
+    """The server's response is an error.
 
-    :param status: its status code.
-    :param text: what the server says of it.
-    :param retry_after: its header ``Retry-After``.
+    :param status: the response's status code.
+    :param text: the server's message.
+    :param retry_after: the value of ``Retry-After``.
     """
 
     def __init__(self, status: int, text: str, retry_after: str | None = None):
@@ -37,23 +37,23 @@ class ServerRefused(ClientError):
 
 
 class Unreachable(ClientError):
-    """The network failed, or the connection ended before its time."""
+    """The network failed, or the connection ended early."""
 
     retriable = True
 
 
 class Unexpected(ClientError):
-    """What came is not what this server says; maybe it is not this server."""
+    """The response is not one of this server's; the URL may be that of another server."""
 
 
 class Corrupt(ClientError):
-    """What arrived is not what was sent."""
+    """The content has another digest than the server's."""
 
     retriable = True
 
 
 def parse_retry_after(value: str | None) -> float | None:
-    """The seconds that ``Retry-After`` asks for (RFC 9110, 10.2.3); None: it says nothing.
+    """The seconds in a ``Retry-After`` header (RFC 9110, 10.2.3); None: it is missing or invalid.
 
     >>> parse_retry_after("5"), parse_retry_after("soon"), parse_retry_after("Wed, 21 Oct 2015 07:28:00 GMT")
     (5.0, None, 0.0)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The one place where the client writes files: what has come of a download, until it is whole.
+"""Partial downloads, the only files that the client writes.
 
-Beside the target lies ``<name>.<digest of the URL>.part``, and beside that a ``.json`` that says which version it is
-of. Both stay when a download is interrupted. The target is only ever replaced by a file that is whole and verified.
+A part is ``<name>.<digest of the URL>.part`` beside the target, with a ``.json`` that records its version. Both are
+kept when a download is interrupted. Only a complete and verified file replaces the target.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from typing import Self
 
 from kci_storage.client.errors import ClientError, Corrupt
 from kci_storage.client.paths import part_name
-from kci_storage.client.storage import PIECE, Properties
+from kci_storage.client.storage import PIECE_SIZE, Properties
 
 
 class Part:
-    """What has come of one file. Used as a context manager; nobody else has the same part meanwhile.
+    """The part of one file. It is locked until the end of the ``with`` block.
 
-    :param target: what it is to become; its folder is made.
-    :param source: the URL that it comes from.
-    :raises ClientError: somebody else is downloading the same file to the same place.
-    :raises OSError: the disk does not take it.
+    :param target: the file that it will become; its folder is made.
+    :param source: the URL of the content.
+    :raises ClientError: another process is downloading the same file to the same target.
+    :raises OSError: it cannot be written.
     """
 
     def __init__(self, target: Path, source: str):
@@ -47,7 +47,7 @@ class Part:
             self._read_content()
 
     def _opened(self) -> int:
-        """The part's file, locked. If it was renamed or removed before we had the lock, we look again."""
+        """Open and lock the part's file; again if it was renamed or removed before the lock was acquired."""
         while True:
             fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
             try:
@@ -69,12 +69,12 @@ class Part:
 
     def _read_content(self) -> None:
         os.lseek(self._fd, 0, os.SEEK_SET)
-        while piece := os.read(self._fd, PIECE):
+        while piece := os.read(self._fd, PIECE_SIZE):
             self._digest.update(piece)
             self.size += len(piece)
 
     def begin(self, version: Properties) -> None:
-        """Throw away what is here: another version comes."""
+        """Discard the content, and record the version that is received from now on."""
         os.ftruncate(self._fd, 0)
         os.lseek(self._fd, 0, os.SEEK_SET)
         self._digest = hashlib.sha256()
@@ -82,7 +82,7 @@ class Part:
         self._record.write_text(json.dumps(vars(version)))
 
     def cut(self, size: int) -> None:
-        """Throw away what is here beyond so many bytes."""
+        """Discard the content beyond ``size`` bytes."""
         if size < self.size:
             os.ftruncate(self._fd, size)
             self._digest = hashlib.sha256()
@@ -98,10 +98,10 @@ class Part:
         self.size += len(data)
 
     def publish(self) -> str | None:
-        """Verify it, and make it the target.
+        """Verify the content, and rename the file to the target.
 
-        :returns: the SHA-256 in hex if it was compared with the server's; None: the server does not know that.
-        :raises Corrupt: it is not what the server has; nothing is left of it.
+        :returns: the SHA-256 in hex, which equals the server's; None: the server has none to compare with.
+        :raises Corrupt: the digests differ; the content has been discarded.
         """
         assert self.version is not None
         if self.version.sha256 not in (None, self._digest.hexdigest()):
@@ -113,7 +113,7 @@ class Part:
         return self.version.sha256
 
     def remove(self) -> None:
-        """Throw everything away."""
+        """Discard the content and the record."""
         self._record.unlink(missing_ok=True)
         os.ftruncate(self._fd, 0)
         os.lseek(self._fd, 0, os.SEEK_SET)
@@ -123,7 +123,7 @@ class Part:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        if not self._published and (self.version is None or self.size == 0):  # nothing that could be resumed
+        if not self._published and (self.version is None or self.size == 0):  # nothing to resume
             with contextlib.suppress(OSError):
                 self._record.unlink(missing_ok=True)
                 self.path.unlink()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Which local file belongs to which key. Pure, but for looking at local folders.
+"""The mapping between local files and keys. Pure, except for reading local folders.
 
 As with ``cp -r``, a folder keeps its name: ``upload build --to x`` stores ``x/build/…``, ``download x/build/`` makes
-``build/…``; what is in a folder, without its name, is ``build/.`` when it is uploaded.
+``build/…``. ``upload build/.`` stores the folder's content without its name.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from kci_storage import keys
 from kci_storage.client.errors import UsageError
 from kci_storage.errors import BadKey
 
-MOST_NAME = 255  # bytes of a file's name on Linux
+MAX_NAME = 255  # bytes of a file's name on Linux (NAME_MAX)
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,13 @@ def key_prefix(to: str) -> str:
 
 
 def files_to_upload(paths: Iterable[str], to: str, note: Callable[[str], None]) -> list[LocalFile]:
-    """The files that are named, and all that are in the folders that are named, in the order of their names.
+    """The given files, and all files in the given folders, ordered by name within each folder.
 
-    In a folder, symbolic links to files count as files. Those to folders are left out, since they may lead anywhere
-    and round in circles; so is what is neither a file nor a folder. A link that is named itself is followed.
+    In a folder, symbolic links to files count as files. Links to folders are left out, since they may lead anywhere or
+    form loops; so are other kinds of files. A link that is given itself is followed.
 
-    :param note: is told what is left out.
-    :raises UsageError: two files would get the same key, or one is not there.
+    :param note: called with a message for each entry that is left out.
+    :raises UsageError: two files would get the same key, or one does not exist.
     """
     found: dict[str, str] = {}
     for path in paths:
@@ -88,20 +88,22 @@ def _in_folder(folder: str, prefix: str, note: Callable[[str], None]) -> Iterato
 
 @dataclass(frozen=True)
 class Target:
-    """A file to download, and where to."""
+    """A file to download, and its local path."""
 
     key: str
-    path: Path | None  # None: nowhere
-    size: int = 0  # bytes, if that is known already
-    problem: str = ""  # why it cannot be stored there
+    path: Path | None  # None: it cannot be stored
+    size: int = 0  # bytes; 0: not known yet
+    problem: str = ""  # why it cannot be stored
 
 
 def target(folder: Path, key: str, relative: str, size: int = 0) -> Target:
-    """Where a key goes.
+    """The target of a key.
 
-    The server is not trusted: whatever its list says, nothing is written outside the folder.
+    The server is not trusted: whatever keys it lists, no file is written outside the folder.
 
-    :param relative: the key's end, from where its path below the folder begins.
+    :param folder: the folder for the downloads.
+    :param relative: the end of the key that becomes the path below the folder.
+    :param size: bytes, if known.
 
     >>> str(target(Path("out"), "a/b/c", "b/c").path), target(Path("out"), "a/../../b", "../../b").problem
     ('out/b/c', "the key has the segment '..'")
@@ -115,11 +117,11 @@ def target(folder: Path, key: str, relative: str, size: int = 0) -> Target:
 
 
 def without_conflicts(targets: Iterable[Target]) -> list[Target]:
-    """The same targets, each once; what cannot be stored beside others has a problem.
+    """The same targets, each once; a target that conflicts with others gets a problem.
 
-    A store may hold both ``a`` and ``a/b``, a file system cannot: then ``a`` is the one that fails, always.
+    A store may have both ``a`` and ``a/b``, but a file system cannot. Then ``a`` always fails.
 
-    :raises UsageError: two would become the same file.
+    :raises UsageError: two keys have the same path.
     """
     unusable, found = [], dict[Path, Target]()
     for each in targets:
@@ -137,22 +139,22 @@ def without_conflicts(targets: Iterable[Target]) -> list[Target]:
 
 
 def part_name(name: str, source: str) -> str:
-    """The name of the file that holds what has come so far.
+    """The name of a part.
 
-    :param name: of the file that it becomes.
-    :param source: its URL. A part of another file of the same name is another one, and ``x`` and ``x.part`` may both
-        be downloaded.
+    :param name: the target's name.
+    :param source: the URL. Its digest keeps apart the parts of different files with the same name, and ``x`` and
+        ``x.part`` may both be downloaded.
 
     >>> part_name("Image", "https://storage.example.com/Image")
     'Image.2a9957f168.part'
     """
     end = f".{hashlib.sha256(source.encode()).hexdigest()[:10]}.part"
-    room = MOST_NAME - len(end) - len(".json")
-    return name.encode()[:room].decode(errors="ignore") + end
+    length = MAX_NAME - len(end) - len(".json")
+    return name.encode()[:length].decode(errors="ignore") + end
 
 
 def is_regular(path: Path) -> bool:
-    """Whether there is a plain file at the path."""
+    """Whether the path is a regular file."""
     try:
         return stat.S_ISREG(os.lstat(path).st_mode)
     except OSError:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What a person sees meanwhile: a bar on a terminal, else a line now and then."""
+"""The progress of transfers: a bar on a terminal, else a line every :data:`INTERVAL` seconds."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ INTERVAL = 30.0  # seconds between two lines
 
 
 class Progress:
-    """Counts bytes and shows nothing but what it is told to print. All methods may be called by many threads.
+    """Counts bytes and prints messages, without showing progress. Thread-safe.
 
     :param quiet: notes are not shown either.
     """
@@ -29,26 +29,26 @@ class Progress:
         self._closed = False
 
     def expect(self, size: int) -> None:
-        """So many bytes more are to come than was known."""
+        """Expect ``size`` more bytes than before."""
         with self._lock:
             self._total += size
             if not self._closed:
                 self._show()
 
     def add(self, size: int) -> None:
-        """So many bytes have come; fewer than none: what has come does not count."""
+        """Count transferred bytes; a negative size takes them back."""
         with self._lock:
             self._done += size
             if not self._closed:
                 self._show()
 
     def note(self, text: str) -> None:
-        """Tell something that is no failure."""
+        """Print a message that is not about a failure."""
         if not self._quiet and not self._closed:
             self.failure(text)
 
     def failure(self, text: str) -> None:
-        """Tell of a failure, on one line."""
+        """Print a failure, on one line."""
         self._print(f"kci-storage: {printable(text)}", sys.stderr)
 
     def line(self, text: str) -> None:
@@ -56,7 +56,7 @@ class Progress:
         self._print(text, sys.stdout)
 
     def close(self) -> None:
-        """Transfers that still run, after an interruption, show nothing any more."""
+        """Stop showing progress, also that of transfers that still run after an interruption."""
         with self._lock:
             self._closed = True
             self._end()
@@ -73,7 +73,7 @@ class Progress:
 
 
 class Lines(Progress):
-    """A line now and then, so that the log of a CI job shows that it is alive."""
+    """A line at intervals, so that the log of a CI job shows progress."""
 
     def __init__(self, interval: float = INTERVAL):
         super().__init__()
@@ -110,7 +110,10 @@ class Bar(Progress):
 
 
 def progress(quiet: bool) -> Progress:
-    """What suits standard error."""
+    """The kind of progress that suits standard error.
+
+    :param quiet: report failures only.
+    """
     if quiet:
         return Progress(quiet=True)
     return Bar() if sys.stderr.isatty() and _has_tqdm() else Lines()

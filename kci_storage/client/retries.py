@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Trying again: when, how often, and after how long."""
+"""Retries: after which errors, how often, and after which delay."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import TypeVar
 from kci_storage.client.errors import ClientError
 
 FIRST_DELAY = 1.0  # seconds; doubled with each failure in a row
-LONGEST_DELAY = 30.0
-LONGEST_RETRY_AFTER = 300.0  # seconds that a server may ask for
+MAX_DELAY = 30.0  # seconds
+MAX_RETRY_AFTER = 300.0  # seconds of Retry-After; a longer one is cut
 
 T = TypeVar("T")
 Note = Callable[[str], None]
@@ -22,7 +22,8 @@ class Attempts:
     """The attempts at one operation.
 
     :param retries: how many failures in a row may be followed by another attempt.
-    :param note: is told of each failure that is.
+    :param note: called with a message for each of these.
+    :param sleep: called with the seconds to wait.
     """
 
     def __init__(self, retries: int, note: Note, sleep: Callable[[float], None] = time.sleep):
@@ -34,7 +35,7 @@ class Attempts:
     def failed(self, error: ClientError) -> None:
         """Wait before the next attempt.
 
-        :raises ClientError: the same one, when there is none.
+        :raises ClientError: ``error``, if there is no other attempt.
         """
         self._failures += 1
         if not error.retriable or self._failures > self._retries:
@@ -44,13 +45,13 @@ class Attempts:
         self._sleep(seconds)
 
     def progressed(self) -> None:
-        """Something came through: the failures before it do not count any more."""
+        """Bytes were transferred: start counting failures anew."""
         self._failures = 0
 
     def run(self, operation: Callable[[], T]) -> T:
-        """The operation's result, in as many attempts as it takes.
+        """Call the operation, again after failures; its result.
 
-        :raises ClientError: of the last one.
+        :raises ClientError: the last attempt's.
         """
         while True:
             try:
@@ -60,16 +61,19 @@ class Attempts:
 
 
 def delay(failures: int, retry_after: float | None = None) -> float:
-    """How many seconds to wait after so many failures in a row.
+    """The seconds to wait after a number of failures in a row: exponential backoff.
 
-    A random half of it keeps clients that failed together from coming back together.
+    Up to half of the delay is random, so that clients that failed together do not return together.
+
+    :param failures: in a row.
+    :param retry_after: seconds, as the server asks; None: it does not.
 
     >>> 0.5 <= delay(1) <= 1, 2 <= delay(3) <= 4, 15 <= delay(99) <= 30, 5 <= delay(1, 5) <= 6
     (True, True, True, True)
     """
-    longest = min(FIRST_DELAY * 2 ** min(failures - 1, 10), LONGEST_DELAY)
-    backing_off = random.uniform(longest / 2, longest)
+    maximum = min(FIRST_DELAY * 2 ** min(failures - 1, 10), MAX_DELAY)
+    backoff = random.uniform(maximum / 2, maximum)
     if retry_after is None:
-        return backing_off
-    asked = min(retry_after, LONGEST_RETRY_AFTER)
-    return max(backing_off, asked + random.uniform(0, FIRST_DELAY))
+        return backoff
+    asked = min(retry_after, MAX_RETRY_AFTER)
+    return max(backoff, asked + random.uniform(0, FIRST_DELAY))

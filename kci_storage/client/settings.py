@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Which server, and with which token."""
+"""The client's settings: the server's URL, and the token."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from kci_storage.client.errors import UsageError
 
 URL_VARIABLE = "KCI_STORAGE_URL"
 TOKEN_VARIABLE = "KCI_STORAGE_TOKEN"
-TOKEN_FILE = "kci-storage/token"  # below the user's folder for settings
+TOKEN_FILE = "kci-storage/token"  # below the user's configuration folder
 
 
 def server_url(option: str | None, environ: Mapping[str, str] = os.environ) -> str:
     """The server's URL, without a slash at its end.
 
-    :param option: what the command line says.
-    :raises UsageError: there is none, or it is no such URL.
+    :param option: the command line's value.
+    :raises UsageError: there is none, or it is not a valid URL.
 
     >>> server_url("https://storage.example.com/", {})
     'https://storage.example.com'
@@ -44,8 +44,9 @@ def _names_a_server(url: str) -> bool:
 
 
 def token(option: Path | None, environ: Mapping[str, str] = os.environ) -> str:
-    """The token: of the file that the command line names, of the environment, or of the user's own file.
+    """The token: from the command line's file, else from the environment, else from the user's own file.
 
+    :param option: the command line's file.
     :raises UsageError: there is none, or a file cannot be read.
     """
     own = own_token_file(environ)
@@ -59,7 +60,7 @@ def token(option: Path | None, environ: Mapping[str, str] = os.environ) -> str:
 
 
 def own_token_file(environ: Mapping[str, str]) -> Path:
-    """Where a user keeps the token (XDG Base Directory Specification)."""
+    """The path of the user's own token file (XDG Base Directory Specification)."""
     return Path(environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / TOKEN_FILE
 
 
@@ -71,7 +72,7 @@ def _read(path: Path) -> str:
 
 
 def _checked(text: str, source: str) -> str:
-    """A header holds it, so nothing else may be in it. The text itself is never shown."""
+    """A token that is valid in a header. Error messages never show the text itself."""
     text = text.removeprefix("Bearer ")
     if not text or not text.isascii() or not text.isprintable() or " " in text:
         raise UsageError(f"{source}: not a token")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The server, as a client sees it: one method for each request. Nothing is tried twice here."""
+"""The client's view of the server: one method for each request, without retries."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from kci_storage import __version__, keys
 from kci_storage.client.errors import ClientError, ServerRefused, Unexpected, Unreachable, UsageError
 from kci_storage.errors import BadKey
 
-PIECE = 256 * 1024  # bytes that are read or sent at a time
-MOST_ERROR_TEXT = 4096  # bytes of an error's answer that are looked at
-MOST_LINE = 64 * 1024  # bytes; a key of 1,024 characters and its properties are far fewer
+PIECE_SIZE = 256 * 1024  # bytes that are read or sent at a time
+MAX_ERROR_TEXT = 4096  # bytes of an error response that are read
+MAX_LINE = 64 * 1024  # bytes; a key of 1,024 characters and its properties are far fewer
 _DIGEST = re.compile(r"(?:^|,)\s*sha-256=:([A-Za-z0-9+/]{43}=):")
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)\Z")
 
 
 @dataclass(frozen=True)
 class Properties:
-    """What the server says of a stored file."""
+    """A stored file's properties."""
 
     key: str
     size: int  # bytes
@@ -43,14 +43,14 @@ class Properties:
 
 @dataclass(frozen=True)
 class Level:
-    """One page of what is directly in a folder."""
+    """One page of a folder's direct entries."""
 
     folders: list[str]  # with a slash at the end
     files: list[Properties]
 
 
 class UploadBody(Protocol):
-    """What is sent, as requests wants it: with a length, read in pieces."""
+    """A body for ``requests``: it has a length, and is read in pieces."""
 
     def __len__(self) -> int: ...
 
@@ -61,7 +61,7 @@ class UploadBody(Protocol):
 
 
 class Download:
-    """A stored file, or the rest of one, as it arrives. Closed at the end of a ``with`` block."""
+    """A stored file, or its rest, as it arrives. Closed at the end of a ``with`` block."""
 
     def __init__(self, response: requests.Response, properties: Properties, start: int):
         self.properties = properties
@@ -69,12 +69,12 @@ class Download:
         self._response = response
 
     def pieces(self) -> Iterator[bytes]:
-        """The bytes, each as soon as it is here: what is kept of a download that is interrupted is all that has come.
+        """The content, each byte as soon as it has come, so that an interrupted download keeps all of them.
 
-        :raises Unreachable: the connection ended before the last one.
+        :raises Unreachable: the connection ended early.
         """
         with _network():
-            while piece := self._response.raw.read1(PIECE, decode_content=False):
+            while piece := self._response.raw.read1(PIECE_SIZE, decode_content=False):
                 yield piece
 
     def __enter__(self) -> Self:
@@ -85,15 +85,15 @@ class Download:
 
 
 class Storage:
-    """A server. All methods may be called by many threads at once.
+    """A server. Thread-safe.
 
-    All of them raise :class:`~kci_storage.client.errors.ServerRefused` when the server's answer is an error,
-    :class:`~kci_storage.client.errors.Unreachable` when there is none, and
-    :class:`~kci_storage.client.errors.UsageError` for a key that cannot be.
+    All methods raise :class:`~kci_storage.client.errors.ServerRefused` if the server's response is an error,
+    :class:`~kci_storage.client.errors.Unreachable` if there is no response, and
+    :class:`~kci_storage.client.errors.UsageError` for an invalid key.
 
     :param url: without a slash at the end.
-    :param token: for what needs one; None: there is none.
-    :param timeout: seconds without progress after which a connection is given up.
+    :param token: for requests that need one; None: there is none.
+    :param timeout: seconds without progress after which a connection is closed.
     """
 
     def __init__(self, url: str, token: str | None = None, timeout: float = 60):
@@ -105,9 +105,9 @@ class Storage:
     # Files
 
     def url_of(self, key: str) -> str:
-        """Where a file is.
+        """A file's URL.
 
-        The key is checked first: a library would resolve ``..`` on its own, and ask for another file.
+        The key is checked first, since a library would resolve ``..`` itself, and request another file.
         """
         try:
             return f"{self._url}/{quote(keys.check(key))}"
@@ -120,7 +120,7 @@ class Storage:
             return _properties(key, response)
 
     def download(self, key: str, start: int = 0, etag: str | None = None) -> Download:
-        """The file from ``start`` on if it is still that version, else all of it (RFC 9110, 13.1.5)."""
+        """The file from ``start`` on if its version is still ``etag``, else the whole file (RFC 9110, 13.1.5)."""
         headers = {"Range": f"bytes={start}-", "If-Range": etag} if start and etag else {}
         response = self._ask("GET", self.url_of(key), headers, stream=True)
         try:
@@ -132,11 +132,11 @@ class Storage:
             raise
 
     def upload(self, key: str, body: UploadBody, size: int, sha256: str, *, absent: bool = False) -> Properties:
-        """Store a file. The server compares what it gets with the digest, and stores nothing else.
+        """Store a file. The server stores it only if its content has the given digest.
 
         :param size: of the body, in bytes.
-        :param sha256: hex, of the body.
-        :param absent: there must be none of that key yet.
+        :param sha256: of the body, in hex.
+        :param absent: fail if a file of that key exists.
         """
         digest = base64.b64encode(bytes.fromhex(sha256)).decode()
         headers = {"Repr-Digest": f"sha-256=:{digest}:"}
@@ -152,21 +152,21 @@ class Storage:
     # Lists
 
     def level(self, prefix: str) -> tuple[Level, str | None]:
-        """What is directly in a folder: the first page, and where the next one is, for :meth:`next_page`.
+        """A folder's direct entries: the first page, and the path of the next one, for :meth:`next_page`.
 
-        :param prefix: empty for the top, else with a slash at the end.
+        :param prefix: empty for the top level, else with a slash at the end.
         """
         if prefix:
             self.url_of(f"{prefix}x")
         return self.next_page(f"/{quote(prefix)}" if prefix else "/v1/browse/")
 
     def next_page(self, path: str) -> tuple[Level, str | None]:
-        """Another page."""
+        """The page at ``path``, and the path of the one after it."""
         with self._ask("GET", self._url + path, {"Accept": "application/json"}) as response:
             return _level(response)
 
     def list(self, prefix: str) -> Iterator[Properties]:
-        """Every file whose key starts with the prefix, as the server finds them."""
+        """All files whose key starts with the prefix, as they arrive."""
         url = f"{self._url}/v1/list?format=json&prefix={quote(prefix, safe='')}"
         with self._ask("GET", url, stream=True) as response, _network():
             if response.headers.get("Content-Type") != "application/x-ndjson":
@@ -192,11 +192,11 @@ class Storage:
                 url,
                 headers={"Accept-Encoding": "identity", **(headers or {})},
                 auth=_Token(self._token if write else None),
-                allow_redirects=not write,  # a PUT that becomes a GET on its way would look like a success
+                allow_redirects=not write,  # a redirect turns a PUT into a GET, which would look like a success
                 stream=stream,
                 data=body,
-                # While a body is sent, urllib3 counts the first of the two: a server that waits for another upload
-                # of the same key does not read for a while.
+                # While a body is sent, urllib3 uses the first one. It must be long, since a server that waits for
+                # another upload of the same key does not read for a while.
                 timeout=(self._timeout, self._timeout),
             )
             if 200 <= response.status_code < 300:
@@ -205,7 +205,7 @@ class Storage:
                 raise ServerRefused(response.status_code, _error_text(response), response.headers.get("Retry-After"))
 
     def _session(self) -> requests.Session:
-        """A session of the calling thread."""
+        """The calling thread's session."""
         if not hasattr(self._of_thread, "session"):
             session = requests.Session()
             session.headers["User-Agent"] = f"kci-storage/{__version__}"
@@ -221,11 +221,11 @@ class _Adapter(HTTPAdapter):
     """Sends bodies in larger pieces than urllib3's 16 KiB."""
 
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
-        super().init_poolmanager(*args, **{**kwargs, "blocksize": PIECE})
+        super().init_poolmanager(*args, **{**kwargs, "blocksize": PIECE_SIZE})
 
 
 class _Token(AuthBase):
-    """Sends a token or none; without this, requests would take a password from ``~/.netrc`` instead."""
+    """Sends the token or none; without this, ``requests`` would use a password from ``~/.netrc``."""
 
     def __init__(self, token: str | None):
         self._token = token
@@ -238,7 +238,7 @@ class _Token(AuthBase):
 
 @contextlib.contextmanager
 def _network() -> Iterator[None]:
-    """The libraries' errors become ours."""
+    """Turn the libraries' exceptions into :class:`~kci_storage.client.errors.ClientError`."""
     try:
         yield
     except requests.exceptions.SSLError as exc:
@@ -252,7 +252,7 @@ def _network() -> Iterator[None]:
 
 
 def _reason(exc: BaseException) -> str:
-    """What the innermost error says; the outer ones quote it in several layers."""
+    """The innermost exception's message, which the outer ones only quote."""
     inner = exc
     while (cause := inner.__cause__ or inner.__context__) is not None:
         inner = cause
@@ -265,7 +265,7 @@ def _reason(exc: BaseException) -> str:
 
 
 def printable(text: str) -> str:
-    r"""A text on one line, without what a terminal would obey.
+    r"""A text on one line, without control characters for a terminal.
 
     >>> printable("a\x1b[31mb\nc")
     'a?[31mb c'
@@ -273,7 +273,7 @@ def printable(text: str) -> str:
     return "".join(each if each.isprintable() else " " if each.isspace() else "?" for each in text)
 
 
-# What answers say
+# Parsing responses
 
 
 def _properties(key: str, response: requests.Response) -> Properties:
@@ -296,7 +296,7 @@ def _size(text: str | None) -> int:
 
 
 def _span(properties: Properties, response: requests.Response) -> tuple[Properties, int]:
-    """The properties of the whole file, and where in it the answer begins."""
+    """The properties of the whole file, and the offset at which the response begins."""
     if response.status_code != 206:
         return properties, 0
     found = _CONTENT_RANGE.match(response.headers.get("Content-Range", ""))
@@ -306,7 +306,7 @@ def _span(properties: Properties, response: requests.Response) -> tuple[Properti
 
 
 def _confirmed(key: str, size: int, sha256: str, response: requests.Response) -> Properties:
-    """What was stored, if the server says that it is what was sent."""
+    """The stored file's properties, if the server confirms the sent size and digest."""
     try:
         [stored] = response.json()["files"]
         if (stored["path"], stored["size"], stored["sha256"]) != (key, size, sha256):
@@ -338,17 +338,17 @@ def _listed(entry: bytes | dict[str, Any]) -> Properties:
 
 def _lines(response: requests.Response) -> Iterator[bytes]:
     rest = b""
-    for piece in response.raw.stream(PIECE, decode_content=False):
+    for piece in response.raw.stream(PIECE_SIZE, decode_content=False):
         *lines, rest = (rest + piece).split(b"\n")
         yield from lines
-        if len(rest) > MOST_LINE:
+        if len(rest) > MAX_LINE:
             raise Unexpected("the server's list cannot be read")
     if rest:
         raise Unreachable("the server's list ended early")
 
 
 def _error_text(response: requests.Response) -> str:
-    """The server's line about an error; where there is none, such as of a proxy's page, the status's name."""
+    """The server's message in an error response; without one, as in a proxy's page, the status's name."""
     if response.is_redirect:
         return f"the server is elsewhere, give its URL: {printable(response.headers['Location'])}"
     content_type = response.headers.get("Content-Type", "")

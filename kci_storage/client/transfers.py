@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Several transfers at once."""
+"""Concurrent transfers."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ T = TypeVar("T")
 
 
 def at_once(tasks: Sequence[Callable[[], T]], jobs: int) -> Iterator[T]:
-    """The tasks' results, as they come.
+    """Run tasks concurrently; their results in the order of completion.
 
-    The threads are daemons: who interrupts the program does not wait for a server that says nothing. Whatever a task
-    leaves behind at any moment must therefore be something that the next run can live with.
+    The threads are daemons, so that an interrupted program does not wait for a silent server. A task may therefore be
+    cut at any moment, and must leave only files that the next run can handle.
 
-    :param jobs: how many run at once.
-    :raises BaseException: what a task raised, whatever it was; tasks should not.
+    :param jobs: how many run at a time.
+    :raises BaseException: a task's exception; tasks should not raise any.
     """
     waiting: queue.SimpleQueue[Callable[[], T]] = queue.SimpleQueue()
     results: queue.SimpleQueue[Future[T]] = queue.SimpleQueue()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""One file goes: digested first, so that the server stores exactly it or nothing; sent again safely."""
+"""Uploading one file: with its digest, so that the server stores exactly this content or nothing, and with retries."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from kci_storage.client.errors import ClientError
 from kci_storage.client.paths import LocalFile
 from kci_storage.client.progress import Progress
 from kci_storage.client.retries import Attempts
-from kci_storage.client.storage import PIECE, Properties, Storage
+from kci_storage.client.storage import PIECE_SIZE, Properties, Storage
 
 
 def upload(storage: Storage, file: LocalFile, attempts: Attempts, progress: Progress, absent: bool) -> Properties:
-    """Have the file stored.
+    """Store a file.
 
-    It is read twice: a digest that is sent before the content lets the server refuse a content that was damaged on
-    its way, or changed while it was sent, before it replaces anything.
+    It is read twice. The digest is sent before the content, so the server can refuse content that was damaged on the
+    way, or that changed while it was sent, before it replaces the old version.
 
-    :param absent: there must be none of that key yet.
-    :returns: what was stored.
-    :raises ClientError: it was not, as far as anybody knows.
+    :param absent: fail if a file of that key exists.
+    :returns: the stored file's properties.
+    :raises ClientError: the file was not stored, or it is unknown whether it was.
     :raises OSError: the file cannot be read.
     """
-    storage.url_of(file.key)  # so that a key that cannot be costs nothing
+    storage.url_of(file.key)  # refuses an invalid key before the file is read
     with open(file.path, "rb") as content:
         size = os.fstat(content.fileno()).st_size
         sha256 = _digest(content, size)
-        doubtful = False  # whether an attempt may have stored it without our knowing
+        doubtful = False  # whether a failed attempt may have stored it nevertheless
         while True:
             body = FileBody(content, size, progress)
             try:
@@ -54,7 +54,7 @@ def _digest(content: BinaryIO, size: int) -> str:
 
 
 class FileBody:
-    """The first so many bytes of a file, from its beginning, as requests wants a body that is read in pieces."""
+    """The first ``size`` bytes of a file, as a body for ``requests`` that is read in pieces."""
 
     def __init__(self, content: BinaryIO, size: int, progress: Progress | None = None):
         content.seek(0)
@@ -67,11 +67,11 @@ class FileBody:
         return self._size
 
     def __iter__(self) -> Iterator[bytes]:
-        while piece := self.read(PIECE):
+        while piece := self.read(PIECE_SIZE):
             yield piece
 
     def read(self, size: int) -> bytes:
-        """The next bytes, at most so many; none at the end.
+        """The next bytes, at most ``size``; empty at the end.
 
         :raises ClientError: the file has become shorter.
         """
@@ -84,6 +84,6 @@ class FileBody:
         return data
 
     def take_back(self) -> None:
-        """What was sent does not count."""
+        """Take the sent bytes back from the progress."""
         if self._progress is not None:
             self._progress.add(self._left - self._size)

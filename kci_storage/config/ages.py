@@ -1,22 +1,22 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Ages and tags as the configuration writes them: ``30d``, ``6m``, and what may be the name of a tag."""
+"""Ages such as ``30d`` and ``6m``, and the names and values of tags, as the configuration writes them."""
 
 from __future__ import annotations
 
 import math
 import re
 
-OWNER = "owner"  # the tag that names who has uploaded an object
-LONGEST_VALUE = 256  # characters; Azure's limit
+OWNER = "owner"  # the tag with the user that has uploaded an object
+MAX_VALUE_LENGTH = 256  # characters; Azure's limit
 _DAYS = {"d": 1.0, "m": 365 / 12, "y": 365.0}
 _AGE = re.compile(r"([1-9][0-9]{0,3})([dmy])")
-_REFUSED = re.compile(r"[^A-Za-z0-9 +\-./:=_]")  # by Azure, in the names and values of blob index tags
+_REFUSED = re.compile(r"[^A-Za-z0-9 +\-./:=_]")  # Azure refuses these in names and values of blob index tags
 
 
 def days_of(age: str) -> int:
-    """An age, such as ``30d``, ``6m`` or ``2y``, in days; parts of a day count as one.
+    """The number of days of an age such as ``30d``, ``6m`` or ``2y``, rounded up.
 
-    :raises ValueError: it is no age.
+    :raises ValueError: it is not an age.
 
     >>> days_of("30d"), days_of("6m"), days_of("12m"), days_of("2y")
     (30, 183, 365, 730)
@@ -28,7 +28,7 @@ def days_of(age: str) -> int:
 
 
 def is_age(text: str) -> bool:
-    """Whether that is an age.
+    """Whether a text is an age.
 
     >>> is_age("6m"), is_age("6 months")
     (True, False)
@@ -37,16 +37,16 @@ def is_age(text: str) -> bool:
 
 
 def tag_value(text: str) -> str:
-    """A text as it may be the value of a tag.
+    """A text as a valid value of a tag: other characters are replaced, and it is cut at Azure's limit.
 
     >>> tag_value("user@example.com")
     'user_example.com'
     """
-    return _REFUSED.sub("_", text)[:LONGEST_VALUE]
+    return _REFUSED.sub("_", text)[:MAX_VALUE_LENGTH]
 
 
 def is_tag_key(text: str) -> bool:
-    """Whether that may be the name of a tag.
+    """Whether a text is a valid name of a tag.
 
     >>> is_tag_key("retention"), is_tag_key("a@b")
     (True, False)

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from kci_storage.config import ages
 from kci_storage.http.networks import parse_subnet
 
-LONGEST_SOCKET_PATH = 107  # bytes: sockaddr_un.sun_path without its closing NUL
+MAX_SOCKET_PATH = 107  # bytes: sockaddr_un.sun_path without its closing NUL (unix(7))
 
 
 def split_bind(bind: str) -> tuple[str, int] | None:
@@ -65,12 +65,12 @@ def is_base64(key: str) -> bool:
 
 
 def is_account(name: str) -> bool:
-    """Whether it may be the name of a storage account, or is empty."""
+    """Whether it is a valid name of a storage account, or empty."""
     return not name or re.fullmatch(r"[a-z0-9]{3,24}", name) is not None
 
 
 def is_container(name: str) -> bool:
-    """Whether it may be the name of a container, or is empty."""
+    """Whether it is a valid name of a container, or empty."""
     return not name or re.fullmatch(r"\$root|\$web|(?=.{3,63}$)[a-z0-9]+(?:-[a-z0-9]+)*", name) is not None
 
 
@@ -98,7 +98,7 @@ def is_age_or_none(text: str) -> bool:
 
 
 def is_retention_key(text: str) -> bool:
-    """Whether it may be the name of the tag that holds an age."""
+    """Whether it is a valid name of the tag that holds an age."""
     return ages.is_tag_key(text) and text != ages.OWNER
 
 
@@ -108,7 +108,7 @@ def is_given(value: str) -> bool:
 
 
 def is_long_secret(secret: str) -> bool:
-    """Whether it is as long as a secret for new signatures has to be, or empty."""
+    """Whether it has at least 32 characters, or is empty."""
     return not secret or len(secret) >= 32
 
 

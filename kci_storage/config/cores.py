@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""How many cores this process may use: fewer than the machine has, in a container or under systemd's limits."""
+"""The number of cores that this process may use, which containers and systemd may limit."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ OWN_GROUPS = Path("/proc/self/cgroup")
 def usable_cores() -> int:
     """How many cores the process may use, at least 1: by its affinity, and by its control groups' quotas.
 
-    A part of a core counts as one: a quota of 1.5 cores is used up by two processes only.
+    Rounded up, since it takes two processes to use up a quota of 1.5 cores.
     """
     return max(1, math.ceil(min([float(_allowed()), *quotas(CONTROL_GROUPS, OWN_GROUPS)])))
 
 
 def _allowed() -> int:
     if sys.version_info >= (3, 13):
-        return os.process_cpu_count() or 1  # also heeds PYTHON_CPU_COUNT
+        return os.process_cpu_count() or 1  # respects PYTHON_CPU_COUNT, too
     return len(os.sched_getaffinity(0))
 
 
 def quotas(control_groups: Path, own_groups: Path) -> Iterator[float]:
-    """How many cores' time each control group grants, of those that the process is in and that have a limit.
+    """The quotas, in cores, of the control groups that the process is in and that have a limit.
 
-    :param control_groups: where their file systems are mounted.
-    :param own_groups: the process's groups (cgroups(7)): a line for each hierarchy.
+    :param control_groups: the folder below which the cgroup file systems are mounted.
+    :param own_groups: the file with the process's groups (cgroups(7)), a line for each hierarchy.
     """
     with contextlib.suppress(OSError, ValueError):
         for line in own_groups.read_text().splitlines():
@@ -42,12 +42,12 @@ def quotas(control_groups: Path, own_groups: Path) -> Iterator[float]:
             if not controllers:
                 yield from _found(_quota, control_groups, group)
             elif "cpu" in controllers.split(","):
-                yield from _found(_quota_of_old, control_groups / controllers, group)
-                yield from _found(_quota_of_old, control_groups / "cpu", group)
+                yield from _found(_quota_v1, control_groups / controllers, group)
+                yield from _found(_quota_v1, control_groups / "cpu", group)
 
 
 def _found(quota: Callable[[Path], float], mount: Path, group: str) -> Iterator[float]:
-    """The quotas of a group and of those above it; in a container it may be that only the uppermost is visible."""
+    """The quotas of a group and of its parents; in a container, only the topmost group may be visible."""
     names = [name for name in PurePosixPath(group).parts if name not in ("/", "..")]
     for length in range(len(names) + 1):
         with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
@@ -56,7 +56,7 @@ def _found(quota: Callable[[Path], float], mount: Path, group: str) -> Iterator[
 
 
 def _quota(folder: Path) -> float:
-    """Of a group of version 2.
+    """The quota of a cgroup v2, in cores.
 
     :raises ValueError: it has no limit ("max").
     """
@@ -64,7 +64,7 @@ def _quota(folder: Path) -> float:
     return int(granted) / int(period)
 
 
-def _quota_of_old(folder: Path) -> float:
-    """Of a group of version 1; below zero: it has no limit."""
+def _quota_v1(folder: Path) -> float:
+    """The quota of a cgroup v1, in cores; below zero: it has no limit."""
     granted, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
     return int(granted) / int(period)

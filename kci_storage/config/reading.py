@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Reading a configuration file, and saying in one line what is wrong with it."""
+"""Reading and validating a configuration file; errors are one line each."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
-from kci_storage.config.checks import LONGEST_SOCKET_PATH, split_bind
+from kci_storage.config.checks import MAX_SOCKET_PATH, split_bind
 from kci_storage.config.settings import (
     SECTIONS,
     ArchiveConfig,
@@ -32,7 +32,7 @@ from kci_storage.config.settings import (
 CONFIG_VARIABLE = "KCI_STORAGE_CONFIG"
 PORT_VARIABLE = "KCI_STORAGE_PORT"
 PARALLELISM_VARIABLE = "KCI_STORAGE_ARCHIVE_PARALLELISM"
-DEBUG_VARIABLES = ("STORAGE_DEBUG", "STORAGE_VERBOSE")  # one of them not empty: debug logging
+DEBUG_VARIABLES = ("STORAGE_DEBUG", "STORAGE_VERBOSE")  # debug logging if one of them is not empty
 DEFAULT_FILE = "config.toml"
 
 
@@ -77,12 +77,12 @@ def _with_parallelism(archive: ArchiveConfig, text: str) -> ArchiveConfig:
     return dataclasses.replace(archive, parallelism=int(text))
 
 
-_FILE = "_file"  # after a secret's name: the file that holds it
-_CREDENTIALS = "$CREDENTIALS_DIRECTORY"  # where systemd puts what LoadCredential names
+_FILE = "_file"  # the suffix of a key that names a secret's file
+_CREDENTIALS = "$CREDENTIALS_DIRECTORY"  # systemd's folder for the files of LoadCredential
 
 
 class _File:
-    """The configuration file on its way into the dataclasses."""
+    """A configuration file that is being read into the dataclasses."""
 
     def __init__(self, path: Path, environ: Mapping[str, str]):
         self.path = path
@@ -114,7 +114,7 @@ class _File:
         return config
 
     def _plugins(self, document: dict[str, Any]) -> dict[str, Any]:
-        """The section of a driver that is none of ours, taken out of the document: its own to check."""
+        """The section of a plug-in driver, removed from the document; the driver itself validates it."""
         driver = document.get("driver")
         if isinstance(driver, str) and isinstance(document.get(driver), dict):
             return {driver: document.pop(driver)}
@@ -171,8 +171,8 @@ class _File:
         }
         if isinstance(section, ServerConfig) and section.bind.startswith("unix:"):
             socket = self.folder / section.bind.removeprefix("unix:")
-            if len(os.fsencode(socket)) > LONGEST_SOCKET_PATH:
-                self.fail("server.bind", f"expected a socket's path of at most {LONGEST_SOCKET_PATH} bytes")
+            if len(os.fsencode(socket)) > MAX_SOCKET_PATH:
+                self.fail("server.bind", f"expected a socket's path of at most {MAX_SOCKET_PATH} bytes")
             paths["bind"] = f"unix:{socket}"
         if isinstance(section, ServerConfig):
             files = {name: getattr(section, name) for name in ("certfile", "keyfile")}
@@ -205,7 +205,7 @@ class _File:
     def _with_secrets_from_files(
         self, known: Mapping[str, Any], prefix: str, table: dict[str, Any]
     ) -> dict[str, Any]:
-        """The table, in which ``key_file = "path"`` has become ``key = "what the file holds"``."""
+        """The table with each ``key_file = "path"`` replaced by ``key = "the file's content"``."""
         table = dict(table)
         for key in [key for key, item in known.items() if item.metadata["setting"].secret]:
             path = table.pop(key + _FILE, None)
@@ -216,7 +216,7 @@ class _File:
         return table
 
     def _secret(self, name: str, path: object) -> str:
-        """What a secret's file holds, without the line's end."""
+        """The content of a secret's file, without line breaks at its end."""
         if not isinstance(path, str) or not path:
             self.fail(name, f"expected a path, got {_shown(path)}")
         expanded = path.replace(_CREDENTIALS, self.credentials) if self.credentials else path
@@ -268,7 +268,7 @@ class _File:
             self.fail("server.certfile", "expected with server.keyfile, it is missing")
 
     def _check_folders(self, config: Config) -> None:
-        """Whatever lies under ``storage_path`` is public: neither this file nor the cache may."""
+        """Every file below ``storage_path`` is public, so this file and the cache must lie elsewhere."""
         if config.driver != "local":
             return
         storage, cache = _real(config.local.storage_path), _real(config.cache.directory)
@@ -283,7 +283,7 @@ def _real(path: Path) -> Path:
 
 
 def _refused(setting: Setting, value: Any) -> Any:
-    """What of a value, or of a list's values, is not accepted; None: nothing."""
+    """The value, or the first of a list's values, that is not accepted; None: all are."""
     if setting.accepts is None:
         return None
     values = value if isinstance(value, tuple) else (value,)
@@ -291,7 +291,7 @@ def _refused(setting: Setting, value: Any) -> Any:
 
 
 def _fits(kind: Any, setting: Setting, value: Any) -> bool:
-    """Whether a TOML value is of the type and within the bounds. A bool is no number, a whole number is a float."""
+    """Whether a TOML value has the type and is within the bounds. A bool is not a number; an integer is a float, too."""
     if kind in (int, float):
         right = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
         return right and setting.minimum <= value <= setting.maximum
@@ -309,7 +309,7 @@ def _is_text(value: object) -> bool:
 
 
 def _shown(value: object) -> str:
-    """A value as it may stand in a one-line message.
+    """A value in a form for one-line messages.
 
     >>> _shown(True), _shown("two"), _shown([1])
     ('true', '"two"', 'a list')

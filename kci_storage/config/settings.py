@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The configuration: one TOML file, read and validated once, then never changed.
 
-Every setting is defined in one place, a field of a dataclass below: its name, type and default, and, in
-``metadata["setting"]``, its help, unit and bounds (:class:`Setting`). The validation here, ``config.toml.sample`` and
-``docs/configuration.md`` all follow that one definition; tests hold them together.
+Each setting is defined once, as a field of a dataclass below: its name, type and default, and, in
+``metadata["setting"]``, its help, unit and bounds (:class:`Setting`). The validation, ``config.toml.sample`` and
+``docs/configuration.md`` follow that definition; tests compare them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from kci_storage.config.checks import (
 from kci_storage.config.cores import usable_cores
 
 _DAY = 86_400  # seconds
-_MOST_BYTES = 2**63 - 1  # what the system takes as a file's size
+_MAX_BYTES = 2**63 - 1  # the largest possible file size (off_t)
 
 
 class ConfigError(Exception):
@@ -42,14 +42,14 @@ class ConfigError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What is known of one setting beside its name, type and default."""
+    """A setting's properties beside its name, type and default."""
 
     help: str  # one line
     unit: str = ""  # "bytes", "seconds", "%" …
     minimum: float | None = None
     maximum: float | None = None
-    expects: str = ""  # what is accepted, in words, where type and bounds do not say it
-    accepts: Callable[[Any], bool] | None = None  # whether a value of the right type, or each of a list, is
+    expects: str = ""  # the accepted values in words, if type and bounds do not say it
+    accepts: Callable[[Any], bool] | None = None  # whether it accepts a value of the right type, or one of a list
     secret: bool = False  # its value is never shown
 
 
@@ -74,7 +74,7 @@ class ServerConfig:
         maximum=1_000_000,
     )
     max_upload_bytes: int = _setting(
-        10_737_418_240, "the largest upload request", unit="bytes", minimum=1, maximum=_MOST_BYTES
+        10_737_418_240, "the largest upload request", unit="bytes", minimum=1, maximum=_MAX_BYTES
     )
     lock_timeout: float = _setting(
         30.0,
@@ -169,12 +169,12 @@ class LocalConfig:
 
 @dataclass(frozen=True, slots=True)
 class CacheConfig:
-    """``[cache]``: the copies on local disk, and when they go."""
+    """``[cache]``: the copies on local disk, and their eviction."""
 
     directory: Path = _setting(Path("./cache"), "the folder that holds the copies")
     max_files: int = _setting(1_000_000, "the most files to keep", unit="files", minimum=1, maximum=10**9)
     max_bytes: int = _setting(
-        0, "the most to keep; 0: no limit but the disk's", unit="bytes", minimum=0, maximum=_MOST_BYTES
+        0, "the most to keep; 0: no limit but the disk's", unit="bytes", minimum=0, maximum=_MAX_BYTES
     )
     low_disk_percent: float = _setting(
         12.0, "evict files below this percentage of free disk space", unit="%", minimum=0, maximum=100
@@ -205,14 +205,14 @@ class CacheConfig:
 
 @dataclass(frozen=True, slots=True)
 class ArchiveConfig:
-    """``[archive]``: archives that are unpacked by the server."""
+    """``[archive]``: archives that the server unpacks."""
 
     max_files: int = _setting(10_000, "the most files in one archive", unit="files", minimum=1, maximum=1_000_000)
     max_file_bytes: int = _setting(
-        536_870_912, "the largest file in an archive, unpacked", unit="bytes", minimum=1, maximum=_MOST_BYTES
+        536_870_912, "the largest file in an archive, unpacked", unit="bytes", minimum=1, maximum=_MAX_BYTES
     )
     max_total_bytes: int = _setting(
-        2_147_483_648, "the size of all files of an archive, unpacked", unit="bytes", minimum=1, maximum=_MOST_BYTES
+        2_147_483_648, "the size of all files of an archive, unpacked", unit="bytes", minimum=1, maximum=_MAX_BYTES
     )
     parallelism: int = _setting(
         64, "files of archives that a worker uploads at the same time", unit="files", minimum=1, maximum=1024
@@ -236,7 +236,7 @@ class RetentionRule:
 
 @dataclass(frozen=True, slots=True)
 class RetentionConfig:
-    """``[retention]``: tags that say how long an object is to be kept, and whose it is."""
+    """``[retention]``: the tags for an object's age limit and owner."""
 
     tag_key: str = _setting(
         "retention",
@@ -255,7 +255,7 @@ class RetentionConfig:
 
 @dataclass(frozen=True, slots=True)
 class UserAgentConfig:
-    """``[useragent]``: who is not served because of the name that it gives itself."""
+    """``[useragent]``: clients that are refused because of their user agent."""
 
     ban: tuple[str, ...] = _setting(
         (),
@@ -270,7 +270,7 @@ class UserAgentConfig:
 
 @dataclass(frozen=True, slots=True)
 class LimitsConfig:
-    """``[limits]``: how much one client may have at once, over all workers."""
+    """``[limits]``: limits per client, over all workers."""
 
     downloads_per_client: int = _setting(
         0, "concurrent downloads of one client; 0: no limit", minimum=0, maximum=1_000_000
@@ -318,14 +318,14 @@ class DownloadChallengeConfig:
         "the rate for browsers without JavaScript, enforced by nginx (X-Accel-Limit-Rate); 0: they get no file",
         unit="bytes",
         minimum=0,
-        maximum=_MOST_BYTES,
+        maximum=_MAX_BYTES,
     )
     secure_cookie: bool = _setting(True, "whether browsers send the cookie over HTTPS only")
 
 
 @dataclass(frozen=True, slots=True)
 class User:
-    """``[[users]]``: who may write where. Without any, every valid token may write everywhere."""
+    """``[[users]]``: which keys a user may write. Without any entry, every valid token may write every key."""
 
     name: str = _setting("", "the token's email", expects="text that is not empty", accepts=is_given)
     prefixes: tuple[str, ...] = _setting(
@@ -395,8 +395,8 @@ SECTIONS: Mapping[str, type[Any]] = {
 }
 
 
-# What changes in a running server when the configuration is read again: the top level's keys and sections from which
-# kci_storage.access.policies are made, and the certificate.
+# The keys and sections that take effect in a running server when the configuration is reloaded: those that
+# kci_storage.access.policies is made from, and the certificate.
 RELOADABLE = (
     "block_subnets",
     "useragent",
@@ -410,7 +410,7 @@ RELOADABLE = (
 
 
 def settings(section: type[Any]) -> dict[str, dataclasses.Field[Any]]:
-    """The settings that a section's dataclass (or :class:`Config`, for the top level) defines, by name.
+    """The settings of a section's dataclass (:class:`Config` for the top level), by name.
 
     >>> settings(LocalConfig)["storage_path"].default
     PosixPath('storage')
@@ -419,7 +419,7 @@ def settings(section: type[Any]) -> dict[str, dataclasses.Field[Any]]:
 
 
 def expectation(setting: Setting, kind: Any) -> str:
-    """What a setting of the type ``kind`` accepts, in words.
+    """The accepted values of a setting of the type ``kind``, in words.
 
     >>> expectation(settings(ServerConfig)["threads"].metadata["setting"], int)
     'a whole number from 1 to 10000'

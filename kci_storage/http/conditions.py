@@ -138,8 +138,8 @@ def _range_applies(if_range: str | None, etag: str, last_modified: int) -> bool:
     """Step 5: whether If-Range, if sent, names exactly this version (section 13.1.5).
 
     A date counts as a strong validator. Section 8.8.2.2 demands that the file did not change twice within that
-    second, which a server that keeps only the last version cannot know. But a client may send a date only if it has no
-    ETag (section 13.1.5), and all our responses have one.
+    second, which a server that keeps only the last version cannot know. But a client may send a date only if it has
+    no ETag (section 13.1.5), and all our responses have one.
     """
     if if_range is None:
         return True

@@ -87,8 +87,8 @@ def _connections() -> int:
 def _raise_limit() -> int:
     """Raise the limit of open files; how many descriptors a process can have from now on.
 
-    The usual soft limit of 1,024 is for programs that use ``select()``. Clients, downloads, uploads and locks need one
-    descriptor each.
+    The usual soft limit of 1,024 is for programs that use ``select()``. Each client, download, upload and lock needs a
+    descriptor.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     limit = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
@@ -126,8 +126,8 @@ def post_worker_init(worker: Any) -> None:
 def worker_exit(server: Any, worker: Any) -> None:
     """Called when a worker ends, in good order or by an error.
 
-    In good order the process ends here. A normal exit of the interpreter would wait for threads that wait for a silent
-    backend, although their clients are gone, and would tear down modules that daemon threads still use.
+    In good order the process ends here. A normal exit of the interpreter would wait for threads that wait for a
+    silent backend, although their clients are gone, and would tear down modules that daemon threads still use.
     """
     services = getattr(worker, "services", None)
     if services is None:
@@ -140,7 +140,7 @@ def worker_exit(server: Any, worker: Any) -> None:
 
 
 def child_exit(server: Any, worker: Any) -> None:
-    """A worker is gone: remove its gauges and its clients' counts. The next worker of its number keeps its counters."""
+    """A worker is gone: remove its gauges and its clients' counts. The next worker of its number has its counters."""
     multiprocess.forget_worker(_master.metrics.path, worker.name)
     _master.ledger.release(worker.number)
     _master.numbers.release(worker.number)

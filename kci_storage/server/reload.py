@@ -74,7 +74,7 @@ class Master:
             if needs_workers:
                 rehearsal.rehearse(config)
             self.prepare(config)
-        except (ConfigError, OSError) as exc:  # as for a certificate that is being replaced just now
+        except (ConfigError, OSError) as exc:  # OSError: a certificate that is being replaced just now
             log.error(logfmt.line(event="reload_refused", reason=exc))
             return
         except Exception:

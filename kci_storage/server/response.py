@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from email.utils import formatdate
 from typing import Any, NamedTuple, Protocol
 
+from kci_storage.http.answers import TOKEN
 from kci_storage.net.bodies import SentFile
 from kci_storage.wsgi.exchange import is_content_length
 
@@ -105,7 +106,7 @@ class Response:
         """Close the connection after this response."""
         self._keep = False
 
-    # What the application says
+    # Called by the application
 
     def start_response(self, status: str, headers: list[Header], exc_info: Any = None) -> Callable[[bytes], None]:
         """Set the status and the headers (PEP 3333).

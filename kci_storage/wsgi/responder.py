@@ -88,7 +88,7 @@ class Responder:
         headers += _descriptors(info, purpose(environ["QUERY_STRING"]))
         if self._accel_redirect and isinstance(content, FileContent) and content.path is not None:
             if _nginx_agrees(environ, conditions, decision):
-                return self._sent_by_nginx(content, content.path, headers, decision)
+                return self._by_nginx(content, content.path, headers, decision)
         if len(decision.ranges) > 1:
             return _several_ranges(content, decision.ranges, headers, _file_wrapper(environ))
         return _one_range(content, decision, headers, method, _file_wrapper(environ))
@@ -105,7 +105,7 @@ class Responder:
         answer = environ[EXCHANGE].answer(problem)
         return DownloadResponse(416, answer.headers, () if environ["REQUEST_METHOD"] == "HEAD" else (answer.body,))
 
-    def _sent_by_nginx(self, content: FileContent, path: str, headers: Headers, decision: Decision) -> DownloadResponse:
+    def _by_nginx(self, content: FileContent, path: str, headers: Headers, decision: Decision) -> DownloadResponse:
         """Have nginx send the file, or the part of it that the request's ``Range`` asks for (X-Accel-Redirect)."""
         location = self._accel_redirect + os.path.relpath(path, self._cache_directory)
         content.close()
