@@ -110,7 +110,7 @@ def _add_token(command: argparse.ArgumentParser) -> None:
 
 def _add_jobs(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "-j", "--jobs", type=Number(1, MOST_JOBS), default=4, metavar="N", help="how many files at once (4)"
+        "-j", "--jobs", type=Number(1, MAX_JOBS), default=4, metavar="N", help="how many files at once (4)"
     )
 
 

@@ -33,7 +33,7 @@ def ask(server: ServerConfig) -> None:
 
 
 def _status(server: ServerConfig) -> int:
-    with contextlib.closing(http.client.HTTPConnection("localhost", timeout=SECONDS)) as connection:
+    with contextlib.closing(http.client.HTTPConnection("localhost", timeout=TIMEOUT)) as connection:
         connection.sock = _connect(server)
         connection.request("GET", "/v1/health", headers={"User-Agent": "kci-storage-health"})
         return connection.getresponse().status

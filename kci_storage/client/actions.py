@@ -227,7 +227,7 @@ def _result(action: str, outcome: str, storage: Storage, properties: Properties,
     )  # fmt: skip
 
 
-# Looking
+# Listing
 
 
 def _stat(session: Session) -> int:

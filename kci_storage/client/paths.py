@@ -42,8 +42,8 @@ def key_prefix(to: str) -> str:
 def files_to_upload(paths: Iterable[str], to: str, note: Callable[[str], None]) -> list[LocalFile]:
     """The given files, and all files in the given folders, ordered by name within each folder.
 
-    In a folder, symbolic links to files count as files. Links to folders are left out, since they may lead anywhere or
-    form loops; so are other kinds of files. A link that is given itself is followed.
+    In a folder, symbolic links to files count as files. Links to folders are left out, since they may lead anywhere
+    or form loops; so are other kinds of files. A link that is given itself is followed.
 
     :param note: called with a message for each entry that is left out.
     :raises UsageError: two files would get the same key, or one does not exist.

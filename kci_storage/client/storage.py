@@ -57,7 +57,7 @@ class UploadBody(Protocol):
     def __iter__(self) -> Iterator[bytes]: ...
 
     def read(self, size: int) -> bytes:
-        """The next bytes, at most so many; none at the end."""
+        """The next bytes, at most ``size``; empty at the end."""
 
 
 class Download:
@@ -115,7 +115,7 @@ class Storage:
             raise UsageError(exc.message) from exc
 
     def properties(self, key: str) -> Properties:
-        """What the server says of a file."""
+        """A file's properties."""
         with self._ask("HEAD", self.url_of(key)) as response:
             return _properties(key, response)
 
@@ -352,7 +352,7 @@ def _error_text(response: requests.Response) -> str:
     if response.is_redirect:
         return f"the server is elsewhere, give its URL: {printable(response.headers['Location'])}"
     content_type = response.headers.get("Content-Type", "")
-    text = next(response.iter_content(MOST_ERROR_TEXT), b"").decode(errors="replace")
+    text = next(response.iter_content(MAX_ERROR_TEXT), b"").decode(errors="replace")
     if content_type.startswith("application/problem+json"):
         with contextlib.suppress(ValueError, AttributeError):
             text = str(json.loads(text).get("detail", ""))

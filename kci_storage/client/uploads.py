@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Uploading one file: with its digest, so that the server stores exactly this content or nothing, and with retries."""
+"""Uploading one file: with its digest, so that the server stores this content or nothing; retries are safe."""
 
 from __future__ import annotations
 

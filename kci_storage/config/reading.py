@@ -291,7 +291,7 @@ def _refused(setting: Setting, value: Any) -> Any:
 
 
 def _fits(kind: Any, setting: Setting, value: Any) -> bool:
-    """Whether a TOML value has the type and is within the bounds. A bool is not a number; an integer is a float, too."""
+    """Whether a TOML value has the type and is within the bounds. A bool is no number; an integer is a float, too."""
     if kind in (int, float):
         right = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
         return right and setting.minimum <= value <= setting.maximum

@@ -133,8 +133,7 @@ from gunicorn.workers import base
 
 
 class Source(Protocol):
-    """The source of bytes for the parser and the reader of chunked bodies (:class:`~kci_storage.net.received.Received`).
-    """
+    """The parser's source of bytes (:class:`kci_storage.net.received.Received`)."""
 
     def read(self, size: int | None = None, read_ahead: int | None = None) -> bytes:
         """Exactly ``size`` bytes, fewer at the end; None: as many as have come, where ``read_ahead`` are wanted."""

@@ -87,8 +87,8 @@ def _connections() -> int:
 def _raise_limit() -> int:
     """Raise the limit of open files; how many descriptors a process can have from now on.
 
-    The usual soft limit of 1,024 is for programs that use ``select()``. Each client, download, upload and lock needs a
-    descriptor.
+    The usual soft limit of 1,024 is for programs that use ``select()``. Each client, download, upload and lock needs
+    a descriptor.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     limit = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
