@@ -15,7 +15,7 @@ from kci_storage.blueprints.context import KeyConverter
 from kci_storage.config.reading import wants_debug
 from kci_storage.config.settings import Config
 from kci_storage.monitoring import logs
-from kci_storage.net.threads import give_back_memory
+from kci_storage.net.threads import trim_memory
 from kci_storage.services import Services, build_services, inherited_services
 from kci_storage.wsgi.admission import AccessControl
 from kci_storage.wsgi.downloads import Downloads
@@ -57,7 +57,7 @@ def middleware(app: Callable[..., Any], services: Services) -> Callable[..., Any
     def finished(exchange: Exchange) -> None:
         services.metrics.request_finished(exchange)
         logs.log_access(exchange)
-        give_back_memory(max(exchange.sent, exchange.body.received))
+        trim_memory(max(exchange.sent, exchange.body.received))
 
     downloading = Downloads(app, services.objects, services.responder)
     metrics = services.metrics

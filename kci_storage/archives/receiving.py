@@ -24,7 +24,7 @@ from kci_storage.errors import BadArchive, BadForm, InsufficientStorage, Overloa
 from kci_storage.events import Events
 from kci_storage.http.multipart import Body, form_events
 from kci_storage.net import slots
-from kci_storage.net.threads import give_back_memory
+from kci_storage.net.threads import trim_memory
 from kci_storage.store.form_receiver import append_to_path, decoded_path
 from kci_storage.store.uploads import Uploads
 
@@ -57,7 +57,7 @@ class Archives:
             try:
                 return self._store(body, boundary, ArchiveFiles(self.uploader, plan, spool))
             finally:
-                give_back_memory(spool.size)
+                trim_memory(spool.size)
 
     def _store(self, body: Body, boundary: bytes, files: ArchiveFiles) -> ArchiveReport:
         with Staging(files) as staging:

@@ -18,7 +18,7 @@ from kci_storage.fills.claim import Claim, open_claim
 from kci_storage.fills.fill import AlreadyCached, Fill, FillLost
 from kci_storage.fills.filler import Filler, FillerParts
 from kci_storage.fills.turns import Turns
-from kci_storage.net.threads import give_back_memory
+from kci_storage.net.threads import trim_memory
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ class Fills:
         finally:
             self._forget(fill)
             fill.end(error)
-            give_back_memory(fill.info.size if fill.info is not None else 0)
+            trim_memory(fill.info.size if fill.info is not None else 0)
 
     def _forget(self, fill: Fill) -> None:
         with self._mutex:

@@ -162,7 +162,7 @@ class Threads:
                 self._spare += 1
 
 
-def give_back_memory(transferred: int) -> None:
+def trim_memory(transferred: int) -> None:
     """Return freed memory to the system after a large transfer (malloc_trim(3)).
 
     The pieces of large transfers are freed by many threads, and glibc keeps freed memory per thread. Without this, a

@@ -363,7 +363,7 @@ def test_a_client_is_a_network(limited_server: Server) -> None:
     assert statuses(limited_server, "2001:db8:0:1::1", 1) == [200]
 
 
-def test_who_has_no_address_is_not_limited(limited_server: Server) -> None:
+def test_a_client_without_an_address_is_not_limited(limited_server: Server) -> None:
     assert statuses(limited_server, "unknown", 21) == [200] * 21
 
 
@@ -429,13 +429,13 @@ def test_downloads_at_a_time_are_counted_over_all_workers(clients: Clients) -> N
     assert_error(answer, 429, clients.server, ["4 downloads"])
     assert int(answer.headers["Retry-After"]) > 0
     begun.pop().close()
-    wait_until(lambda: clients.status("203.0.113.1") == 200, SECONDS, "a place for one more")
+    wait_until(lambda: clients.status("203.0.113.1") == 200, SECONDS, "a free slot")
     for wire in begun:
         wire.close()
 
 
 def test_a_small_file_is_over_at_once_and_refused_all_the_same(clients: Clients) -> None:
-    """It need not be counted, but who has as many as he may have gets none."""
+    """It need not be counted, but a client at its limit gets none."""
     assert put(clients.server, "small/file", b"x").status_code in (200, 201)
     client = {"X-Forwarded-For": "203.0.113.4"}
     begun = [clients.begin("203.0.113.4") for _ in range(4)]
@@ -443,7 +443,11 @@ def test_a_small_file_is_over_at_once_and_refused_all_the_same(clients: Clients)
         assert get(clients.server, "small/file", client).status_code == 429
     assert get(clients.server, "small/file", {"X-Forwarded-For": "203.0.113.5"}).status_code == 200
     begun.pop().close()
-    wait_until(lambda: get(clients.server, "small/file", client).status_code == 200, SECONDS, "a place for one more")
+    wait_until(
+        lambda: get(clients.server, "small/file", client).status_code == 200,
+        SECONDS,
+        "a free slot",
+    )
     assert clients.status("203.0.113.4") == 200
     for wire in begun:
         wire.close()
@@ -465,11 +469,11 @@ def test_a_small_file_that_has_to_be_waited_for_counts(new_bench: Callable[..., 
     assert bench.proxy.count(CONTENT, other) == bench.proxy.count(PROPERTIES, other) == 0
     rule.release()
     assert waiting.result().content == b"first"
-    wait_until(lambda: get(bench.server, other).content == b"other", SECONDS, "a place for one more")
+    wait_until(lambda: get(bench.server, other).content == b"other", SECONDS, "a free slot")
 
 
-def test_who_loses_the_race_for_the_last_place_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both were let in, as there was a place; then both turn out to last."""
+def test_a_download_that_loses_the_race_for_the_last_slot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both pass the first check, as there is one free slot; then both count as running, and one is refused."""
     server = Server(tmp_path, {"limits": {"downloads_per_client": 1}})
     stored_by_another_program(server, "large", os.urandom(MIB))
     server.config_path.write_text(toml(server.document))
@@ -591,6 +595,6 @@ def test_whatever_dies_when_the_counts_are_right_again() -> None:
         os.waitpid(worker, 0)
         ledger.release(0)
         assert not any(ledger.has_more_than(cells, 0) for cells in ((1, 2), (3, 2)))
-        ledger.end((1, 2))  # of one that shares the memory, whoever has that row now
+        ledger.end((1, 2))  # of a process that shares the memory, whichever has that row now
     ledger.begin((1, 2))
     assert ledger.has_more_than((1, 2), 0)

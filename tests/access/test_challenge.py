@@ -234,7 +234,7 @@ def test_without_a_fallback_there_is_none_and_without_a_challenge_no_cookie(star
     wait_until(lambda: solve(server).status_code == 404, SECONDS, "the end of the worker that had the old one")
 
 
-def test_nginx_keeps_the_rate_and_nobody_sees_it(start_server, tmp_path):
+def test_nginx_limits_the_rate_and_hides_its_header(start_server, tmp_path):
     document = {"trusted_proxies": 1, "accel_redirect": "/_cache/"}
     server = start_server("azure", server=document, download_challenge=SETTINGS)
     answer = put(server, quote(KEY), CONTENT)

@@ -83,7 +83,7 @@ def test_a_secret_that_cannot_be_used_does_not_hide_the_next() -> None:
     assert Authenticator(["", UNIFIED_SECRET]).verify(token(UNIFIED_SECRET)) == EMAIL
 
 
-def test_without_a_secret_nobody_comes_in() -> None:
+def test_without_a_secret_every_token_is_refused() -> None:
     with pytest.raises(Unauthorized):
         Authenticator([]).verify(token())
 

@@ -62,7 +62,7 @@ def strict_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def sent(server: Server, method: str, path: str, headers: Headers, body: bytes | None = None) -> requests.Response:
-    """A request by somebody who may write everywhere, unless the headers say who."""
+    """The response to a request with a token that may write everywhere, unless the headers have another."""
     headers = {**server.headers(), **headers}
     return requests.request(method, f"{server.url}/{path}", data=body, headers=headers, timeout=SECONDS)
 

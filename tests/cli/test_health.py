@@ -34,7 +34,7 @@ def test_a_server_that_lives(local_server: Server):
     assert (done.returncode, done.stdout, done.stderr) == (0, "ok\n", "")
 
 
-def test_nobody_listens(tmp_path: Path):
+def test_no_server_listens(tmp_path: Path):
     with closing(reserve_port()) as reserved:
         bind = f"127.0.0.1:{reserved.getsockname()[1]}"
         (tmp_path / "config.toml").write_text(toml(document(bind)))
@@ -50,7 +50,7 @@ def test_the_address_of_all_is_asked_on_this_machine(local_server: Server):
 def test_with_tls(tmp_path: Path, start_server, monkeypatch: pytest.MonkeyPatch):
     """The certificate need not be one that this machine trusts: it names where clients connect to."""
     files = certificate(tmp_path, "own")
-    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(files["certfile"]))  # for those who wait for the server's start
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(files["certfile"]))  # for the wait until the server answers
     server = start_server("local", server={"workers": 1, **files})
     health.ask(load(server.config_path, {}).server)
     with pytest.raises(Unhealthy, match="status 400"):

@@ -102,7 +102,7 @@ def test_an_impossible_expiry_is_refused(run, days):
     assert "expected a number of days, more than 0 and at most 36500" in result.stderr
 
 
-def test_a_token_for_nobody_comes_with_a_warning(run, tmp_path):
+def test_a_token_for_an_unknown_user_comes_with_a_warning(run, tmp_path):
     users = [{"name": "known@example.com", "prefixes": ["/a"]}]
     result = run("token", "unknown@example.com", config=local(users=users))
     assert result.stderr == (

@@ -1011,7 +1011,7 @@ def test_a_bar_is_shown_on_a_terminal_alone(local_client, local_server, terminal
     )
     os.close(writer)
     seen = b""
-    with contextlib.suppress(OSError):  # a terminal that nobody writes to any more is an error to read from
+    with contextlib.suppress(OSError):  # reading a terminal whose other side is closed is an error
         while data := os.read(reader, 65536):
             seen += data
     os.close(reader)

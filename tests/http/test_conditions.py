@@ -466,7 +466,7 @@ NOW = 1_800_000_000  # in the year 2027
         ("sun, 06 nov 1994 08:49:37 gmt", 784111777),
         ("Thu, 29 Feb 2024 12:34:56 GMT", 1709210096),
         ("Sat, 31 Dec 2016 23:59:60 GMT", 1483228800),  # a leap second
-        ("Mon, 06 Nov 1994 08:49:37 GMT", 784111777),  # a wrong weekday harms nobody
+        ("Mon, 06 Nov 1994 08:49:37 GMT", 784111777),  # a wrong weekday is ignored
         ("Thu, 01 Jan 1970 00:00:00 GMT", 0),
         ("Fri, 31 Dec 9999 23:59:59 GMT", 253402300799),
         # two digits: at most 50 years ahead of now

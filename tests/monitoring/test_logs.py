@@ -308,7 +308,7 @@ raise KeyError("nine\nten" * 1000)
 
 
 def test_all_that_python_writes_is_a_line():
-    """Warnings, other libraries' messages, and exceptions for which nobody waits; of long tracebacks the end."""
+    """Warnings, other libraries' messages, and exceptions that no caller handles; a long traceback keeps its end."""
     done = subprocess.run([sys.executable, "-c", OTHERS], capture_output=True, text=True, timeout=SECONDS)
     assert done.returncode == 1
     lines = [logfmt(line) for line in done.stderr.splitlines()]
@@ -444,7 +444,7 @@ def proxied(server: Server, **headers: str) -> str:
     return access(server, ask(server, "GET", "none", **headers))["ip"]
 
 
-def test_whose_word_on_the_address_is_taken(start_server: Callable[..., Server]):
+def test_which_proxies_are_trusted_for_the_address(start_server: Callable[..., Server]):
     forwarded: dict[str, Any] = {"X_Forwarded_For": "10.0.0.1, 10.0.0.2"}
     assert proxied(start_server(), **forwarded) == "127.0.0.1"
     assert proxied(start_server(server={"trusted_proxies": 1}), **forwarded) == "10.0.0.2"

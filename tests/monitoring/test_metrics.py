@@ -80,7 +80,7 @@ class Growth:
 
 @pytest.fixture(scope="module")
 def quiet_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server on the local driver whom nobody but this module asks anything."""
+    """A server on the local driver that gets requests from this module only."""
     document = {
         "server": {"max_upload_bytes": MIB, "lock_timeout": 0.2},
         "users": [{"name": "user@example.com", "prefixes": [""]}, {"name": "limited@example.com", "prefixes": ["x"]}],
@@ -148,7 +148,7 @@ def test_promtool_has_nothing_to_say(server: Server):
     assert (check.returncode, check.stdout, check.stderr) == (0, b"", b"")
 
 
-def test_openmetrics_for_those_who_prefer_it(server: Server):
+def test_openmetrics_for_clients_that_prefer_it(server: Server):
     response = page(server, Accept="application/openmetrics-text; version=1.0.0")
     assert response.headers["Content-Type"].startswith("application/openmetrics-text")
     names = {family.name for family in parse_openmetrics(response.text)}
@@ -262,7 +262,7 @@ ROUNDS = 6  # for each of which workers start; the second shows already what add
 def test_workers_that_take_the_place_of_others_go_on_with_their_counts(
     start_server: Callable[..., Server], tmp_path: Path
 ):
-    """No total is ever less than before, whoever asks meanwhile, and no files remain of those who were replaced."""
+    """No total ever decreases, although workers are replaced under load, and no files of replaced workers remain."""
     server = start_server(environ={"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)})
     server.expected_errors.append("was sent SIGKILL")
     stopped = threading.Event()
@@ -283,10 +283,10 @@ def test_workers_that_take_the_place_of_others_go_on_with_their_counts(
 
 
 def ask_until(stopped: threading.Event, server: Server) -> int:
-    """Ask again and again, also while nobody answers. Returns how often there was an answer."""
+    """Send requests until stopped, also while no worker answers; the number of responses."""
     answers = 0
     while not stopped.is_set():
-        with contextlib.suppress(requests.RequestException):  # whose worker was killed
+        with contextlib.suppress(requests.RequestException):  # the worker was killed
             answers += get(server, "none").status_code == 404
     return answers
 
@@ -335,7 +335,7 @@ def test_bytes_are_those_that_went_over_the_wire(quiet_server: Server):
     assert sent + pages // 2 < grown("kci_storage_sent_bytes_total") - before < sent + pages * 2
 
 
-def test_bytes_of_those_who_leave(quiet_server: Server):
+def test_bytes_of_clients_that_disconnect(quiet_server: Server):
     key, content = f"{new_folder()}/a", bytes(MIB)
     put(quiet_server, key, content)
     grown = Growth(quiet_server)

@@ -35,7 +35,7 @@ class Failing:
 
 @pytest.fixture(autouse=True)
 def logged(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    """The log's lines are caught, whatever has been configured before."""
+    """Capture the log, whatever was configured before."""
     logger = logging.getLogger(acceptor.__name__)
     logger.addHandler(caplog.handler)
     yield

@@ -19,9 +19,9 @@ KIB, MIB = 1024, 1024 * 1024
 CLIENTS = 8
 TURNS = 3
 
-# gunicorn's settings as they are, but an answer says which thread it is from, "/…held" is held up by the application
-# without a word, and the worker may be told not to look after who holds up others. What is too slow for the lane, and
-# when one has left it, is a matter of some hundredths of a second, of which a busy machine takes many for a request.
+# The server's settings with three changes: a response names the thread that sent it; a request for "/…held" blocks in
+# the application without calling may_block(); and the worker's checks for blocking requests may be switched off. The
+# loop's own limits are some hundredths of a second, and a busy machine may take that long for a single request.
 SETTINGS = """
 import pathlib, threading, time
 import kci_storage.net.fast_loop
@@ -53,7 +53,7 @@ def post_worker_init(worker):
 
 @dataclass
 class Clients:
-    """Some who keep their connections, and what they ask for."""
+    """Clients that keep their connections, and the object that they request."""
 
     wires: list[Wire]
     key: str
@@ -66,7 +66,7 @@ class Clients:
         return answer
 
     def take_turns(self) -> set[str]:
-        """Each asks some times; the threads that have answered."""
+        """Let each client send some requests in turn; the threads that have answered."""
         return {self.ask(wire).headers["X-Thread"] for _ in range(TURNS) for wire in self.wires}
 
     def share_a_thread(self) -> bool:
@@ -82,7 +82,7 @@ def settings(folder: Path, look_seconds: float = 0.5) -> list[str]:
 
 @contextmanager
 def in_a_hurry(server: Server) -> Iterator[Clients]:
-    """Clients who share a thread at the beginning of the block."""
+    """Clients that share a thread at the beginning of the block."""
     key, content = f"{new_folder()}/a", b"quick"
     assert put(server, key, content).status_code == 201
     with ExitStack() as stack:
@@ -98,7 +98,7 @@ def test_clients_in_a_hurry_share_a_thread(start_server: Callable[..., Server], 
         pass
 
 
-def test_who_is_held_up_unexpectedly_is_left_alone(start_server: Callable[..., Server], tmp_path: Path):
+def test_a_thread_that_blocks_unexpectedly_drops_out_of_the_loop(start_server: Callable[..., Server], tmp_path: Path):
     server = start_server(server={"workers": 1}, arguments=settings(tmp_path))
     (tmp_path / "hold").touch()
     with in_a_hurry(server) as clients:
@@ -129,20 +129,20 @@ def stop_in_a_head(server: Server, wire: Wire) -> None:
     wire.wait_until_taken()
 
 
-@pytest.mark.parametrize("dawdle", [do_not_read, stop_in_a_body, stop_in_a_head])
-def test_nobody_waits_for_who_dawdles(
-    start_server: Callable[..., Server], tmp_path: Path, dawdle: Callable[[Server, Wire], None]
+@pytest.mark.parametrize("be_slow", [do_not_read, stop_in_a_body, stop_in_a_head])
+def test_no_client_waits_for_a_slow_one(
+    start_server: Callable[..., Server], tmp_path: Path, be_slow: Callable[[Server, Wire], None]
 ):
-    """Also while the worker looks after nobody."""
+    """Also without the worker's checks for blocking requests."""
     server = start_server(server={"workers": 1}, arguments=settings(tmp_path, look_seconds=1000))
     with in_a_hurry(server) as clients:
         slow = clients.wires.pop()
-        dawdle(server, slow)
+        be_slow(server, slow)
         wait_until(clients.share_a_thread, SECONDS, "one thread for the others")
         slow.close()
 
 
-def test_nobody_waits_for_a_cold_object(start_server: Callable[..., Server], azurite: Azurite, tmp_path: Path):
+def test_no_client_waits_for_a_cold_object(start_server: Callable[..., Server], azurite: Azurite, tmp_path: Path):
     with fault_proxy(azurite) as proxy:
         arguments = settings(tmp_path, look_seconds=1000)
         server = start_server("azure", azure={"endpoint": proxy.endpoint}, server={"workers": 1}, arguments=arguments)
@@ -171,8 +171,8 @@ def test_requests_that_come_together_are_answered_in_order(start_server: Callabl
             assert wire.answer().body == clients.content
 
 
-def test_who_leaves_is_forgotten(start_server: Callable[..., Server], tmp_path: Path):
-    """Among those who stay: some close their connection, some reset it, and some do so with a request under way."""
+def test_a_closed_connection_is_forgotten(start_server: Callable[..., Server], tmp_path: Path):
+    """Some clients close or reset their connection, also during a request; the others stay."""
     server = start_server(server={"workers": 1}, arguments=settings(tmp_path))
     with in_a_hurry(server) as clients:
         closed, reset, asking, *clients.wires = clients.wires

@@ -43,7 +43,7 @@ ATTACKERS = 4 * WORKERS * THREADS
 LARGE = 32 * MIB  # more than the kernel takes in for a reader that does not read
 MANY = 12 * WORKERS * THREADS  # all of which may have come to the same worker
 DRIP_SECONDS = 0.03  # between two bytes: less than what a thread waits before it counts as waiting for a slow client
-PAUSE_SECONDS = 0.1  # between two requests of the innocent, or two steps of somebody slow
+PAUSE_SECONDS = 0.1  # between two requests of a well-behaved client, or two steps of a slow one
 BEARABLE = 0.5  # seconds, at the median, beside what the machine's other load costs
 ATTEMPTS = 4  # measurements, of which one must be bearable: that load comes and goes, and the attack goes on
 
@@ -51,7 +51,7 @@ Attack = Callable[["Scene", ExitStack], None]
 
 
 class Scene:
-    """A server with few threads, a small object for the innocent, and a large one."""
+    """A server with few threads, a small object for well-behaved clients, and a large one."""
 
     def __init__(self, server: Server):
         self.server = server
@@ -62,7 +62,7 @@ class Scene:
         assert put(server, self.large, bytes(LARGE)).status_code == 201
 
     def latencies(self, count: int) -> list[float]:
-        """Seconds that an innocent client's downloads take, each on a new connection, a little apart."""
+        """Seconds that a well-behaved client's downloads take, each on a new connection, at intervals."""
         return [self._latency() for _ in range(count)]
 
     def _latency(self) -> float:
@@ -72,7 +72,7 @@ class Scene:
         return time.monotonic() - started
 
     def wires(self, stack: ExitStack, count: int = ATTACKERS, receive_buffer: int | None = None) -> list[Wire]:
-        """So many connections, until the end of the attack."""
+        """The given number of connections, open until the end of the attack."""
         return [stack.enter_context(Wire(self.server, receive_buffer)) for _ in range(count)]
 
 
@@ -85,7 +85,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
 
 @contextmanager
 def dripping(wires: Iterable[Any], step: Callable[[Any], object]) -> Iterator[None]:
-    """Do something to each connection again and again during the block; a connection that ends is left alone."""
+    """Call the function for each connection repeatedly during the block, until the connection ends."""
     over = threading.Event()
 
     def run() -> None:
@@ -114,7 +114,7 @@ def send_byte(wire: Wire) -> None:
 
 
 def hold_closed_connections_open(scene: Scene, stack: ExitStack) -> None:
-    """The answers are there; the connections' ends are for the clients to take notice of."""
+    """Responses without a reader: the clients do not notice that their connections have ended."""
     held: list[Wire] = []
     stack.callback(lambda: [wire.close() for wire in held])
 
@@ -186,7 +186,7 @@ def read_a_kib_per_second(scene: Scene, stack: ExitStack) -> None:
 
 
 def send_requests_without_end(scene: Scene, stack: ExitStack) -> None:
-    """The next request is always there before the answer to the last one is out."""
+    """The next request always arrives before the response to the last one has been sent."""
 
     def take_answers(wire: Wire) -> None:
         with contextlib.suppress(OSError):
@@ -205,7 +205,7 @@ def send_requests_without_end(scene: Scene, stack: ExitStack) -> None:
 def begin_to_read(
     scene: Scene, stack: ExitStack, headers: dict[str, str] | None = None, count: int = MANY
 ) -> list[Wire]:
-    """Ask for the large object, and read the head."""
+    """Request the large object, and read the response's head."""
     wires = scene.wires(stack, count, receive_buffer=8 * KIB)
     for wire in wires:
         wire.send(request("GET", f"/{scene.large}", headers))
@@ -298,7 +298,7 @@ def test_a_head_may_come_with_the_request_before(scene: Scene):
 
 @pytest.fixture(scope="module")
 def impatient(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
-    """One thread, and little patience; but a machine may stand still for a second or two, with all its clients."""
+    """One thread and a short send_timeout; but a busy machine may stall for a second or two, with all its clients."""
     document = {"server": {"workers": 1, "threads": 1, "send_timeout": 5}}
     with running(Server(tmp_path_factory.mktemp("impatient"), document)) as server:
         yield Scene(server)
@@ -321,7 +321,7 @@ def test_a_head_without_an_end_is_refused(scene: Scene):
         assert wire.rest() == b""
 
 
-def test_who_has_waited_longest_makes_room(start_server: Callable[..., Server]):
+def test_the_longest_idle_connection_makes_room(start_server: Callable[..., Server]):
     """More connections than a worker may have: those that wait for nothing are closed, the oldest first."""
     server = start_server(server={"workers": 1, "threads": 2, "connections": 8})
     put(server, "a", b"content")
@@ -338,7 +338,7 @@ def test_who_has_waited_longest_makes_room(start_server: Callable[..., Server]):
 
 @pytest.mark.parametrize("ranges", ["", f"bytes=0-{LARGE // 2},{LARGE // 2 + 1}-"], ids=["file", "ranges"])
 def test_a_slow_reader_gets_all(impatient: Scene, ranges: str):
-    """Slower than a third of the kernel's buffer in the time for which a client may stand still."""
+    """Slower than a third of the kernel's buffer per send_timeout."""
     with Wire(impatient.server, receive_buffer=128 * KIB) as wire:
         wire.send(request("GET", f"/{impatient.large}", {"Range": ranges} if ranges else {}))
         head = wire.head()
@@ -378,7 +378,7 @@ def test_a_slow_reader_that_leaves_is_logged(scene: Scene):
     assert line["status"] == "200" and MIB <= int(line["bytes"]) < LARGE
 
 
-def test_who_leaves_between_two_requests_is_no_error(scene: Scene):
+def test_a_client_that_leaves_between_two_requests_is_no_error(scene: Scene):
     for _ in range(20):
         with Wire(scene.server) as wire:
             wire.send(request("GET", f"/{scene.small}"))
@@ -405,14 +405,14 @@ def test_a_slow_reader_may_finish_when_the_server_stops(start_server: Callable[.
 
 
 def send_slowly(wire: Wire, piece: int, count: int) -> int:
-    """Send so many pieces of a body, of so many bytes; the answer's status."""
+    """Send a body in ``count`` pieces of ``piece`` bytes; the response's status."""
     for _ in range(count):
         time.sleep(PAUSE_SECONDS)
         wire.send(bytes(piece))
     return wire.answer().status
 
 
-def test_who_is_too_slow_is_served_while_there_is_room(impatient: Scene):
+def test_a_slow_client_is_served_while_there_is_room(impatient: Scene):
     with ExitStack() as stack:
         wires = impatient.wires(stack, 2)
         for wire in wires:
@@ -421,8 +421,8 @@ def test_who_is_too_slow_is_served_while_there_is_room(impatient: Scene):
         assert [status.result(SECONDS) for status in finished] == [201, 201]
 
 
-def test_who_is_too_slow_goes_when_there_are_too_many(impatient: Scene):
-    """One slow upload more than is bearable: those below the least rate go, one above it stays; nobody else waits."""
+def test_slow_clients_are_shed_when_there_are_too_many(impatient: Scene):
+    """With one slow upload too many, those below the least rate are shed, and one above it is served to its end."""
     server, folder, before = impatient.server, new_folder(), len(impatient.server.log())
     piece = 8 * KIB  # so that it is above that rate on the busiest machine
 

@@ -67,7 +67,7 @@ def server(files: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 class TlsWire(Wire):
-    """A connection on which a test says each byte, encrypted."""
+    """A TLS connection on which a test chooses each byte of plain text."""
 
     def __init__(self, server: Server, receive_buffer: int | None = None):
         super().__init__(server, receive_buffer)
@@ -76,11 +76,11 @@ class TlsWire(Wire):
 
     @property
     def certificate(self) -> bytes | None:
-        """The server's."""
+        """The server's certificate."""
         return self._socket.getpeercert(binary_form=True)  # type: ignore[attr-defined]
 
     def ends(self) -> bool:
-        """Whether the server says, in TLS, that it is done."""
+        """Whether the server ends the connection with close_notify."""
         return self.read(1) == b""
 
 
@@ -174,7 +174,7 @@ def test_many_requests_on_a_connection(server: Server) -> None:
 
 
 def test_requests_that_come_at_once(server: Server) -> None:
-    """What was decrypted with the first one is not forgotten, though the kernel does not know of it."""
+    """Bytes that were decrypted with the first request are not lost, although polling the socket does not tell of them."""
     with TlsWire(server) as wire:
         wire.send(*[request("GET", "/v1/health")] * 40)
         for _ in range(40):
@@ -182,7 +182,7 @@ def test_requests_that_come_at_once(server: Server) -> None:
 
 
 class Records:
-    """A connection to a server on which a test says where a TLS record ends, and what is sent together."""
+    """A connection on which a test chooses where a TLS record ends, and which bytes are sent together."""
 
     def __init__(self, sock: socket.socket):
         self._socket = sock
@@ -191,26 +191,26 @@ class Records:
         self.tls = context.wrap_bio(self._incoming, self._outgoing, server_hostname="127.0.0.1")
 
     def send(self, *records: bytes) -> None:
-        """Each as a record of its own, all in one piece."""
+        """Send each piece as a TLS record of its own, all by one system call."""
         for record in records:
             self.tls.write(record)
         self.flush()
 
     def flush(self, size: int = 1 << 20) -> None:
-        """Send what is encrypted, so many bytes at a time."""
+        """Send the encrypted bytes in pieces of the given size."""
         data = self._outgoing.read()
         for at in range(0, len(data), size):
             self._socket.sendall(data[at : at + size])
 
     def read_until(self, end: bytes) -> bytes:
-        """What comes, up to this."""
+        """Receive up to and including this text."""
         data = b""
         while not data.endswith(end):
             data += self._patiently(lambda: self.tls.read(1 << 16))
         return data
 
     def shake_hands(self, size: int = 1 << 20) -> None:
-        """With so many bytes at a time."""
+        """Send the handshake in pieces of the given size."""
         self._patiently(self.tls.do_handshake, size)
         self.flush(size)
 
@@ -227,14 +227,14 @@ class Records:
 
 @contextlib.contextmanager
 def records(server: Server) -> Iterator[Records]:
-    """A connection that has not shaken hands yet."""
+    """A connection without a TLS handshake."""
     with socket.create_connection(("127.0.0.1", server.port), SECONDS) as sock:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         yield Records(sock)
 
 
 def assert_what_comes_with_a_body_is_a_request(server: Server) -> None:
-    """It was received and not decrypted when the body was read, so the kernel does not know of it."""
+    """It was received, but not decrypted, when the body was read, so polling the socket does not tell of it."""
     headers = {**server.headers(), "Content-Length": 5, "Expect": "100-continue"}
     with records(server) as client:
         client.shake_hands()
@@ -275,7 +275,7 @@ def test_a_head_that_is_too_long(server: Server) -> None:
 
 
 def test_an_end_is_told_from_a_cut(server: Server) -> None:
-    """Else somebody between could feign the one by the other."""
+    """Without the difference, an attacker in the middle could cut a response unnoticed."""
     with TlsWire(server) as wire:
         wire.send(request("GET", "/v1/health", {"Connection": "close"}))
         assert wire.answer().body == b"ok"
@@ -326,7 +326,7 @@ def client_hello() -> bytes:
     return outgoing.read()
 
 
-def test_handshakes_that_never_end_hold_up_nobody(server: Server) -> None:
+def test_handshakes_that_never_end_hold_up_no_other_client(server: Server) -> None:
     hello = client_hello()
     with contextlib.ExitStack() as stack:
         for sent in (b"", hello[:100], hello) * 5:  # more than there are threads
@@ -350,10 +350,10 @@ def test_slow_readers_cost_no_threads_and_get_all_of_it(server: Server) -> None:
         assert wires[0].answer().body == b"ok"
 
 
-def test_who_stands_still_in_the_middle_is_dropped_and_who_only_waits_is_not(
+def test_a_client_that_stalls_within_a_request_is_dropped_and_an_idle_one_is_not(
     start_server: Callable[..., Server], files: dict[str, Path]
 ) -> None:
-    """A browser opens connections ahead of its needs, and shakes hands."""
+    """A browser opens connections in advance, with the handshake."""
     server = start_server(server={"send_timeout": 2, "threads": 1, **files})
     key, hello = f"{new_folder()}/large", client_hello()
     stored_by_another_program(server, key, os.urandom(MIB) * 24)
@@ -382,7 +382,7 @@ def test_who_stands_still_in_the_middle_is_dropped_and_who_only_waits_is_not(
 
 
 def test_a_new_certificate_takes_a_reload(server: Server, files: dict[str, Path], tmp_path: Path) -> None:
-    """Its files have the names that they had; connections that are there stay."""
+    """The files keep their names, and open connections are kept."""
     with TlsWire(server) as old:
         before = old.certificate
         for name, path in certificate(tmp_path, "second").items():

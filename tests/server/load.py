@@ -18,7 +18,7 @@ MIB = 1 << 20
 
 
 class Load:
-    """Clients that ask without a pause, some on connections of their own for each request, some on one for all."""
+    """Clients that send requests without a pause: some on a new connection for each, some on one for all."""
 
     def __init__(self, url: str, content: bytes):
         self._url = url
@@ -39,7 +39,7 @@ class Load:
                     self.failures.append(repr(exc))
 
     def wait_for_more(self, count: int = 50) -> None:
-        """Until so many more requests have been answered."""
+        """Wait until the given number of further requests has been answered."""
         wanted = self.answered + count
         wait_until(lambda: self.answered >= wanted or self.failures, SECONDS, "answers")
 
@@ -57,7 +57,7 @@ class Load:
 
 @contextlib.contextmanager
 def slow_download(server: Server) -> Iterator[Callable[[], None]]:
-    """A download that has begun; the function reads the rest, all of which must come."""
+    """Begin a download; the returned function reads the rest, and fails if it is incomplete."""
     content = os.urandom(MIB) * 16
     key = f"{new_folder()}/large"
     assert put(server, key, content).status_code == 201

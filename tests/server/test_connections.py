@@ -57,7 +57,7 @@ def config(connections: int = 0, workers: int = 2, threads: int = 64, fills: int
 
 
 def test_there_are_descriptors_for_all_of_them():
-    """A socket and a file for each, and what else a worker opens."""
+    """Descriptors for a socket and a file per connection, and for the worker's other files."""
     assert wanted_connections(config().server) == settings.DEFAULT_CONNECTIONS
     assert wanted_connections(config(connections=17).server) == 17
     for descriptors in (1024, 4096, 65536):
@@ -70,7 +70,7 @@ def test_there_are_descriptors_for_all_of_them():
 
 
 def ask(server: Server, path: str = "/v1/health") -> None:
-    """A new client is answered."""
+    """Whether a new client is answered."""
     with Wire(server) as wire:
         wire.send(request("GET", path))
         assert wire.answer().status == 200
@@ -92,7 +92,7 @@ def is_readable(wire: Wire) -> bool:
 def test_with_few_descriptors_there_are_fewer_connections(
     start_server: Callable[..., Server], workers: int, connections: int, level: str
 ):
-    """More idle clients than a worker has descriptors: new ones are answered all the same, and nothing fails."""
+    """More idle clients than a worker has descriptors: new ones are answered nevertheless, and nothing fails."""
     document = {"workers": workers, "connections": connections}
     server = start_server(server=document, wrapper=["prlimit", "--nofile=1024:1024"])
     [line] = re.findall(rf"level={level} event=connections_lowered .*", server.log())
@@ -108,7 +108,7 @@ def test_with_few_descriptors_there_are_fewer_connections(
 
 
 def test_the_soft_limit_is_raised(start_server: Callable[..., Server]):
-    """And all of the idle clients are kept, in one worker."""
+    """All idle clients are kept, in one worker."""
     server = start_server(server={"workers": 1}, wrapper=["prlimit", "--nofile=1024:8192"])
     [pid] = server.worker_pids()
     assert resource.prlimit(pid, resource.RLIMIT_NOFILE) == (8192, 8192)
@@ -149,7 +149,7 @@ def test_a_worker_without_descriptors_lives_on(start_server: Callable[..., Serve
 @pytest.mark.expected_errors("event=accept_failed error=")
 @pytest.mark.parametrize("name", ["ENFILE", "ENOBUFS", "ENOMEM", "ECONNABORTED", "EPROTO", "ENETDOWN", "EINVAL"])
 def test_an_error_of_accept_does_not_end_a_worker(start_server: Callable[..., Server], tmp_path: Path, name: str):
-    """Those that cannot be made for real. Who is there is served meanwhile, and who comes once it is over."""
+    """Errors that cannot be caused for real. Open connections are served meanwhile, and new ones afterwards."""
     assert hasattr(errno, name)
     (tmp_path / "settings.py").write_text(SETTINGS.format(folder=str(tmp_path)))
     server = start_server(server={"workers": 1}, arguments=["--config", str(tmp_path / "settings.py")])
@@ -171,7 +171,7 @@ def test_an_error_of_accept_does_not_end_a_worker(start_server: Callable[..., Se
 
 
 def test_no_client_is_cut_for_a_new_one(start_server: Callable[..., Server]):
-    """Beyond the limit, a new client waits until one of those with a request is done."""
+    """Beyond the limit, a new client waits until another client's request is finished."""
     connections = 6
     server = start_server(server={"workers": 1, "connections": connections})
     folder = new_folder()

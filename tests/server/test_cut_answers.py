@@ -58,7 +58,7 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def ask(server: Server, prefix: str, version: str) -> tuple[bytes, bool]:
-    """What comes of a list, and whether the connection ended in good order."""
+    """The received part of a list, and whether the connection ended in good order."""
     with contextlib.ExitStack() as stack:
         client = stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=SECONDS))
         if server.url.startswith("https"):

@@ -32,7 +32,7 @@ def shared_copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def packages(shared_copy: Path) -> Iterator[Path]:
-    """The same, as it was again after each test."""
+    """The copy of gunicorn, which is restored after each test."""
     before = {path: path.read_text() for path in shared_copy.rglob("*.py")}
     yield shared_copy
     for path, text in before.items():
@@ -45,7 +45,7 @@ def name_of(part: Part) -> str:
 
 
 def rename(packages: Path, part: Part) -> None:
-    """Have gunicorn call it something else: a class everywhere, an attribute or a method in its module."""
+    """Rename a part in the copy: a class everywhere, an attribute or a method in its module."""
     owner, _, name = part.name.rpartition(".")
     if not owner:
         for path in packages.rglob("*.py"):
@@ -64,7 +64,7 @@ def edit(packages: Path, part: Part, pattern: str, replacement: str) -> None:
 
 
 def edit_class(packages: Path, part: Part, pattern: str, replacement: str) -> None:
-    """The same, in one class of the module."""
+    """Rename a part in one class of its module."""
     path, owner = module_path(packages, part), part.name.partition(".")[0]
     text = path.read_text()
     begin = re.search(rf"^class {owner}\b", text, re.MULTILINE).start()  # type: ignore[union-attr]
@@ -79,7 +79,7 @@ def module_path(packages: Path, part: Part) -> Path:
 
 
 def imported(packages: Path) -> subprocess.CompletedProcess[str]:
-    """What comes of importing what we use of it."""
+    """The result of importing gunicorn_parts."""
     command = [sys.executable, "-c", "import kci_storage.server.gunicorn_parts"]
     environ = {**os.environ, "PYTHONPATH": str(packages), "PYTHONDONTWRITEBYTECODE": "1"}
     return subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
@@ -110,7 +110,7 @@ def test_another_parameter_is_refused(packages: Path, part: Part):
 
 
 def test_another_way_of_reading_requests_is_refused(packages: Path):
-    """Headers' names in capitals are part of it."""
+    """The expected result includes headers' names in capitals."""
     part = next(part for part in PARTS if part.name == "Request.headers")
     edit(packages, part, r"name = name\.upper\(\)", "name = name.title()")
     assert_refused(imported(packages), "reads a request otherwise")

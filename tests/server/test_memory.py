@@ -38,7 +38,7 @@ _FILLING = secrets.token_bytes(MIB)
 
 
 def block(number: int) -> bytes:
-    """A part of the file: no two are the same."""
+    """A part of the file; all parts differ."""
     return number.to_bytes(8, "big") + _FILLING[8:]
 
 
@@ -52,7 +52,7 @@ def local(start_server: Callable[..., Server]) -> Iterator[Server]:
 
 @pytest.fixture
 def azure(start_server: Callable[..., Server], tmp_path: Path) -> Iterator[Server]:
-    """With an Azurite of its own, whose files do not stay."""
+    """A server with its own Azurite, whose files are removed afterwards."""
     with running_azurite(tmp_path) as service:
         settings = service.settings()
         server = start_server(
@@ -88,12 +88,12 @@ def test_memory_does_not_grow_with_a_file(driver: str, request: pytest.FixtureRe
 
 
 def forget_peak(pid: int) -> None:
-    """Have the kernel begin anew with the most memory that a process has had (``proc(5)``)."""
+    """Reset the peak memory of a process (``proc(5)``, ``clear_refs``)."""
     Path(f"/proc/{pid}/clear_refs").write_text("5")
 
 
 def peak(pid: int) -> int:
-    """The most memory that a process has had since then, in bytes."""
+    """The peak memory of a process since then, in bytes."""
     [line] = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmHWM")]
     return int(line.split()[1]) * 1024
 
@@ -140,7 +140,7 @@ def cold_download(server: Server, blocks: int) -> None:
 
 
 def test_a_request_leaves_nothing_to_the_collector_of_cycles() -> None:
-    """Which would take a twentieth of a hit's time."""
+    """Trimming would take a twentieth of a hit's time."""
     seen: list[weakref.ref[Exchange]] = []
 
     def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> list[bytes]:

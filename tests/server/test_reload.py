@@ -28,7 +28,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture
 def server(shared: Server) -> Iterator[Server]:
-    """The same, with its first configuration again after each test."""
+    """The module's server, whose first configuration is restored after each test."""
     document = {key: dict(value) if isinstance(value, dict) else value for key, value in shared.document.items()}
     yield shared
     if shared.document != document:
@@ -38,7 +38,7 @@ def server(shared: Server) -> Iterator[Server]:
 
 
 def reload(server: Server) -> str:
-    """Have the configuration read again; what the log says about that, once no worker goes by the old one."""
+    """Reload the configuration; the log's lines about that, once no worker uses the old one."""
     before, old = len(server.log()), set(server.worker_pids())
     server.reload()
     wait_until(lambda: "event=reload" in server.log()[before:], SECONDS, "an answer to SIGHUP")
@@ -51,7 +51,7 @@ def reload(server: Server) -> str:
 
 
 def refused(server: Server, because: str) -> None:
-    """Have the configuration, as it is written now, read again; it is refused for this reason."""
+    """Reload the configuration, which is refused for the given reason."""
     server.expected_errors.append("event=reload_refused")
     log = reload(server)
     assert "level=error event=reload_refused" in log
@@ -92,7 +92,7 @@ def test_bans_and_limits_change_in_the_workers_that_are_there(server: Server) ->
 
 
 def test_under_load_no_request_is_lost(server: Server) -> None:
-    """Neither those that are short, nor one that lasts."""
+    """Neither short requests nor a long one are cut."""
     key = f"{new_folder()}/small"
     put(server, key, b"content")
     with slow_download(server) as finish, Load(f"{server.url}/{key}", b"content") as load:
@@ -193,7 +193,7 @@ def test_changes_are_named_by_their_keys() -> None:
 
 
 def test_the_names_of_what_reloads_are_names() -> None:
-    """A misspelt one would have its section replace the workers."""
+    """A misspelt name would make a reload replace the workers."""
     keys = {f"{section}.{name}" for section, cls in SECTIONS.items() for name in settings(cls)}
     assert set(RELOADABLE) <= {*SECTIONS, *keys, "users", "block_subnets"}
     assert set(master.AT_START) <= keys

@@ -15,7 +15,7 @@ LENGTH = ("Content-Length", "5")
 
 
 class Client:
-    """A client's socket that takes everything."""
+    """A client's socket that accepts all data."""
 
     def __init__(self) -> None:
         self.taken = b""

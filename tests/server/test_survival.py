@@ -66,7 +66,7 @@ pytestmark = pytest.mark.expected_errors("ZeroDivisionError", "SystemExit")
 
 
 class Scene:
-    """A server with one worker and few threads, of which something can be made to fail."""
+    """A server with one worker and few threads, in which a test can make parts fail."""
 
     def __init__(self, server: Server, folder: Path):
         self.server = server
@@ -91,7 +91,7 @@ class Scene:
         return answer
 
     def assert_alive(self) -> None:
-        """All slots answer, each connection that is kept, and no thread has ended."""
+        """All slots answer, open connections are kept, and no thread has ended."""
         with ExitStack() as stack:
             wires = [stack.enter_context(Wire(self.server)) for _ in range(4 * THREADS)]
             for _ in range(3):
@@ -115,7 +115,7 @@ def scene(start_server: Callable[..., Server], tmp_path: Path) -> Scene:
 
 
 def test_a_request_that_fails_is_logged_with_its_id(scene: Scene):
-    """As often as there are slots, and then some."""
+    """More often than there are slots."""
     with scene.failing("send_to"):
         for number in range(2 * THREADS):
             with Wire(scene.server) as wire:
@@ -136,7 +136,7 @@ def test_whatever_fails_in_a_task_costs_no_slot(scene: Scene, name: str, event: 
     scene.assert_alive()
 
 
-def test_a_slow_reader_whose_sending_fails_is_the_only_one_who_is_cut(scene: Scene):
+def test_a_failed_background_send_cuts_only_its_own_client(scene: Scene):
     with Wire(scene.server, receive_buffer=8 * KIB) as cut, scene.failing("send_rest"):
         cut.send(request("GET", f"/{scene.large}"))
         request_id = cut.head().headers["X-Request-ID"]
@@ -154,7 +154,7 @@ def test_a_slow_reader_whose_sending_fails_is_the_only_one_who_is_cut(scene: Sce
     scene.assert_alive()
 
 
-def test_a_client_whose_head_cannot_be_collected_is_the_only_one_who_is_cut(scene: Scene):
+def test_a_head_that_cannot_be_collected_cuts_only_its_own_client(scene: Scene):
     with Wire(scene.server) as cut, Wire(scene.server) as other:
         with scene.failing("receive"):
             cut.send(b"GET / HTTP/1.1\r\n")
@@ -196,7 +196,7 @@ def test_the_fast_loop_outlives_what_it_does(scene: Scene, name: str):
 
 
 def test_a_reload_that_fails_is_not_the_last_one(scene: Scene):
-    """In the worker; it goes by the latest configuration that could be taken over."""
+    """A failure in the worker: it keeps the last configuration that it could apply."""
     server = scene.server
     with scene.failing("usable"):
         server.document["useragent"] = {"ban": ["nastybot"]}
@@ -212,7 +212,7 @@ def test_a_reload_that_fails_is_not_the_last_one(scene: Scene):
 
 
 def test_threads_are_those_that_are_wanted(scene: Scene):
-    """After all that a worker has no more of them than before."""
+    """The worker has no more of them afterwards than before."""
     before = psutil.Process(scene.pids[0]).num_threads()
     with scene.failing("answer"):
         for _ in range(10 * THREADS):

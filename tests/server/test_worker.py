@@ -48,7 +48,7 @@ def test_a_worker_that_is_just_being_forked_heeds_a_stop(start_server: Callable[
 
 
 def test_a_silent_backend_does_not_hold_up_a_stop(new_bench: Callable[..., Bench]):
-    """A block is on its way there, whose upload was given up."""
+    """A block of an abandoned upload is still being sent there."""
     patience = 10 * STOP_SECONDS
     bench = new_bench(server={"workers": 1}, azure={"connect_timeout": patience, "read_timeout": patience})
     key = f"{new_folder()}/a"
@@ -63,7 +63,7 @@ def test_a_silent_backend_does_not_hold_up_a_stop(new_bench: Callable[..., Bench
 
 
 def awaits_sigterm(pid: int) -> bool:
-    """Whether SIGTERM is there for a process that has blocked it (proc_pid_status(5))."""
+    """Whether SIGTERM is pending for a process that has blocked it (proc_pid_status(5))."""
     status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
     pending = int(status["SigPnd"], 16) | int(status["ShdPnd"], 16)
     return bool(pending >> (signal.SIGTERM - 1) & 1)

@@ -89,18 +89,18 @@ KINDS = ["local file", "hit", "miss"]
 
 @pytest.fixture(params=[*KINDS, "hit through nginx"])
 def source(request: pytest.FixtureRequest) -> Iterator[Source]:
-    """All of them."""
+    """All servers."""
     yield from source_of(request.param, request)
 
 
 @pytest.fixture(params=KINDS)
 def direct_source(request: pytest.FixtureRequest) -> Iterator[Source]:
-    """Those whose bytes the server itself sends."""
+    """The servers that send the content themselves, without nginx."""
     yield from source_of(request.param, request)
 
 
 def source_of(kind: str, request: pytest.FixtureRequest) -> Iterator[Source]:
-    """One of them."""
+    """One of the servers."""
     if kind == "miss":
         server, azurite = request.getfixturevalue("azure_server"), request.getfixturevalue("azurite")
         with azurite.client(server.document["azure"]["container"]) as container:
@@ -253,7 +253,7 @@ def assert_parts(answer: requests.Response, ranges: RANGES) -> None:
 
 
 def assert_public(answer: requests.Response) -> None:
-    """Anybody's script may read it, and caches may keep it if they ask before they use it."""
+    """Scripts of any site may read it, and caches may keep it if they revalidate before use."""
     assert answer.headers["Access-Control-Allow-Origin"] == "*"
     assert answer.headers["Cache-Control"] == "public, no-cache"
     assert answer.headers["X-Content-Type-Options"] == "nosniff" or answer.status_code == 304
@@ -276,12 +276,12 @@ def test_head_is_get_without_a_body_and_ignores_ranges(source: Source, case: str
 
 
 def comparable(answer: requests.Response) -> dict[str, str]:
-    """The headers that say the same in the answer to each request."""
+    """The headers that are the same in the response to each request."""
     return {name: text for name, text in answer.headers.items() if name not in ("Date", "X-Request-ID")}
 
 
 def test_head_sends_no_body(source: Source):
-    """Shown by what comes next on the connection."""
+    """The next response on the connection shows it."""
     key = source.store(CONTENT)
     with Wire(source.server) as wire:
         wire.send(request("HEAD", f"/{key}"), request("HEAD", f"/{key}x"), request("GET", "/v1/health"))
@@ -586,7 +586,7 @@ def test_every_printable_character_goes_round(server: Server):
 
 
 def test_a_range_deep_in_a_large_file_costs_nothing(local_server: Server):
-    """It is sent from there on, not read up to there."""
+    """The content is sent from there on, not read up to there."""
     key = f"{new_folder()}/disk.img"
     path = stored_by_another_program(local_server, key, b"start")
     with path.open("r+b") as file:
@@ -609,7 +609,7 @@ def processor_seconds(server: Server) -> float:
 
 
 def test_a_client_that_leaves(direct_source: Source):
-    """The log says how much of the file went out, and the next client gets all of it."""
+    """The log says how many bytes were sent, and the next client gets the whole file."""
     content = os.urandom(MIB) * 64
     key = direct_source.store(content)
     with Wire(direct_source.server, receive_buffer=64 * 1024) as wire:
@@ -633,7 +633,7 @@ def test_all_clients_are_counted_in_full(direct_source: Source):
 
 
 def test_a_file_that_shrinks_while_it_is_sent_ends_the_connection(local_server: Server):
-    """The client must not wait for the rest, nor take another answer for it."""
+    """The client must neither wait for the rest, nor take the next response for it."""
     key = f"{new_folder()}/growing.log"
     path = stored_by_another_program(local_server, key, os.urandom(MIB) * 64)
     with Wire(local_server, receive_buffer=64 * 1024) as wire:

@@ -162,7 +162,7 @@ def test_what_is_too_much_is_refused(local_server: Server, data: bytes, status: 
 
 @pytest.mark.parametrize(("size", "end"), [(20_000, b"\r\n"), (70_000, b"")], ids=["whole", "endless"])
 def test_a_refused_head_is_heeded_all_the_same(local_server: Server, size: int, end: bytes):
-    """Its client may have said in which form it wants the answer, and by which ID it will look for it."""
+    """A refused head may have said which form of response and which request ID the client wants."""
     said = {"Accept": "application/json", "X-Request-ID": new_folder()}
     head = request("GET", "/", {**said, "Padding": "x" * size}).removesuffix(b"\r\n") + end
     answer = exchange(local_server, head)
@@ -248,7 +248,7 @@ def test_a_malformed_header_shows_no_token(local_server: Server):
 
 
 def answers(server: Server) -> Iterator[tuple[int, bytes]]:
-    """One answer of each of those that make some: the status, and the request."""
+    """One response of each part that makes responses: the status, and the request."""
     key, write = new_folder(), server.headers()
     yield 201, request("PUT", f"/{key}", write, b"content")
     yield 200, request("GET", f"/{key}")
@@ -311,7 +311,7 @@ def test_a_browser_may_ask_with_any_headers(local_server: Server):
 
 
 def test_a_redirect_names_a_path(local_server: Server):
-    """By which name, and behind which proxy, a client reaches this server, it knows better."""
+    """The client knows better by which name, and through which proxy, it reaches this server."""
     answer = exchange(local_server, request("GET", "/v1/browse?marker=a%20b", {"Host": "elsewhere:1"}))
     assert (answer.status, answer.headers["Location"]) == (308, "/v1/browse/?marker=a%20b")
     assert b"elsewhere" not in answer.body
@@ -427,7 +427,7 @@ def test_a_client_that_does_not_wait_for_100_continue_is_served(server: Server):
 
 
 def refusals(server: Server) -> Iterator[tuple[int, str, str, dict[str, str]]]:
-    """Uploads that are refused by their head alone: the status, and the request."""
+    """Uploads that are refused before their body is read: the status, and the request."""
     allowed, bad = server.headers("limited@example.com"), {"Authorization": "Bearer nonsense"}
     yield 401, "PUT", "/allowed/a", {}
     yield 401, "PUT", "/allowed/a", bad
@@ -484,7 +484,7 @@ def test_what_follows_a_refused_body_is_not_the_next_request(strict_server: Serv
 
 
 def test_a_client_that_sends_a_refused_body_still_gets_the_answer(strict_server: Server):
-    """As long as it stops within some MiB: a reset would take the answer away before it was read."""
+    """If the client stops within some MiB, it gets the response: a reset would discard that before it was read."""
     with Wire(strict_server) as wire:
         wire.send(request("PUT", "/allowed/a", {"Content-Length": 3_000_000}), b"x" * 3_000_000)
         assert wire.answer().status == 401
@@ -581,7 +581,7 @@ def test_an_upload_that_is_cut_off_leaves_what_was_there(server: Server, way: Ca
 
 @pytest.mark.parametrize("way", WAYS)
 def test_the_same_uploads_whole_replace_what_was_there(server: Server, way: Callable[[Server, str, bytes], bytes]):
-    """Else the tests of what is cut off would show nothing."""
+    """Without this, the tests of cut uploads would prove nothing."""
     folder = new_folder()
     new = os.urandom(CUT_SIZE)
     put(server, f"{folder}/old", b"old")
@@ -602,7 +602,7 @@ def test_a_first_upload_that_is_cut_off_leaves_nothing(server: Server):
     assert get(server, f"{folder}/{WAYS[0].__name__}").status_code == 404
 
 
-def test_an_upload_is_nobodys_object_before_its_end(server: Server):
+def test_an_upload_is_not_visible_before_its_end(server: Server):
     folder = new_folder()
     content = os.urandom(CUT_SIZE)
     body = form(part("path", folder.encode()), part("file0", content, "a"), part("file1", content, "b"))

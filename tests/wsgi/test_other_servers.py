@@ -48,7 +48,7 @@ class OtherServer(Server):
 def other_server(
     request: pytest.FixtureRequest, azurite: Azurite, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
-    """Each of them in turn, over Azurite."""
+    """Each of the servers in turn, over Azurite."""
     container = azurite.new_container()
     azure = {"account": azurite.account, "key": azurite.key, "endpoint": azurite.endpoint, "container": container}
     server = OtherServer(tmp_path_factory.mktemp(request.param), {"driver": "azure", "azure": azure})
@@ -59,7 +59,7 @@ def other_server(
 
 @pytest.fixture
 def session() -> Iterator[requests.Session]:
-    """A client that keeps its connection: the next answer there shows whether the last one had the right length."""
+    """A client that keeps its connection: the next response shows whether the last one had the right length."""
     with requests.Session() as session:
         session.headers["Accept-Encoding"] = "identity"
         yield session
