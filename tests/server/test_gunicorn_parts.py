@@ -110,10 +110,10 @@ def test_another_parameter_is_refused(packages: Path, part: Part):
 
 
 def test_another_way_of_reading_requests_is_refused(packages: Path):
-    """The expected result includes headers' names in capitals."""
+    """This server relies on headers' names in capitals."""
     part = next(part for part in PARTS if part.name == "Request.headers")
     edit(packages, part, r"name = name\.upper\(\)", "name = name.title()")
-    assert_refused(imported(packages), "reads a request otherwise")
+    assert_refused(imported(packages), "parses a request differently")
 
 
 @pytest.mark.parametrize("name", ["Worker.notify", "Request.body"])

@@ -89,7 +89,7 @@ def test_a_hook_that_is_not_called_is_refused(tmp_path: Path):
 
 
 def test_what_works_does(start_server: Callable[..., Server], tmp_path: Path):
-    """Another working folder, and gunicorn's own messages in a file, from the level of warnings."""
+    """Another working folder, and all of gunicorn's own messages in a file."""
     (tmp_path / "folder").mkdir()
     arguments = ["--chdir", str(tmp_path / "folder"), "--error-logfile", "messages.log", "--log-level", "debug"]
     server = start_server(server={"workers": 1}, arguments=arguments)

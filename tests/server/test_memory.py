@@ -140,7 +140,7 @@ def cold_download(server: Server, blocks: int) -> None:
 
 
 def test_a_request_leaves_nothing_to_the_collector_of_cycles() -> None:
-    """Trimming would take a twentieth of a hit's time."""
+    """Collecting cycles would take a twentieth of a hit's time."""
     seen: list[weakref.ref[Exchange]] = []
 
     def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> list[bytes]:

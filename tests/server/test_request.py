@@ -89,7 +89,7 @@ def test_an_application_may_be_mounted_below_a_path(monkeypatch: pytest.MonkeyPa
 )
 @pytest.mark.parametrize("address", [ADDRESS, ""], ids=["tcp", "unix"])
 def test_no_proxy_is_believed_here(address: Any, header: str):
-    """Nor from a client on a Unix socket, whose headers gunicorn itself would trust."""
+    """Nor is a client on a Unix socket, whose headers gunicorn itself would trust."""
     environ = make_environ(connection(address), parsed(f"GET /x HTTP/1.1\r\n{header}\r\n\r\n".encode()))
     assert (environ["wsgi.url_scheme"], environ["SCRIPT_NAME"], environ["PATH_INFO"]) == ("http", "", "/x")
 
