@@ -128,8 +128,9 @@ class Threads:
 
     @property
     def is_crowded(self) -> bool:
-        """Whether too many threads wait for slow clients, or calls wait for a thread."""
-        return len(self._waiting) > SLOW_PER_SLOT * self.size or self._spare < 0
+        """Whether too many threads wait for slow clients, or the system has no thread for a free slot."""
+        has_no_thread_for_a_slot = self._spare < 0 and self._threads - self._released < self.size
+        return len(self._waiting) > SLOW_PER_SLOT * self.size or has_no_thread_for_a_slot
 
     def waited_for(self) -> list[Any]:
         """The clients that threads wait for."""
