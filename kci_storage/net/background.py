@@ -6,11 +6,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import selectors
+import select
 import socket
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 from kci_storage import logfmt
@@ -19,8 +20,13 @@ from kci_storage.net.mailbox import Mailbox
 
 log = logging.getLogger(__name__)
 
-TICK_SECONDS = 1.0  # between two looks at all of them
+LOOK_SECONDS = 1.0  # between two looks at all of them
+LOOKS = 16  # at what a slow reader has taken, in the time for which it may take nothing; at most one in a second
 SEND_SIZE = 1024 * 1024  # bytes for one reader before the next one's turn
+
+# Many slow readers are served in batches, which spares a wake-up for each of them.
+BATCH_SECONDS = 0.025  # between two batches
+QUICK_SECONDS = 4 * BATCH_SECONDS  # none is waited for while a task's socket is ready again so soon
 
 LINGER_SECONDS = 3.0  # for which a client may go on sending after its connection was closed
 LINGER_BYTES = 64 * 1024 * 1024  # that it may send in them
@@ -30,7 +36,7 @@ DRAIN_SIZE = 256 * 1024  # bytes
 class Task(Protocol):
     """Something that goes on whenever its socket is ready."""
 
-    event: int  # of the selectors module
+    event: int  # of the epoll(7)
 
     @property
     def sock(self) -> socket.socket:
@@ -44,8 +50,11 @@ class Task(Protocol):
         :raises OSError: the connection is broken.
         """
 
-    def look(self) -> bool:
-        """Once a second: whether it may go on."""
+    def look(self, now: float) -> bool:
+        """Once a second: whether it may go on.
+
+        :param now: on the monotonic clock, in seconds.
+        """
 
     def end(self, complete: bool) -> None:
         """It is done, or was given up."""
@@ -56,10 +65,12 @@ class Background:
 
     def __init__(self) -> None:
         self._new: Mailbox[Task] = Mailbox()
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(self._new, selectors.EVENT_READ)
-        self._tasks: set[Task] = set()
-        self._look_at = 0.0  # on the monotonic clock
+        self._epoll = select.epoll()
+        self._epoll.register(self._new, select.EPOLLIN)
+        self._tasks: dict[int, Task] = {}  # by descriptor
+        self._went_on_at: dict[int, float] = {}  # likewise: when each did last, on the monotonic clock
+        self._look_at = 0.0  # likewise
+        self._quick_at = 0.0  # likewise: when a task was quick, or new
         threading.Thread(target=self._run, name="background", daemon=True).start()
 
     def add(self, task: Task) -> None:
@@ -72,36 +83,51 @@ class Background:
                 self._turn()
             except Exception:
                 log.exception("event=background_failed")
-                time.sleep(TICK_SECONDS)  # it may fail again at once
+                time.sleep(LOOK_SECONDS)  # it may fail again at once
 
     def _turn(self) -> None:
-        for key, _ in self._selector.select(TICK_SECONDS):
-            if key.data is not None:
-                self._go_on(key.data)
-        for task in self._new.take():
-            self._begin(task)
+        ready = self._epoll.poll(LOOK_SECONDS)
         now = time.monotonic()
+        for fd, _ in ready:
+            task = self._tasks.get(fd)
+            if task is not None:  # else it is the mailbox, or the task has ended
+                self._note_pace(fd, now)
+                self._go_on(fd, task)
+        for task in self._new.take():
+            self._quick_at = now
+            self._begin(task, now)
         if now >= self._look_at:
-            self._look_at = now + TICK_SECONDS
-            for task in tuple(self._tasks):
-                if not self._attempt(task, task.look):
-                    self._end(task, complete=False)
+            self._look_at = now + LOOK_SECONDS
+            self._look(now)
+        if self._tasks and now - self._quick_at > QUICK_SECONDS:
+            time.sleep(BATCH_SECONDS)
 
-    def _begin(self, task: Task) -> None:
+    def _note_pace(self, fd: int, now: float) -> None:
+        if now - self._went_on_at[fd] < QUICK_SECONDS:
+            self._quick_at = now
+        self._went_on_at[fd] = now
+
+    def _begin(self, task: Task, now: float) -> None:
+        fd = task.sock.fileno()
+        if (closed := self._tasks.get(fd)) is not None:  # by somebody else, and the number has been given away again
+            self._end(fd, closed, complete=False)
         try:
-            self._selector.register(task.sock, task.event, task)
-        except (OSError, ValueError, KeyError):  # closed meanwhile, or the system has no means for it
+            self._epoll.register(fd, task.event)
+        except (OSError, ValueError):  # closed meanwhile, or the system has no means for it
             self._finish(task, complete=False)
             return
-        self._tasks.add(task)
-        self._go_on(task)
+        self._tasks[fd], self._went_on_at[fd] = task, now
+        self._go_on(fd, task)
 
-    def _go_on(self, task: Task) -> None:
-        if task not in self._tasks:
-            return  # it ended while its event was on the way
+    def _go_on(self, fd: int, task: Task) -> None:
         goes_on = self._attempt(task, task.go_on)
         if not goes_on:
-            self._end(task, complete=goes_on is not None)
+            self._end(fd, task, complete=goes_on is not None)
+
+    def _look(self, now: float) -> None:
+        for fd, task in tuple(self._tasks.items()):
+            if not self._attempt(task, partial(task.look, now)):
+                self._end(fd, task, complete=False)
 
     def _attempt(self, task: Task, step: Callable[[], bool]) -> bool | None:
         """What a step of a task says; None: the connection is broken, or the step failed."""
@@ -113,10 +139,10 @@ class Background:
             log.exception(logfmt.line(event="background_failed", request_id=task.request_id or None))
             return None
 
-    def _end(self, task: Task, complete: bool) -> None:
-        self._tasks.discard(task)
-        with contextlib.suppress(KeyError, ValueError, OSError):
-            self._selector.unregister(task.sock)
+    def _end(self, fd: int, task: Task, complete: bool) -> None:
+        del self._tasks[fd], self._went_on_at[fd]
+        with contextlib.suppress(ValueError, OSError):
+            self._epoll.unregister(fd)
         self._finish(task, complete)
 
     def _finish(self, task: Task, complete: bool) -> None:
@@ -136,7 +162,7 @@ class Lingering:
     :raises OSError: the client has closed the connection already.
     """
 
-    event = selectors.EVENT_READ
+    event = select.EPOLLIN
     request_id = ""  # the request is over
 
     def __init__(self, sock: socket.socket, closed: Callable[[], None]):
@@ -155,8 +181,8 @@ class Lingering:
         self._drained += len(data)
         return bool(data) and self._drained <= LINGER_BYTES
 
-    def look(self) -> bool:
-        return time.monotonic() < self._deadline
+    def look(self, now: float) -> bool:
+        return now < self._deadline
 
     def end(self, complete: bool) -> None:
         try:
@@ -173,32 +199,40 @@ class Sending:
     :param done: called with whether all was sent, by the background's thread.
     """
 
-    event = selectors.EVENT_WRITE
+    event = select.EPOLLOUT
 
     def __init__(self, sock: ClientSocket, patience: float, request_id: str, done: Callable[[bool], None]):
         assert sock.rest is not None
         self.sock = sock
         self.request_id = request_id
-        self._file = sock.rest.file
+        self._rest = sock.rest
         self._patience = patience
         self._done = done
+        self._fetched = 0  # where the part of the file ends that the system was asked to fetch
+        self._look_at = 0.0  # on the monotonic clock
         sock.begin_waiting()
 
     def go_on(self) -> bool:
         if self.sock.send_rest(SEND_SIZE):
             return False
-        rest = self.sock.rest
-        assert rest is not None
-        # The next call is not to wait for the disk.
-        os.posix_fadvise(rest.file.fileno(), rest.position, SEND_SIZE, os.POSIX_FADV_WILLNEED)
+        if self._rest.position + SEND_SIZE > self._fetched:
+            self._fetch()
         return True
 
-    def look(self) -> bool:
+    def _fetch(self) -> None:
+        """Have the system read what comes next, so that no call has to wait for the disk."""
+        start, self._fetched = self._rest.position, self._rest.position + 2 * SEND_SIZE
+        os.posix_fadvise(self._rest.fd, start, self._fetched - start, os.POSIX_FADV_WILLNEED)
+
+    def look(self, now: float) -> bool:
+        if now < self._look_at:
+            return True
+        self._look_at = now + self._patience / LOOKS
         return self.sock.look() < self._patience
 
     def end(self, complete: bool) -> None:
         self.sock.rest = None
         try:
-            self._file.close()
+            self._rest.close()
         finally:
             self._done(complete)

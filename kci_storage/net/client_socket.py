@@ -89,12 +89,18 @@ class Pace:
 class Rest:
     """What is left to send of a file whose reader is slow.
 
-    Who sends it closes the file at the end.
+    Whatever sends it calls :meth:`close` at the end.
     """
 
     file: SentFile
+    fd: int  # of the file
     position: int  # in the file, in bytes
     stop: int
+
+    def close(self) -> None:
+        """Close the file, which learns how far it went."""
+        self.file.seek(self.position)
+        self.file.close()
 
 
 class ClientSocket(socket.socket):
@@ -223,7 +229,7 @@ class ClientSocket(socket.socket):
                 if sent is not None:
                     position += sent
                 elif isinstance(file, SentFile) and not self._is_ready_soon(select.POLLOUT):
-                    self.rest = Rest(file, position, stop)
+                    self.rest = Rest(file, fd, position, stop)
                     file.keep()
                     break
                 else:
@@ -259,11 +265,10 @@ class ClientSocket(socket.socket):
         """
         rest = self.rest
         assert rest is not None
-        sent = self._send_some(rest.file.fileno(), rest.position, min(most, rest.stop - rest.position))
+        sent = self._send_some(rest.fd, rest.position, min(most, rest.stop - rest.position))
         if sent == 0:
             raise OSError(errno.EIO, "the file became shorter while it was sent")
         rest.position += sent or 0
-        rest.file.seek(rest.position)
         return rest.position == rest.stop
 
     def _send_some(self, fd: int, position: int, count: int) -> int | None:
