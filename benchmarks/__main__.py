@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Run the bench.
 
-    python -m benchmarks [hits] [uploads] [archives] [cold]
+    python -m benchmarks [hits] [uploads] [archives] [cold] [slow]
 
 Without a name, all groups run. Environment: ``BENCH_ONLY`` names groups too, with commas; ``BENCH_QUICK=1`` is a
 short run; ``BENCH_DIR`` is a folder on the disk to be used; ``BENCH_OUT`` is where bench.json and bench.svg go.
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import archives, chart, cold, hits, measuring, report, uploads
+from benchmarks import archives, chart, cold, hits, measuring, report, slow, uploads
 from benchmarks.measuring import BenchError, Row
 from benchmarks.scale import SCALES, Scale
 from benchmarks.stage import Stage, stage
@@ -28,6 +28,7 @@ GROUPS = {
     "uploads": uploads.workloads,
     "archives": archives.workloads,
     "cold": cold.workloads,
+    "slow": slow.workloads,
 }
 
 

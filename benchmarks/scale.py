@@ -23,6 +23,7 @@ class Scale:
     mebibyte_files: int
     cold_files: int  # of 16 KiB, each fetched once
     trees: int  # device trees in an archive
+    readers: tuple[int, ...]  # slow ones, at the same time
 
     @property
     def disk(self) -> int:
@@ -34,9 +35,9 @@ class Scale:
 SCALES = {
     scale.name: scale
     for scale in (
-        Scale("full", 5, 5, GIB, 256 * MIB, 32 * MIB, GIB, 400, 32, 500, 2000),
-        Scale("quick", 3, 1, 256 * MIB, 64 * MIB, 16 * MIB, 256 * MIB, 200, 16, 200, 500),
-        Scale("tiny", 1, 1, 4 * MIB, 2 * MIB, MIB, 2 * MIB, 8, 2, 16, 8),
+        Scale("full", 5, 5, GIB, 256 * MIB, 32 * MIB, GIB, 400, 32, 500, 2000, (1000, 3000, 10_000)),
+        Scale("quick", 3, 1, 256 * MIB, 64 * MIB, 16 * MIB, 256 * MIB, 200, 16, 200, 500, (300,)),
+        Scale("tiny", 1, 1, 4 * MIB, 2 * MIB, MIB, 2 * MIB, 8, 2, 16, 8, (20,)),
     )
 }
 

@@ -25,10 +25,10 @@ _MAIN = """
 daemon off;
 {user}
 worker_processes 2;
-worker_rlimit_nofile 8192;
+worker_rlimit_nofile 20000;
 pid {folder}/pid;
 error_log {folder}/error.log;
-events {{ worker_connections 4096; }}
+events {{ worker_connections 10000; }}
 http {{
     access_log {folder}/common.log;
     gzip on;

@@ -38,6 +38,7 @@ SYSTEMS = {  # beside ours
     "uploads": {"gunicorn", "gunicorn, fsync", "nginx"},
     "archives": {"Azure SDK"},
     "cold": {"nginx", "nginx, tuned", "Varnish"},
+    "slow": {"nginx"},
 }
 WORKLOADS = {
     ("hits", "4 KiB"): {"measures": ["", "p99"]},
@@ -58,6 +59,7 @@ WORKLOADS = {
     ("cold", "1 MiB, 50 clients"): {"measures": ["total", "first byte"]},
     ("cold", "16 files of 16 KiB"): {"more": {"Azurite"}},
     ("cold", "2 MiB, 64 clients"): {"measures": ["a worker's memory grows by"], "others": set()},
+    ("slow", "20 readers of 64 KiB/s"): {"measures": ["a hit's median", "a hit's p99", "taken"]},
 }
 
 
