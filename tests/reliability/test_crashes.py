@@ -103,7 +103,7 @@ class World:
         except ObjectNotFound:
             return None
         finally:
-            futures.wait(tuple(self.services.fills._at_work))
+            futures.wait(tuple(self.services.fills._submitted))
             for thread in threading.enumerate():
                 if thread.name == "revalidate":
                     thread.join()
