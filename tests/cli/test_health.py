@@ -104,7 +104,7 @@ def test_another_answer_is_none(answer: bytes, problem: str):
 
 
 def test_no_answer_is_waited_for_no_longer_than_the_container_waits(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(health, "SECONDS", 0.1)
+    monkeypatch.setattr(health, "TIMEOUT", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(Unhealthy, match="timed out"):
         health.ask(ServerConfig(bind=f"127.0.0.1:{silent.getsockname()[1]}"))
 

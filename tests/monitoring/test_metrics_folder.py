@@ -218,5 +218,5 @@ def next_master(old: int) -> int | None:
 def test_a_process_counts_in_memory_until_it_is_given_a_folder(tmp_path: Path) -> None:
     files = multiprocess.Files()
     assert files.folder is None
-    files.look()
+    files.restore()
     assert list(tmp_path.iterdir()) == []
