@@ -208,7 +208,7 @@ def test_a_missing_load_generator_is_one_line(tmp_path):
 def test_an_unknown_group_is_one_line(tmp_path):
     result = bench(tmp_path, tmp_path, "hits", BENCH_ONLY="cold,warm")
     assert (result.returncode, result.stdout) == (1, "")
-    assert result.stderr == "bench: there is no group warm, only hits, uploads, archives, cold\n"
+    assert result.stderr == "bench: there is no group warm, only hits, uploads, archives, cold, slow\n"
 
 
 def test_too_little_room_is_told_before_anything_starts(tmp_path, monkeypatch):
