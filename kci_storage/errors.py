@@ -129,6 +129,28 @@ class BackendThrottled(BackendError):
     """The backend asked for fewer requests (throttling)."""
 
 
+class OutcomeUnknown(BackendError):
+    """Whether the backend has carried out a commit or a deletion, or still will, is unknown.
+
+    :param lands_until: until when it may still carry it out, in seconds since the epoch; 0: not any more.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        detail: str | None = None,
+        retry_after: int | None = None,
+        lands_until: float = 0.0,
+    ):
+        super().__init__(message, detail=detail, retry_after=retry_after)
+        self.lands_until = lands_until
+
+
+class OutcomeUnknownTimeout(OutcomeUnknown, BackendTimeout):
+    """The outcome is unknown because the backend did not answer in time."""
+
+
 class ObjectChanged(BackendError):
     """A read of one version found another one."""
 
@@ -179,6 +201,8 @@ TABLE: dict[type[StorageError], Meaning] = {
     InsufficientStorage: Meaning(507, "Insufficient Storage", "no_space"),
     BackendError: Meaning(502, "Bad Gateway", "backend_error"),
     BackendTimeout: Meaning(504, "Gateway Timeout", "backend_timeout"),
+    OutcomeUnknown: Meaning(502, "Bad Gateway", "outcome_unknown"),
+    OutcomeUnknownTimeout: Meaning(504, "Gateway Timeout", "outcome_unknown"),
     BackendThrottled: Meaning(503, "Service Unavailable", "backend_throttled"),
     ObjectChanged: Meaning(502, "Bad Gateway", "object_changed"),
     NotReady: Meaning(503, "Service Unavailable", "not_ready"),

@@ -123,7 +123,7 @@ def build_services(config: Config, ledger: Ledger | None = None) -> Services:
     sweep = partial(drivers.sweep, config) if isinstance(driver, Sweepable) else None
     housekeeper = Housekeeper(cache, config.cache, metrics, sweep)
     guarded = GuardedDriver(MeasuredDriver(driver))
-    negative_cache = NegativeCache(config.cache.directory / "uploads")
+    negative_cache = NegativeCache(config.cache.directory / "uploads", config.cache.revalidate_after)
     server = config.server
     fills = Fills(
         guarded,

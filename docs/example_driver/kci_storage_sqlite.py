@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from kci_storage.config.settings import Config, ConfigError
-from kci_storage.drivers.base import Driver, Expectation, ObjectInfo, ObjectReader, ObjectWriter, Page
+from kci_storage.drivers.base import Driver, ObjectInfo, ObjectReader, ObjectWriter, Page
 from kci_storage.errors import BackendError, BadRequest, ObjectChanged, ObjectNotFound, PreconditionFailed
 
 PAGE_SIZE = 1000  # objects and folders
@@ -73,10 +73,17 @@ class SqliteDriver(Driver):
     def writer(self, key: str, content_type: str, tags: Mapping[str, str] | None = None) -> ObjectWriter:
         return _Writer(self, key, content_type)
 
-    def delete(self, key: str) -> None:
+    def delete(self, key: str, expected: str) -> None:
         with self.transaction("BEGIN IMMEDIATE") as connection:
-            connection.execute("DELETE FROM pieces WHERE etag = ?", (_info(connection, key).etag,))
+            _check(_info(connection, key).etag, expected)
+            connection.execute("DELETE FROM pieces WHERE etag = ?", (expected,))
             connection.execute("DELETE FROM objects WHERE key = ?", (key.encode(),))
+
+    def fence(self, key: str, expected: str) -> ObjectInfo | None:
+        """There is nothing to do: a transaction is carried out before its call ends, or never."""
+        info = self.stat(key)
+        _check(info.etag, expected)
+        return info
 
     def list(self, prefix: str = "", delimiter: str = "", marker: str | None = None, details: bool = True) -> Page:
         sought = prefix.encode("utf-8", "surrogatepass")
@@ -146,7 +153,7 @@ class _Writer(ObjectWriter):
     def flush(self) -> None:
         """Do nothing: no data is held in memory."""
 
-    def commit(self, digests, expected=Expectation.ANYTHING, replay=None) -> ObjectInfo:
+    def commit(self, digests, expected, replay=None) -> ObjectInfo:
         info = ObjectInfo(
             self._key, digests.size, uuid.uuid4().hex, int(time.time()), self._content_type, digests.sha256
         )
@@ -162,17 +169,21 @@ class _Writer(ObjectWriter):
         self._spool.close()
 
 
-def _replace(connection: sqlite3.Connection, info: ObjectInfo, expected: str | Expectation) -> None:
+def _replace(connection: sqlite3.Connection, info: ObjectInfo, expected: str | None) -> None:
     """Replace the expected row by the object's.
 
     :raises PreconditionFailed: the stored version is another one.
     """
     row = connection.execute("SELECT etag FROM objects WHERE key = ?", (info.key.encode(),)).fetchone()
-    if expected is not Expectation.ANYTHING and (row[0] if row else Expectation.NOTHING) != expected:
-        raise PreconditionFailed("another version is stored")
+    _check(row[0] if row else None, expected)
     connection.execute("DELETE FROM pieces WHERE etag = ?", row or ("",))
     fields = (info.key.encode(), info.size, info.etag, info.last_modified, info.content_type, info.sha256)
     connection.execute("INSERT OR REPLACE INTO objects VALUES (?, ?, ?, ?, ?, ?)", fields)
+
+
+def _check(present: str | None, expected: str | None) -> None:
+    if present != expected:
+        raise PreconditionFailed("another version is stored")
 
 
 def _info(connection: sqlite3.Connection, key: str) -> ObjectInfo:

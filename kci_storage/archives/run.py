@@ -95,7 +95,7 @@ class Run:
         with contextlib.closing(self._files.begin(key)) as upload:
             for piece in self._files.content(extent):
                 upload.write(piece)
-            return Stored(upload.commit(), upload.sha256)
+            return upload.commit()
 
     def _commit(self, key: str, staged: StagedFile) -> Stored | None:
         """Commit a staged file; None: that is not possible, and the file has to be sent again."""
@@ -107,7 +107,7 @@ class Run:
             return None
         with contextlib.closing(upload), self._uploader.uploads.lock(key):
             try:
-                return Stored(upload.commit(replay=False), upload.sha256)
+                return upload.commit(replay=False)
             except WriteConflict:  # another writer's commit came in between
                 return None
 

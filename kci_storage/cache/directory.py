@@ -8,6 +8,7 @@ For a key whose SHA-512 is ``abcd…``, in the folder ``ab``:
 ``abcd….<generation>.data``  the content; never modified once it has this name
 ``abcd….<generation>.part``  a content that is being written, locked by its writer
 ``abcd….fill``               the claim of a running fill, with the record that the copy will get (:class:`.Claim`)
+``abcd….doubt``              until when a change of the object whose answer was lost may still be carried out
 ===========================  ===========================================================================
 
 The rename of the record is the commit. Each version has its own generation, hence its own content file, and the old
@@ -16,8 +17,8 @@ long as the content file that it names can be opened. Thus a hit takes two syste
 through one worker is visible to the very next request on every other worker.
 
 A thread that changes an entry holds the key's lock (:meth:`Cache.writing`). A writer that dies leaves its lock
-behind. The next thread that takes this lock marks the entry *doubtful*, so that it is revalidated before it is served
-again, keeps a running fill from being published, and removes the dead writer's files.
+behind. The next thread that takes this lock *doubts* the key (:meth:`Cache.doubt`), and removes the dead writer's
+files. While a key is in doubt, every reader asks the backend before it gets the copy (:mod:`.doubts`).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
+import json
 import os
 import threading
 import time
@@ -38,6 +40,7 @@ from kci_storage.cache.names import (
     CACHE_FILE,
     CONTENT,
     DIGEST,
+    DOUBT,
     FILL,
     FOLDERS,
     LOCKS,
@@ -54,6 +57,8 @@ from kci_storage.files import counters, durable
 from kci_storage.files.locks import KeyLocks, Lease
 
 TOUCH_INTERVAL = 300  # seconds; a hit updates a content file's access time at most this often
+LANDING_SECONDS = 300  # after a writer's death, in which its last request may still be carried out by the backend
+MAX_DOUBT_SECONDS = 24 * 3600  # what ends later was written while the clock was wrong
 MAX_REMEMBERED_RECORDS = 20_000  # per process; about 1 KiB each
 
 
@@ -203,7 +208,7 @@ class Cache:
     def _heal(self, location: Location, lease: Lease) -> None:
         """Repair the entry if the lock's last holder died."""
         if lease.orphaned:
-            self._doubt(location)
+            self._doubt(location, time.time() + LANDING_SECONDS)
             self._clear(location)
 
     def is_being_written(self, key: str) -> bool:
@@ -238,14 +243,22 @@ class Cache:
         if self.has_copy(key):
             self.locks.sync()
 
+    def known_version(self, key: str) -> str | None:
+        """The ETag of the copy's version; None: there is no copy. The caller holds the key's lock."""
+        record = self._parse(self.location(key))
+        return record.info.etag if record is not None else None
+
     def publish(self, part: durable.NewFile, info: ObjectInfo) -> None:
-        """Make the part file the object's copy, in place of the old one. The caller holds the key's lock.
+        """Make the part file the object's copy, in place of the old one, and end the doubt about the key.
+
+        The backend has acknowledged this version, and the caller holds the key's lock.
 
         :raises InsufficientStorage: the disk is full. The old copy is removed then; the caller discards the part.
         """
         location, new = self.location(info.key), new_record(info)
         with self._replacing(location, new) as old, self._new_record(location, new) as file:
             self._put_in_place(part, file, old, new)
+        durable.remove(location.doubt)
 
     def publish_filled(self, part: durable.NewFile, record: Record, file: durable.NewFile) -> None:
         """As :meth:`publish`, with a record that is written already.
@@ -293,45 +306,109 @@ class Cache:
         return file
 
     def remove(self, key: str) -> bool:
-        """Remove the copy, durably; whether there was one. The caller holds the key's lock."""
+        """Remove the copy, durably; whether there was one. The caller holds the key's lock.
+
+        Contents without a record, which workers may remember all the same, are removed too.
+        """
         location = self.location(key)
         removed = self._unlink_entry(location, self._parse(location))
-        if removed:
+        if self._remove_strays(location, None) or removed:
             with contextlib.suppress(InsufficientStorage):  # it is removed, at least until a loss of power
                 durable.sync_directory(location.record.parent)
         return removed
+
+    def acknowledge(self, key: str) -> None:
+        """The backend has acknowledged a version of which there is no copy: remove the old one, and end the doubt.
+
+        The caller holds the key's lock.
+        """
+        self.remove(key)
+        durable.remove(self.location(key).doubt)
 
     def remove_version(self, record: Record) -> None:
         """Remove the copy if it still has this record, and its key is not locked."""
         self._remove_broken(self.location(record.info.key), record)
 
-    def doubt(self, key: str) -> None:
-        """Mark the copy doubtful: it is unknown which version the backend has. The caller holds the key's lock.
+    # Doubt
 
-        The copy is revalidated before it is served again (on a full disk, it is removed), and no running fill is
-        published.
+    def doubt(self, key: str, until: float) -> None:
+        """A change of the object may have been carried out, or may still be. The caller holds the key's lock.
+
+        From now on each reader asks the backend before it gets the copy, until the doubt is settled. (On a full disk,
+        the copy is removed.) No running fill is published.
+
+        :param until: when the change cannot be carried out any more, in seconds since the epoch.
         """
-        self._doubt(self.location(key))
+        self._doubt(self.location(key), until)
 
-    def _doubt(self, location: Location) -> None:
+    def _doubt(self, location: Location, until: float) -> None:
         self._revoke_fill(location)
         record = self._parse(location)
-        if record is None or record.doubtful:
-            return
         try:
-            self._replace_record(location, record, replace(record, generation=new_generation(), doubtful=True))
+            self._prolong_doubt(location, until)
+            if record is not None:
+                # Each doubt has a generation of its own, so that no worker trusts an answer from before it.
+                self._replace_record(location, record, replace(record, generation=new_generation(), doubtful=True))
         except InsufficientStorage:
             self._unlink_entry(location, record)
 
-    def confirm(self, record: Record) -> None:
-        """The backend still has this version: the copy is no longer doubtful, unless its key is locked."""
-        if not record.doubtful:
+    def _prolong_doubt(self, location: Location, until: float) -> None:
+        if until <= max(time.time(), self._doubt_ends(location)):
             return
-        location = self.location(record.info.key)
-        with contextlib.suppress(InsufficientStorage), self._writing_if_free(location) as free:
-            if free and self._parse(location) == record:
-                confirmed = replace(record, generation=new_generation(), doubtful=False, validated=time.time())
-                self._replace_record(location, record, confirmed)
+        with durable.NewFile(Path(f"{location.stem}.{new_generation()}{DOUBT}{PART}")) as file:
+            file.write(json.dumps({"until": until}).encode())
+            file.publish(location.doubt)
+
+    def doubt_ends(self, key: str) -> float:
+        """When a lost change of the object cannot be carried out any more, in seconds since the epoch; 0: now."""
+        return self._doubt_ends(self.location(key))
+
+    @staticmethod
+    def _doubt_ends(location: Location) -> float:
+        with contextlib.suppress(FileNotFoundError, ValueError, TypeError, KeyError):
+            until = float(json.loads(location.doubt.read_bytes())["until"])
+            if until - time.time() < MAX_DOUBT_SECONDS:
+                return until
+        return 0.0
+
+    def is_in_doubt(self, key: str) -> bool:
+        """Whether a lost change of the object may still be carried out."""
+        return time.time() < self.doubt_ends(key)
+
+    def settle(self, found: ObjectInfo, renewed: ObjectInfo, asked: float) -> None:
+        """End the doubt about a key: no lost change of it can be carried out any more. The caller holds its lock.
+
+        :param found: the version that the backend has.
+        :param renewed: the same with the ETag that it has got since; the copy, if it is of this version, gets it too.
+        :param asked: when the backend was asked, in seconds since the epoch.
+        """
+        location = self.location(found.key)
+        record = self._parse(location)
+        if record is None or record.info.etag != found.etag:
+            self._unlink_entry(location, record)
+        elif record.doubtful or renewed.etag != found.etag:
+            info = replace(record.info, etag=renewed.etag, last_modified=renewed.last_modified)
+            settled = Record(info, new_generation(), validated=asked)
+            with contextlib.suppress(InsufficientStorage):  # then the next reader asks again
+                self._replace_record(location, record, settled)
+        if renewed.etag != found.etag:
+            self._revoke_fill(location)
+        durable.remove(location.doubt)
+
+    def forget(self, key: str, asked: float) -> None:
+        """The backend has no such object: remove the copy, and the doubt if it is over.
+
+        The caller holds the key's lock.
+
+        :param asked: when the backend was asked, in seconds since the epoch.
+        """
+        location = self.location(key)
+        self.remove(key)
+        self._revoke_fill(location)
+        if self._doubt_ends(location) <= asked:
+            durable.remove(location.doubt)
+
+    # Replacing and removing
 
     def _replace_record(self, location: Location, old: Record, new: Record) -> None:
         """Replace a record by another one for the same content. A crash in between leaves a broken entry.
@@ -493,12 +570,17 @@ class Cache:
     def _sweep_location(self, location: Location, names: list[str]) -> int:
         claims = [location.record.with_name(name) for name in names if name.endswith(FILL)]
         removed = sum(map(durable.remove_if_unlocked, claims))
+        removed += self._remove_outdated_doubt(location)
         record = self._parse(location)
-        rest = {name for name in names if not name.endswith(FILL)}
+        rest = {name for name in names if not name.endswith((FILL, DOUBT))}
         if rest and (record is None or rest != {location.record.name, location.content(record.generation).name}):
             with self._writing_if_free(location) as free:  # a writer is between two renames more often than dead
                 removed += self._clear(location) if free else 0
         return removed
+
+    def _remove_outdated_doubt(self, location: Location) -> bool:
+        """A doubtful copy stays so without it: the next reader asks once more, and that is enough."""
+        return self._doubt_ends(location) <= time.time() and durable.remove(location.doubt)
 
     def check(self) -> list[str]:
         """Check the directory's invariants, while no other thread or process uses it.
@@ -528,7 +610,7 @@ class Cache:
                 wrong.append(f"a temporary file is left: {name}")
             elif name == location.record.name:
                 wrong += self._check_record(location, record)
-            elif name != content:
+            elif name not in (content, location.doubt.name):
                 wrong.append(f"no record names this file: {name}")
         return wrong
 

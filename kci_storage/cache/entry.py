@@ -20,7 +20,7 @@ class Record:
     info: ObjectInfo
     generation: str  # part of the content file's name
     validated: float  # seconds since the epoch: when the backend was last known to have this version
-    doubtful: bool = False  # a writer died, or failed in its commit: revalidate before serving
+    doubtful: bool = False  # a change of the object may have been made unnoticed: ask before serving
 
     def to_json(self) -> bytes:
         """The content of the record's file."""

@@ -4,6 +4,9 @@
 A copy is checked when it is due and requested. All requests for one copy share one check, and wait a few seconds at
 most. While the backend is down, stale copies are served without waiting, and one check every few seconds finds out
 when it is back.
+
+A doubtful copy is due at each request, and requests do not share its checks: an answer to a question from before a
+request may be older than what another reader has seen meanwhile.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import time
 from concurrent.futures import Future
 
 from kci_storage.cache.directory import Cache
+from kci_storage.cache.doubts import Doubts
 from kci_storage.cache.entry import Record
 from kci_storage.drivers.base import Driver
 from kci_storage.errors import ObjectNotFound, StorageError
@@ -43,9 +47,10 @@ class Freshness:
     :param period: seconds for which a check is valid; 0: for ever.
     """
 
-    def __init__(self, driver: Driver, cache: Cache, events: Events, period: float):
+    def __init__(self, driver: Driver, cache: Cache, doubts: Doubts, events: Events, period: float):
         self._driver = driver
         self._cache = cache
+        self._doubts = doubts
         self._events = events
         self._period = period
         self._fresh_until: dict[str, float] = {}  # by generation; seconds since the epoch
@@ -56,17 +61,16 @@ class Freshness:
 
     def is_due(self, record: Record) -> bool:
         """Whether the copy has to be revalidated before it is served."""
-        if not self._period and not record.doubtful:
-            return False
-        until = self._fresh_until.get(record.generation)
-        if until is None:
-            until = 0.0 if record.doubtful else record.validated + self._period
+        if record.doubtful or not self._period:
+            return record.doubtful
+        until = self._fresh_until.get(record.generation, record.validated + self._period)
         return time.time() >= until
 
     def check(self, record: Record) -> Revalidation:
         """Ask the backend whether it still has the copy's version. Threads that do so at the same time share a check.
 
-        A copy of another version is removed. This takes :data:`MAX_WAIT` seconds at most.
+        A copy of another version is removed. A doubtful one may get a new record, so the caller looks it up again.
+        This takes :data:`MAX_WAIT` seconds at most.
         """
         with self._mutex:
             if not self.is_due(record):  # answered since the caller looked
@@ -89,7 +93,8 @@ class Freshness:
             self._retry_at = time.monotonic() + RETRY_INTERVAL  # this check alone finds out whether it is back
         question: Future[Revalidation] = Future()
         threading.Thread(target=self._answer, args=(record, question), name="revalidate", daemon=True).start()
-        self._running[record.generation] = question
+        if not record.doubtful:
+            self._running[record.generation] = question
         return question
 
     def _answer(self, record: Record, question: Future[Revalidation]) -> None:
@@ -101,13 +106,14 @@ class Freshness:
             with self._mutex:
                 self._is_down = verdict is Revalidation.UNKNOWN
                 self._retry_at = time.monotonic() + RETRY_INTERVAL if self._is_down else 0.0
-                del self._running[record.generation]
+                self._running.pop(record.generation, None)
             question.set_result(verdict)
 
     def _compare(self, record: Record) -> Revalidation:
         asked = time.time()  # the answer may be as old as the question
+        key = record.info.key
         try:
-            current = self._driver.stat(record.info.key)
+            current = self._doubts.settle(key) if record.doubtful else self._driver.stat(key)
         except ObjectNotFound:
             self._cache.remove_version(record)
             return Revalidation.DELETED
@@ -116,11 +122,11 @@ class Freshness:
         if current.etag != record.info.etag:
             self._cache.remove_version(record)
             return Revalidation.CHANGED
-        self._cache.confirm(record)
-        self._confirm(record, asked)
+        if not record.doubtful:
+            self._confirm(record, asked)
         return Revalidation.FRESH
 
     def _confirm(self, record: Record, asked: float) -> None:
         if len(self._fresh_until) >= MAX_REMEMBERED:
             self._fresh_until.clear()
-        self._fresh_until[record.generation] = asked + (self._period or float("inf"))
+        self._fresh_until[record.generation] = asked + self._period

@@ -8,7 +8,7 @@ import secrets
 from pathlib import Path
 from typing import NamedTuple
 
-RECORD, CONTENT, PART, FILL = ".json", ".data", ".part", ".fill"
+RECORD, CONTENT, PART, FILL, DOUBT = ".json", ".data", ".part", ".fill", ".doubt"
 LOCKS, SPOOL = "locks", "spool"
 FOLDERS = tuple(f"{number:02x}" for number in range(256))
 DIGEST = re.compile(r"[0-9a-f]{128}")
@@ -30,6 +30,11 @@ class Location(NamedTuple):
     def fill(self) -> Path:
         """The path of the claim, which the thread that fetches the object has locked."""
         return Path(self.stem + FILL)
+
+    @property
+    def doubt(self) -> Path:
+        """The path of the file that says until when a lost change of the object may be carried out."""
+        return Path(self.stem + DOUBT)
 
     def content(self, generation: str) -> Path:
         """The path of one generation's content."""

@@ -14,12 +14,17 @@ own word that an object is missing is :class:`~kci_storage.errors.ObjectNotFound
 :class:`~kci_storage.errors.BackendTimeout`, throttling is :class:`~kci_storage.errors.BackendThrottled`, anything
 else of the backend is :class:`~kci_storage.errors.BackendError`.
 
+There are no unconditional changes. A commit or deletion names the version that it replaces, and each of its retries
+does so too: so a request whose answer was lost, and that the backend carries out later, never lands over another
+change that was acknowledged meanwhile. If a driver cannot tell whether a change was carried out or still may be, it
+raises :class:`~kci_storage.errors.OutcomeUnknown`; any other error says that nothing has changed, nor will. See
+docs/consistency.md.
+
 ``tests/drivers/contract.py`` says the same in tests; a new driver inherits them in a few lines.
 """
 
 from __future__ import annotations
 
-import enum
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -75,13 +80,6 @@ class Digests:
     size: int  # bytes
     sha256: str  # hex
     md5: bytes | None = None  # None: the driver does not want it
-
-
-class Expectation(enum.Enum):
-    """What must be stored under a key at the moment of a commit, if not a particular version."""
-
-    ANYTHING = enum.auto()
-    NOTHING = enum.auto()
 
 
 class ObjectReader(ABC):
@@ -149,19 +147,21 @@ class ObjectWriter(ABC):
     def commit(
         self,
         digests: Digests,
-        expected: str | Expectation = Expectation.ANYTHING,
+        expected: str | None,
         replay: Callable[[], Iterable[bytes]] | None = None,
     ) -> ObjectInfo:
         """Make the written data the object's content, atomically and durably, replacing the previous version.
 
         :param digests: of all the data, whose size is right; stored with the object where the backend can.
-        :param expected: the ETag of the version that must be there now, or an :class:`Expectation`.
+        :param expected: the ETag of the version that must be there now; None: there must be no object.
         :param replay: gives the whole content again, for a driver that must send it once more.
-        :raises PreconditionFailed: another version than ``expected`` is there; nothing has changed, and commit may
-            be called again with another expectation.
+        :raises PreconditionFailed: another version than ``expected`` is there, or none. Commit may be called again
+            with another expectation.
         :raises KeyConflict: the backend cannot hold this key beside one that it has.
         :raises WriteConflict: another machine's writer came in between.
-        :raises BackendError: it failed, or the outcome is unknown (a time-out).
+        :raises OutcomeUnknown: the backend may have committed the data, or still may. That it has found another
+            version than ``expected`` after an answer was lost is no proof: the data may have been there meanwhile.
+        :raises BackendError: it failed.
         """
 
     @abstractmethod
@@ -219,11 +219,28 @@ class Driver(ABC):
         """
 
     @abstractmethod
-    def delete(self, key: str) -> None:
+    def delete(self, key: str, expected: str) -> None:
         """Delete the object. A read that has begun may complete or fail, but never mixes versions.
 
+        :param expected: the ETag of the version that must be there now.
         :raises ObjectNotFound: there is none.
+        :raises PreconditionFailed: another version is there; or there is none, if the backend does not tell.
+        :raises OutcomeUnknown: the backend may have deleted it, or still may.
         """
+
+    def fence(self, key: str, expected: str) -> ObjectInfo | None:
+        """Keep every earlier change whose answer was lost from being carried out any more.
+
+        Such a change names the version that it replaces. So it is enough to give the present version another ETag.
+        Its content and type stay.
+
+        :param expected: the ETag of the version that must be there now.
+        :returns: the version with its new ETag; None: the backend cannot do this.
+        :raises ObjectNotFound: there is none.
+        :raises PreconditionFailed: another version is there.
+        :raises BackendError: it failed.
+        """
+        return None
 
     @abstractmethod
     def list(self, prefix: str = "", delimiter: str = "", marker: str | None = None, details: bool = True) -> Page:

@@ -13,7 +13,6 @@ from typing import Any
 from kci_storage.drivers.base import (
     Digests,
     Driver,
-    Expectation,
     LocalObjects,
     ObjectInfo,
     ObjectReader,
@@ -51,9 +50,13 @@ class GuardedDriver(Driver):
         """
         return GuardedWriter(self._driver.writer(check(key), content_type, tags))
 
-    def delete(self, key: str) -> None:
+    def delete(self, key: str, expected: str) -> None:
         _check_readable(key)
-        self._driver.delete(key)
+        self._driver.delete(key, expected)
+
+    def fence(self, key: str, expected: str) -> ObjectInfo | None:
+        _check_readable(key)
+        return self._driver.fence(key, expected)
 
     def list(self, prefix: str = "", delimiter: str = "", marker: str | None = None, details: bool = True) -> Page:
         if not (is_valid(prefix) or is_valid(prefix + "x")):  # no key starts so
@@ -106,7 +109,7 @@ class GuardedWriter(ObjectWriter):
     def commit(
         self,
         digests: Digests,
-        expected: str | Expectation = Expectation.ANYTHING,
+        expected: str | None,
         replay: Callable[[], Iterable[bytes]] | None = None,
     ) -> ObjectInfo:
         _check_size(self._size, digests)

@@ -138,7 +138,8 @@ class Filler:
             part.reserve(size)
 
     def _publish(self, part: durable.NewFile, record: Record) -> None:
-        """Make the part the cache's copy, unless the key is locked by a writer or was changed meanwhile."""
-        with self._cache.writing_if_free(record.info.key) as free:
-            if free and self._claim.is_current():
+        """Make the part the cache's copy, unless the key is locked, was changed meanwhile, or is in doubt."""
+        key = record.info.key
+        with self._cache.writing_if_free(key) as free:
+            if free and self._claim.is_current() and not self._cache.is_in_doubt(key):
                 self._cache.publish_filled(part, record, self._claim.file())

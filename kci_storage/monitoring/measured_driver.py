@@ -15,12 +15,12 @@ from typing import Any
 
 from prometheus_client import Counter, Histogram
 
-from kci_storage.drivers.base import Digests, Driver, Expectation, ObjectInfo, ObjectReader, ObjectWriter, Page
+from kci_storage.drivers.base import Digests, Driver, ObjectInfo, ObjectReader, ObjectWriter, Page
 from kci_storage.errors import label
 from kci_storage.monitoring import multiprocess  # noqa: F401  (must precede the first counter)
 from kci_storage.net import slots
 
-OPERATIONS = ("stat", "read", "commit", "delete", "list", "probe")
+OPERATIONS = ("stat", "read", "commit", "delete", "fence", "list", "probe")
 
 _operations = Counter("kci_storage_backend_operations", "Requests to the driver, by result", ["operation", "result"])
 _operation_seconds = Histogram(
@@ -84,9 +84,13 @@ class MeasuredDriver(Driver):
     def writer(self, key: str, content_type: str, tags: Mapping[str, str] | None = None) -> ObjectWriter:
         return MeasuredWriter(self._driver.writer(key, content_type, tags))
 
-    def delete(self, key: str) -> None:
+    def delete(self, key: str, expected: str) -> None:
         with _measured("delete"):
-            self._driver.delete(key)
+            self._driver.delete(key, expected)
+
+    def fence(self, key: str, expected: str) -> ObjectInfo | None:
+        with _measured("fence"):
+            return self._driver.fence(key, expected)
 
     def list(self, prefix: str = "", delimiter: str = "", marker: str | None = None, details: bool = True) -> Page:
         with _measured("list", bounded=True):
@@ -128,7 +132,7 @@ class MeasuredWriter(ObjectWriter):
     def commit(
         self,
         digests: Digests,
-        expected: str | Expectation = Expectation.ANYTHING,
+        expected: str | None,
         replay: Callable[[], Iterable[bytes]] | None = None,
     ) -> ObjectInfo:
         with _measured("commit"):

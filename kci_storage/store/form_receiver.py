@@ -202,7 +202,7 @@ class FormReceiver:
         stored: list[Stored] = []
         for upload in uploads:
             try:
-                stored.append(Stored(upload.commit(), upload.sha256))
+                stored.append(upload.commit())
             except StorageError as exc:
                 if stored:
                     exc.message += "; stored before that: " + ", ".join(item.info.key for item in stored)

@@ -3,13 +3,23 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 
 from kci_storage.cache.directory import Cache
+from kci_storage.cache.doubts import Doubts
+from kci_storage.cache.entry import Record
 from kci_storage.cache.freshness import Freshness, Revalidation
 from kci_storage.drivers.base import Driver, LocalObjects, ObjectInfo
-from kci_storage.errors import InsufficientStorage, ObjectNotFound, Overloaded, PreconditionFailed, StorageError
+from kci_storage.errors import (
+    InsufficientStorage,
+    ObjectNotFound,
+    OutcomeUnknown,
+    Overloaded,
+    PreconditionFailed,
+    WriteConflict,
+)
 from kci_storage.events import CacheStatus, Events
 from kci_storage.files.locks import POLL_INTERVAL
 from kci_storage.fills.fill import AlreadyCached
@@ -17,11 +27,13 @@ from kci_storage.fills.fills import Fills
 from kci_storage.http.conditions import UNCONDITIONAL, RequestHeaders, bounded_range
 from kci_storage.http.ranges import ByteRange
 from kci_storage.net import slots
+from kci_storage.store.changing import changing
 from kci_storage.store.contents import Content, FileContent, FilledContent, RemoteContent
 from kci_storage.store.negative_cache import NegativeCache
 from kci_storage.store.single_flight import SingleFlight
 
 MAX_DIRECT_RANGE = 1024 * 1024  # bytes of a range that is read at once, before its object's properties are known
+DELETIONS = 10  # tries to delete whatever is there, while other machines replace it
 MAX_POLL_INTERVAL = 0.1  # seconds; a request that has waited for an upload for a second need not be exact to 10 ms
 
 
@@ -56,7 +68,8 @@ class Objects:
         self._negative_cache = negative_cache
         self._events = events
         self._wait_timeout = wait_timeout
-        self._freshness = Freshness(driver, cache, events, revalidate_after)
+        self._doubts = Doubts(driver, cache)
+        self._freshness = Freshness(driver, cache, self._doubts, events, revalidate_after)
         self._questions: SingleFlight[ObjectInfo] = SingleFlight()
 
     def open(
@@ -111,23 +124,28 @@ class Objects:
 
     def _open_copy(self, key: str, before_blocking: Callable[[], None]) -> FileContent | None:
         entry = self._cache.lookup(key)
-        if entry is None:
-            return None
-        content = FileContent(entry.record.info, CacheStatus.HIT, entry.fd, entry.path)
-        if not self._freshness.is_due(entry.record):
-            return content
+        while entry is not None:
+            content = FileContent(entry.record.info, CacheStatus.HIT, entry.fd, entry.path)
+            if not self._freshness.is_due(entry.record) or self._is_served(entry.record, content, before_blocking):
+                return content
+            content.close()
+            checked, entry = entry.record, self._cache.lookup(key)
+            if entry is not None and entry.record.generation == checked.generation:  # it could not be removed
+                os.close(entry.fd)
+                return None
+        return None
+
+    def _is_served(self, record: Record, content: FileContent, before_blocking: Callable[[], None]) -> bool:
+        """Whether a copy that has to be revalidated is served. If not, it has been replaced or removed."""
         try:
             before_blocking()
-            verdict = self._freshness.check(entry.record)
+            verdict = self._freshness.check(record)
         except BaseException:
             content.close()
             raise
         if verdict is Revalidation.UNKNOWN:
             content.status = CacheStatus.STALE
-        elif verdict is not Revalidation.FRESH:
-            content.close()
-            return None
-        return content
+        return verdict in (Revalidation.UNKNOWN, Revalidation.FRESH)
 
     def _open_cold(
         self, key: str, method: str, conditions: RequestHeaders, before_blocking: Callable[[], None]
@@ -136,9 +154,13 @@ class Objects:
         before_blocking()
         if self._cache.is_being_written(key):
             return None
+        if self._cache.is_in_doubt(key):
+            info = self._doubts.settle(key)
+            if self._cache.is_in_doubt(key):  # what another request has been told may be out of date by now
+                return self._remote(None, info)
         if self._negative_cache.remembers(key):
             raise ObjectNotFound("no such file")
-        changes = self._negative_cache.changes(key)
+        question = self._negative_cache.question(key)
         try:
             return self._fetch(key, method, conditions)
         except AlreadyCached:
@@ -147,7 +169,7 @@ class Objects:
             self._events.uncached()
             return self._open_remote(key, None)
         except ObjectNotFound:
-            self._negative_cache.remember(key, changes)
+            self._negative_cache.remember(key, question)
             raise
 
     def _fetch(self, key: str, method: str, conditions: RequestHeaders) -> Content:
@@ -177,6 +199,9 @@ class Objects:
         # A request that comes after a change on this server must not share an answer from before it.
         question = key, self._negative_cache.changes(key)
         info = self._questions.share(question, lambda: self._driver.stat(key))
+        return self._remote(fills, info)
+
+    def _remote(self, fills: Fills | None, info: ObjectInfo) -> RemoteContent:
         return RemoteContent(self._driver, fills, info, self._events, self._wait_timeout)
 
     def delete(self, key: str, may_delete: Callable[[ObjectInfo], bool] | None = None) -> None:
@@ -185,25 +210,50 @@ class Objects:
         :param may_delete: called with the present version while the key is locked; None: always.
         :raises ObjectNotFound: there is no such object.
         :raises PreconditionFailed: the present version may not be deleted.
-        :raises WriteConflict: an upload of the key took too long to wait for.
-        :raises BackendError: the deletion failed, or its outcome is unknown.
+        :raises WriteConflict: an upload of the key took too long to wait for, or other machines replace the object
+            all the time.
+        :raises OutcomeUnknown: it may have been deleted, or still may be; the key is in doubt then.
+        :raises BackendError: the deletion failed.
         """
         with self._events.waiting_for(self._cache.writing(key, self._wait_timeout)):
-            slots.refuse_no_longer()  # a failure from here on has the copy doubted
-            self._cache.announce_commit(key)
+            slots.refuse_no_longer()  # a failure from here on has the key doubted
             try:
-                if may_delete is not None and not may_delete(self._driver.stat(key)):
-                    raise PreconditionFailed("the stored file is not the version that the request asks for")
-                self._driver.delete(key)
-            except PreconditionFailed:
-                raise
+                with changing(self._cache, self._negative_cache, key):
+                    self._delete(key, may_delete)
             except ObjectNotFound:
                 self._forget(key)
                 raise
-            except StorageError:
-                self._cache.doubt(key)
-                raise
             self._forget(key)
+
+    def _delete(self, key: str, may_delete: Callable[[ObjectInfo], bool] | None) -> None:
+        """Delete the version that is stored now. The first guess is that of the copy."""
+        etag = self._cache.known_version(key) if may_delete is None else None
+        for _ in range(DELETIONS):
+            etag = etag or self._present_version(key, may_delete)
+            try:
+                self._driver.delete(key, etag)
+            except PreconditionFailed:
+                etag = None
+            except OutcomeUnknown as exc:
+                if may_delete is None and not exc.lands_until and self._is_gone(key):
+                    return
+                raise
+            else:
+                return
+        raise WriteConflict("other machines replace this file all the time; try later")
+
+    def _present_version(self, key: str, may_delete: Callable[[ObjectInfo], bool] | None) -> str:
+        present = self._driver.stat(key)
+        if may_delete is not None and not may_delete(present):
+            raise PreconditionFailed("the stored file is not the version that the request asks for")
+        return present.etag
+
+    def _is_gone(self, key: str) -> bool:
+        try:
+            self._driver.stat(key)
+        except ObjectNotFound:
+            return True
+        return False
 
     def _forget(self, key: str) -> None:
         self._cache.remove(key)

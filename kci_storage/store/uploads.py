@@ -4,6 +4,9 @@
 No more of a file is in memory than the pieces in hand, and nothing is committed before the whole body was received.
 The driver commits first, then the cache: an upload that was answered with success is in both, and an upload that was
 interrupted anywhere is in neither.
+
+Each commit names the version that it replaces, also if the client does not care which one that is: so an upload whose
+answer was lost never replaces a later one (docs/consistency.md).
 """
 
 from __future__ import annotations
@@ -14,13 +17,24 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from kci_storage.cache.directory import Cache
-from kci_storage.drivers.base import Digests, Driver, Expectation, ObjectInfo
-from kci_storage.errors import DigestMismatch, InsufficientStorage, KeyConflict, ObjectNotFound, PreconditionFailed
+from kci_storage.drivers.base import Digests, Driver, ObjectInfo
+from kci_storage.errors import (
+    DigestMismatch,
+    InsufficientStorage,
+    ObjectNotFound,
+    PreconditionFailed,
+    WriteConflict,
+)
 from kci_storage.events import Events
 from kci_storage.files import durable
 from kci_storage.http.multipart import READ_SIZE, Body, too_large
+from kci_storage.store.changing import changing
 from kci_storage.store.digests import RunningDigests
 from kci_storage.store.negative_cache import NegativeCache
+
+COMMITS = 10  # tries to replace whatever is there, while other machines replace it too
+
+Rule = Callable[[ObjectInfo | None], bool]  # whether the present version, or None when there is none, may be replaced
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +118,7 @@ class Uploads:
         content_type: str,
         body: Body,
         digests: ExpectedDigests,
-        may_replace: Callable[[ObjectInfo | None], bool] | None,
+        may_replace: Rule | None,
         tags: Mapping[str, str] | None = None,
     ) -> Stored:
         """Store a body under a key.
@@ -117,24 +131,12 @@ class Uploads:
         :raises StorageError: as of :meth:`begin`, and of :class:`Upload`'s methods.
         """
         with contextlib.closing(self.begin(key, content_type, tags, md5=digests.md5 is not None)) as upload:
-            expected = self._expectation(key, may_replace) if may_replace else None
+            expected = upload.present_version(may_replace) if may_replace else upload.known_version()
             buffer = memoryview(bytearray(READ_SIZE))
             while size := body.readinto(buffer):
                 upload.write(buffer[:size])
             upload.verify(digests)
-            if expected is None:
-                return upload.commit_new_or_replaced()
-            return Stored(upload.commit(expected), upload.sha256, created=expected is Expectation.NOTHING)
-
-    def _expectation(self, key: str, may_replace: Callable[[ObjectInfo | None], bool]) -> str | Expectation:
-        """The version that is stored now and may be replaced; at the commit, it still has to be the stored one."""
-        try:
-            present = self.driver.stat(key)
-        except ObjectNotFound:
-            present = None
-        if not may_replace(present):
-            raise PreconditionFailed("the stored file is not the version that the request asks for")
-        return present.etag if present else Expectation.NOTHING
+            return upload.commit_over(expected, may_replace)
 
 
 class Upload:
@@ -154,6 +156,7 @@ class Upload:
         md5: bool = False,
     ):
         self.key = key
+        self._driver = uploads.driver
         self._events = uploads.events
         self._content_type = content_type
         self._max_bytes = uploads.max_bytes
@@ -212,36 +215,59 @@ class Upload:
         if md5 is not None and expected.md5 not in (None, md5):
             raise DigestMismatch(f"the body's MD5 is {md5.hex()}, not what Content-MD5 says")
 
-    def commit(self, expected: str | Expectation = Expectation.ANYTHING, *, replay: bool = True) -> ObjectInfo:
-        """Make it the object: every worker serves it once this has returned. The caller holds the key's lock.
+    def known_version(self) -> str | None:
+        """The ETag of the version that is probably stored: that of the copy; None: there is no copy."""
+        return self._copy.known_version()
 
-        :param expected: the version that must be stored at this moment.
+    def present_version(self, may_replace: Rule | None = None) -> str | None:
+        """The ETag of the version that is stored; None: there is none.
+
+        :raises PreconditionFailed: it may not be replaced.
+        """
+        try:
+            present = self._driver.stat(self.key)
+        except ObjectNotFound:
+            present = None
+        if may_replace is not None and not may_replace(present):
+            raise PreconditionFailed("the stored file is not the version that the request asks for")
+        return present.etag if present is not None else None
+
+    def commit(self, *, replay: bool = True) -> Stored:
+        """Make it the object, whatever is stored: every worker serves it once this has returned.
+
+        Where there is a cached copy, its version is probably the stored one. Else this tries to commit a new object,
+        which costs more requests to the backend only if there was one after all. The caller holds the key's lock.
+
         :param replay: whether to send the content again if the backend has discarded it. That takes as much memory
             as an upload.
-        :raises WriteConflict: the backend has discarded the content, and it may not or cannot be sent again.
-        :raises PreconditionFailed: another version is stored; commit may be called again.
-        :raises StorageError: the commit failed, or its outcome is unknown; the copy of the previous version is
-            marked doubtful then.
+        :raises WriteConflict: the backend has discarded the content, and it may not or cannot be sent again; or other
+            machines replace the object all the time.
+        :raises OutcomeUnknown: it may have been stored, or still may be; the key is in doubt then.
+        :raises StorageError: the commit failed.
         """
+        return self.commit_over(self.known_version(), replay=replay)
+
+    def commit_over(self, expected: str | None, may_replace: Rule | None = None, *, replay: bool = True) -> Stored:
+        """As :meth:`commit`, if the stored version may be replaced.
+
+        :param expected: the ETag of the version that is probably stored; None: there is none.
+        :param may_replace: asked again if another version is stored.
+        :raises PreconditionFailed: the stored version may not be replaced.
+        """
+        for _ in range(COMMITS):
+            try:
+                return Stored(self._commit(expected, replay), self.sha256, created=expected is None)
+            except PreconditionFailed:
+                expected = self.present_version(may_replace)
+        raise WriteConflict("other machines replace this file all the time; try later")
+
+    def _commit(self, expected: str | None, replay: bool) -> ObjectInfo:
         digests = Digests(self._size, self.sha256, self._digests.digest("md5"))
         with self._copy.committing():
             info = self._writer.commit(digests, expected, self._copy.replay if replay else None)
-        self._copy.publish(info)
+        self._copy.publish(info, replaced=expected is not None)
         self._events.uploaded()
         return info
-
-    def commit_new_or_replaced(self) -> Stored:
-        """As :meth:`commit`, over any version, and find out whether there was one.
-
-        Where there is a cached copy, there was an object. Else this tries to commit a new object first, which costs
-        more requests to the backend only if there was one after all.
-        """
-        if self._copy.has_predecessor():
-            return Stored(self.commit(), self.sha256)
-        try:
-            return Stored(self.commit(Expectation.NOTHING), self.sha256, created=True)
-        except PreconditionFailed:
-            return Stored(self.commit(), self.sha256)
 
     def close(self) -> None:
         """Discard what was not committed, and release the lock. Idempotent."""
@@ -284,34 +310,34 @@ class _Copy:
         for start in range(0, self._part.size, READ_SIZE):
             yield os.pread(self._part.fileno(), READ_SIZE, start)
 
-    def has_predecessor(self) -> bool:
-        """Whether there is a copy of the previous version."""
-        return self._cache.has_copy(self._key)
+    def known_version(self) -> str | None:
+        """The ETag of the present copy; None: there is none."""
+        return self._cache.known_version(self._key)
 
     @contextlib.contextmanager
     def committing(self) -> Iterator[None]:
-        """The driver commits during the block. If that fails, or its outcome is unknown, the old copy is doubtful."""
-        self._cache.announce_commit(self._key)
-        try:
+        """The driver commits during the block. If the outcome is unknown, the key is in doubt."""
+        with changing(self._cache, self._negative_cache, self._key):
             yield
-        except (PreconditionFailed, KeyConflict):
-            raise  # nothing has changed
-        except BaseException:
-            self._cache.doubt(self._key)
-            raise
         # From here on, no request may be answered with the state before the commit, whether or not there is a copy.
         self._cache.revoke_fill(self._key)
         self._negative_cache.changed(self._key)
 
-    def publish(self, info: ObjectInfo) -> None:
-        """Serve the new copy, in every worker, in place of the old one."""
+    def publish(self, info: ObjectInfo, *, replaced: bool) -> None:
+        """Serve the new copy, in every worker, in place of the old one.
+
+        :param replaced: whether there was an object before.
+        """
+        if self._part is None or (replaced and self.known_version() is None):
+            # Without a record, but maybe not without a content that other workers remember.
+            self._cache.acknowledge(self._key)
         if self._part is None:
-            self._cache.remove(self._key)
             return
         try:
             self._cache.publish(self._part, info)
         except InsufficientStorage:  # the copy of the previous version is gone as well
             self._part.discard()
+            self._cache.acknowledge(self._key)
 
     def discard(self) -> None:
         """Remove it unless it was published. Idempotent."""
@@ -327,10 +353,10 @@ class _NoCopy:
 
     def write(self, data: bytes | memoryview) -> None: ...
 
-    def has_predecessor(self) -> bool:
+    def known_version(self) -> str | None:
         """Unknown."""
-        return False
+        return None
 
-    def publish(self, info: ObjectInfo) -> None: ...
+    def publish(self, info: ObjectInfo, *, replaced: bool) -> None: ...
 
     def discard(self) -> None: ...

@@ -79,11 +79,24 @@ def record_of(cache: Cache, key: str = KEY) -> Record:
     return Record.from_json(cache.location(key).record.read_bytes())
 
 
-def doubt(cache: Cache) -> Record:
-    """Mark the copy doubtful; its record from then on."""
+def doubt(cache: Cache, seconds: float = 60) -> Record:
+    """Put the key in doubt; the copy's record from then on.
+
+    :param seconds: for which a lost change may be carried out.
+    """
     with cache.writing(KEY, TIMEOUT):
-        cache.doubt(KEY)
+        cache.doubt(KEY, time.time() + seconds)
     return record_of(cache)
+
+
+def settle(cache: Cache, found: ObjectInfo, etag: str | None = None) -> None:
+    """End the doubt.
+
+    :param found: what the backend has.
+    :param etag: the version's new one; None: it has the same as before.
+    """
+    with cache.writing(found.key, TIMEOUT):
+        cache.settle(found, replace(found, etag=etag or found.etag), time.time())
 
 
 @lru_cache
@@ -321,41 +334,88 @@ class TestDoubt:
     def test_a_doubt_is_settled(self, cache: Cache) -> None:
         store(cache, b"content")
         doubtful = doubt(cache)
-        cache.confirm(doubtful)
-        confirmed = record_of(cache)
-        assert not confirmed.doubtful
-        assert confirmed.validated > doubtful.validated
+        assert cache.is_in_doubt(KEY)
+        settle(cache, doubtful.info)
+        settled = record_of(cache)
+        assert not cache.is_in_doubt(KEY)
+        assert not settled.doubtful
+        assert settled.validated > doubtful.validated
+        assert settled.generation != doubtful.generation
         assert load(cache) == b"content"
 
-    def test_a_copy_that_is_not_doubtful_needs_no_confirmation(self, cache: Cache) -> None:
+    def test_a_fenced_copy_gets_the_new_etag(self, cache: Cache) -> None:
+        store(cache, b"content")
+        settle(cache, doubt(cache).info, etag="fenced")
+        assert record_of(cache).info.etag == "fenced"
+        assert load(cache) == b"content"
+
+    def test_a_copy_without_a_doubt_is_not_touched(self, cache: Cache) -> None:
         store(cache, b"content")
         record = record_of(cache)
-        cache.confirm(record)
+        settle(cache, record.info)
         assert record_of(cache) == record
 
-    def test_confirming_an_old_version_says_nothing_of_the_new_one(self, cache: Cache) -> None:
+    def test_a_copy_of_another_version_is_removed(self, cache: Cache) -> None:
         store(cache, b"old")
-        old = doubt(cache)
-        store(cache, b"new")
-        new = doubt(cache)
-        cache.confirm(old)
-        assert record_of(cache) == new
+        settle(cache, replace(doubt(cache).info, etag="another"))
+        assert load(cache) is None
+        assert not cache.is_in_doubt(KEY)
 
-    def test_confirming_while_somebody_writes_says_nothing(self, cache: Cache) -> None:
+    def test_an_acknowledged_version_ends_the_doubt(self, cache: Cache) -> None:
+        store(cache, b"old")
+        doubt(cache)
+        store(cache, b"new")
+        assert not cache.is_in_doubt(KEY)
+        assert not record_of(cache).doubtful
+
+    def test_a_deletion_does_not_end_the_doubt(self, cache: Cache) -> None:
+        """A lost upload of a new key may be carried out after it."""
+        store(cache, b"old")
+        doubt(cache)
+        with cache.writing(KEY, TIMEOUT):
+            cache.remove(KEY)
+        assert cache.is_in_doubt(KEY)
+        cache.sweep()
+        assert cache.is_in_doubt(KEY)
+
+    def test_each_doubt_is_a_new_one(self, cache: Cache) -> None:
+        """What a worker has been told between two doubts says nothing after the second."""
+        store(cache, b"content")
+        first = doubt(cache)
+        assert doubt(cache).generation != first.generation
+
+    def test_the_longest_doubt_counts(self, cache: Cache) -> None:
+        doubt_nothing(cache, 60)
+        ends = cache.doubt_ends(KEY)
+        doubt_nothing(cache, 10)
+        assert cache.doubt_ends(KEY) == ends
+        doubt_nothing(cache, 100)
+        assert cache.doubt_ends(KEY) > ends
+
+    def test_a_doubt_that_is_over_is_swept(self, cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The copy stays doubtful: the next reader asks once more."""
         store(cache, b"content")
         doubtful = doubt(cache)
-        with cache.writing(KEY, TIMEOUT):
-            cache.confirm(doubtful)
+        later = time.time() + 61
+        monkeypatch.setattr(time, "time", lambda: later)
+        assert not cache.is_in_doubt(KEY)
+        cache.sweep()
+        assert not cache.location(KEY).doubt.exists()
         assert record_of(cache) == doubtful
 
-    def test_nothing_to_doubt(self, cache: Cache) -> None:
-        with cache.writing(KEY, TIMEOUT):
-            cache.doubt(KEY)
-        assert load(cache) is None
-
-    def test_doubting_twice_changes_nothing(self, cache: Cache) -> None:
+    @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"until": "soon"}', b'{"until": 1e300}', b"{}"])
+    def test_a_doubt_that_makes_no_sense_is_none(self, cache: Cache, content: bytes) -> None:
+        """It may have been written while the clock was wrong, or by another version."""
         store(cache, b"content")
-        assert doubt(cache) == doubt(cache)
+        cache.location(KEY).doubt.write_bytes(content)
+        assert not cache.is_in_doubt(KEY)
+        cache.sweep()
+        assert not cache.location(KEY).doubt.exists()
+
+    def test_nothing_to_doubt(self, cache: Cache) -> None:
+        doubt_nothing(cache)
+        assert load(cache) is None
+        assert cache.is_in_doubt(KEY)
 
     def test_a_running_fill_is_not_published_after_a_doubt(self, cache: Cache) -> None:
         """It may have read the version before a commit whose outcome is unknown."""
@@ -366,9 +426,9 @@ class TestDoubt:
         os.close(claim)
 
 
-def doubt_nothing(cache: Cache) -> None:
+def doubt_nothing(cache: Cache, seconds: float = 60) -> None:
     with cache.writing(KEY, TIMEOUT):
-        cache.doubt(KEY)
+        cache.doubt(KEY, time.time() + seconds)
 
 
 class TestDeadWriters:
@@ -383,10 +443,9 @@ class TestDeadWriters:
             lambda cache: cache.writing_if_free(KEY).__enter__(),
             lambda cache: cache.writing(KEY, TIMEOUT).__enter__(),
             lambda cache: cache.remove_version(replace(record_of(cache), generation="another")),
-            lambda cache: cache.confirm(replace(record_of(cache), generation="another", doubtful=True)),
             lambda cache: cache.evict(cache.location(KEY).content("another"), 0.0),
         ],
-        ids=["reader", "start", "sweep", "publisher", "writer", "remove_version", "confirm", "evict"],
+        ids=["reader", "start", "sweep", "publisher", "writer", "remove_version", "evict"],
     )
     def test_whoever_takes_the_lock_doubts_and_clears_up(
         self, cache: Cache, peer: Peer, act: Callable[[Cache], object]
@@ -616,12 +675,12 @@ class TestFullDisk:
         assert load(cache) is None
         assert cache.check() == []
 
-    def test_a_copy_whose_confirmation_cannot_be_written_stays(self, disk: Path) -> None:
+    def test_a_copy_whose_doubt_cannot_be_settled_stays_doubtful(self, disk: Path) -> None:
         cache = Cache(disk / "cache")
         store(cache, b"content")
         record = doubt(cache)
         fill_up(disk)
-        cache.confirm(record)
+        settle(cache, record.info)
         assert record_of(cache) == record
         assert load(cache) == b"content"
         assert cache.check() == []
@@ -636,7 +695,6 @@ class TestFullDisk:
             use_up_inodes(disk)
             assert load(cache) == b"content"
             assert load(cache, "broken") is None
-            cache.confirm(doubtful)
             cache.remove_version(doubtful)
 
     def test_without_space_for_the_usage_the_cache_still_works(self, tmp_path: Path) -> None:

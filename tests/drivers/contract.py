@@ -22,12 +22,13 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from kci_storage import keys
-from kci_storage.drivers.base import Digests, Driver, Expectation, LocalObjects, ObjectInfo, ObjectReader
+from kci_storage.drivers.base import Digests, Driver, LocalObjects, ObjectInfo, ObjectReader, ObjectWriter
 from kci_storage.drivers.guard import GuardedDriver
 from kci_storage.errors import (
     BackendError,
@@ -85,18 +86,52 @@ def in_pieces(content: bytes, size: int = 50_000) -> Iterator[bytes]:
         yield content[start : start + size]
 
 
+ANYTHING = "whatever is stored"  # no ETag
+
+
+def etag_of(driver: Driver, key: str) -> str | None:
+    """The ETag of the version that is stored; None: there is none."""
+    with contextlib.suppress(ObjectNotFound):
+        return driver.stat(key).etag
+    return None
+
+
+def delete(driver: Driver, key: str) -> None:
+    """Delete an object, whichever version is stored."""
+    driver.delete(key, etag_of(driver, key) or "none")
+
+
 def put(
     driver: Driver,
     key: str,
     content: bytes,
     content_type: str = "application/octet-stream",
-    expected: str | Expectation = Expectation.ANYTHING,
+    expected: str | None = ANYTHING,
 ) -> ObjectInfo:
-    """Store an object."""
+    """Store an object.
+
+    :param expected: as for a commit; :data:`ANYTHING`: whichever version is stored.
+    """
+    digests = digests_of(content)
     with driver.writer(key, content_type) as writer:
         for piece in in_pieces(content):
             writer.write(piece)
-        return writer.commit(digests_of(content), expected, replay=lambda: in_pieces(content))
+        if expected is ANYTHING:
+            return commit_over_anything(driver, key, writer, content)
+        return writer.commit(digests, expected, replay=lambda: in_pieces(content))
+
+
+def commit_over_anything(
+    driver: Driver, key: str, writer: ObjectWriter, content: bytes, replay: bool = True
+) -> ObjectInfo:
+    """Commit, whichever version is stored, while others commit too."""
+    expected = None
+    for _ in range(20):
+        try:
+            return writer.commit(digests_of(content), expected, (lambda: in_pieces(content)) if replay else None)
+        except PreconditionFailed:
+            expected = etag_of(driver, key)
+    raise AssertionError("the commit was refused again and again")
 
 
 def content_from(reader: ObjectReader) -> bytes:
@@ -179,7 +214,7 @@ class DriverContract:
         """Delete what a test has left, and look for more."""
         yield
         for key in listed(driver):
-            driver.delete(key)
+            delete(driver, key)
         assert listed(driver) == []
         assert sorted(self.leftovers(driver)) == []
 
@@ -191,7 +226,7 @@ class DriverContract:
             writer.write(content)
             assert not exists(driver, "folder/a")
             assert listed(driver) == []
-            writer.commit(digests_of(content))
+            writer.commit(digests_of(content), None)
         assert exists(driver, "folder/a")
         assert get(driver, "folder/a") == content
 
@@ -202,7 +237,7 @@ class DriverContract:
             writer.write(new)
             assert driver.stat("a") == info
             assert get(driver, "a") == old
-            writer.commit(digests_of(new))
+            writer.commit(digests_of(new), info.etag)
         assert get(driver, "a") == new
         assert listed(driver) == ["a"]
 
@@ -210,7 +245,7 @@ class DriverContract:
         content = content_of(SOME)
         with driver.writer("a", "text/plain", {"owner": "a_b.c", "kept for": "+-./:=_ 6m"}) as writer:
             writer.write(content)
-            info = writer.commit(digests_of(content))
+            info = writer.commit(digests_of(content), None)
         assert (driver.stat("a"), get(driver, "a")) == (info, content)
         assert driver.list().objects[0].tags == info.tags
 
@@ -239,13 +274,39 @@ class DriverContract:
                 writer.flush()
                 assert writer.held == 0
                 assert not exists(driver, "a")
-            writer.commit(digests_of(content))
+            writer.commit(digests_of(content), None)
         assert get(driver, "a") == content
+
+    def test_a_deletion_names_the_version(self, driver: Driver) -> None:
+        """Another machine may have replaced it meanwhile: that version is not deleted."""
+        old = put(driver, "a", b"old")
+        new = put(driver, "a", b"new")
+        for wrong in (old.etag, "0123456789abcdef"):
+            with pytest.raises(PreconditionFailed):
+                driver.delete("a", wrong)
+        assert get(driver, "a") == b"new"
+        driver.delete("a", new.etag)
+        assert not exists(driver, "a")
+
+    def test_a_fenced_version_is_the_same_object(self, driver: Driver) -> None:
+        info = put(driver, "a", b"content", "image/png")
+        fenced = driver.fence("a", info.etag)
+        if fenced is not None:  # else the backend cannot do this
+            assert fenced == driver.stat("a") == replace(info, etag=fenced.etag, last_modified=fenced.last_modified)
+            assert get(driver, "a", etag=fenced.etag) == b"content"
+            assert put(driver, "a", b"next", expected=fenced.etag) == driver.stat("a")
+
+    def test_only_the_named_version_is_fenced(self, driver: Driver) -> None:
+        put(driver, "a", b"content")
+        for key in ("a", "b"):
+            with contextlib.suppress(ObjectNotFound, PreconditionFailed):
+                assert driver.fence(key, "0123456789abcdef") is None, "the backend cannot do this"
+        assert listed(driver) == ["a"]
 
     def test_abort_after_a_commit_does_nothing(self, driver: Driver) -> None:
         with driver.writer("a", "text/plain") as writer:
             writer.write(b"content")
-            writer.commit(digests_of(b"content"))
+            writer.commit(digests_of(b"content"), None)
             writer.abort()
         assert get(driver, "a") == b"content"
 
@@ -270,7 +331,7 @@ class DriverContract:
             writer.write(b"")
             for data in in_pieces(content, piece):
                 writer.write(data)
-            writer.commit(digests_of(content))
+            writer.commit(digests_of(content), None)
         assert get(driver, "a") == content
 
     def test_what_was_written_may_be_overwritten_by_its_owner(self, driver: Driver) -> None:
@@ -281,7 +342,7 @@ class DriverContract:
                 buffer[: len(data)] = data
                 writer.write(memoryview(buffer)[: len(data)])
             buffer[:] = bytes(len(buffer))
-            writer.commit(digests_of(content))
+            writer.commit(digests_of(content), None)
         assert get(driver, "a") == content
 
     @pytest.mark.parametrize("size", [100, SOME])
@@ -290,7 +351,7 @@ class DriverContract:
         with GuardedDriver(driver).writer("a", "text/plain") as writer:
             writer.write(content[:-1])
             with pytest.raises(BackendError):
-                writer.commit(digests_of(content), replay=lambda: in_pieces(content))
+                writer.commit(digests_of(content), None, replay=lambda: in_pieces(content))
         assert not exists(driver, "a")
 
     # Properties
@@ -338,9 +399,9 @@ class DriverContract:
 
     @pytest.mark.parametrize("size", [10, SOME])
     def test_a_commit_that_expects_nothing_replaces_nothing(self, driver: Driver, size: int) -> None:
-        first = put(driver, "a", content_of(size, 1), expected=Expectation.NOTHING)
+        first = put(driver, "a", content_of(size, 1), expected=None)
         with pytest.raises(PreconditionFailed):
-            put(driver, "a", content_of(size, 2), expected=Expectation.NOTHING)
+            put(driver, "a", content_of(size, 2), expected=None)
         assert driver.stat("a") == first
         assert get(driver, "a") == content_of(size, 1)
 
@@ -369,7 +430,7 @@ class DriverContract:
         content = content_of(size)
         with driver.writer("a", "text/plain") as writer:
             writer.write(content)
-            for wrong in (Expectation.NOTHING, "0123456789abcdef", Expectation.NOTHING):
+            for wrong in (None, "0123456789abcdef", None):
                 with pytest.raises(PreconditionFailed):
                     writer.commit(digests_of(content), wrong)
                 assert driver.stat("a") == there
@@ -379,7 +440,7 @@ class DriverContract:
 
     def test_only_one_of_several_writers_that_expect_nothing_gets_through(self, driver: Driver) -> None:
         def write(number: int) -> int:
-            put(driver, "a", content_of(SOME, number), expected=Expectation.NOTHING)
+            put(driver, "a", content_of(SOME, number), expected=None)
             return number
 
         results = at_once(*(lambda number=number: write(number) for number in range(4)))
@@ -448,7 +509,7 @@ class DriverContract:
         with driver.read("a") as reader:
             pieces = iter(reader)
             got = next(pieces)
-            driver.delete("a")
+            delete(driver, "a")
             with contextlib.suppress(BackendError):
                 got += b"".join(pieces)
                 assert got == content
@@ -514,7 +575,7 @@ class DriverContract:
             put(driver, "a", other)
             writer.write(ours[200_000:])
             try:
-                writer.commit(digests_of(ours), replay=lambda: in_pieces(ours))
+                commit_over_anything(driver, "a", writer, ours)
             except WriteConflict:
                 ours = other
         assert get(driver, "a") == ours
@@ -526,7 +587,7 @@ class DriverContract:
             put(driver, key, content)
             assert get(driver, key) == content
             assert key in listed(driver, prefix="shared/")
-            driver.delete(key)
+            delete(driver, key)
 
         assert at_once(*(lambda number=number: work(number) for number in range(8))) == [None] * 8
 
@@ -535,22 +596,22 @@ class DriverContract:
     def test_a_deleted_object_is_gone(self, driver: Driver) -> None:
         put(driver, "folder/a", b"1")
         put(driver, "folder/b", b"2")
-        driver.delete("folder/a")
+        delete(driver, "folder/a")
         assert not exists(driver, "folder/a")
         assert listed(driver) == ["folder/b"]
-        with pytest.raises(ObjectNotFound):
-            driver.delete("folder/a")
+        with pytest.raises((ObjectNotFound, PreconditionFailed)):
+            delete(driver, "folder/a")
 
     def test_a_deleted_object_can_be_stored_again(self, driver: Driver) -> None:
         put(driver, "a", b"first", "text/plain")
-        driver.delete("a")
-        info = put(driver, "a", b"first", "image/png", expected=Expectation.NOTHING)
+        delete(driver, "a")
+        info = put(driver, "a", b"first", "image/png", expected=None)
         assert info.content_type == driver.stat("a").content_type == "image/png"
 
     def test_what_was_overwritten_does_not_come_back(self, driver: Driver) -> None:
         put(driver, "a", b"first")
         put(driver, "a", content_of(SOME))
-        driver.delete("a")
+        delete(driver, "a")
         assert not exists(driver, "a")
 
     # What is not there
@@ -559,9 +620,11 @@ class DriverContract:
     def test_what_is_not_there_is_not_found(self, driver: Driver, key: str) -> None:
         put(driver, "there", b"a file")
         put(driver, "the/folder/file", b"in a folder")
-        for ask in (driver.stat, driver.read, driver.delete):
+        for ask in (driver.stat, driver.read):
             with pytest.raises(ObjectNotFound):
                 ask(key)
+        with pytest.raises((ObjectNotFound, PreconditionFailed)):
+            driver.delete(key, "etag")
         assert get(driver, "there") == b"a file"
         assert get(driver, "the/folder/file") == b"in a folder"
 
@@ -582,7 +645,7 @@ class DriverContract:
 
     def test_a_key_takes_the_place_of_a_folder_that_has_become_empty(self, driver: Driver) -> None:
         put(driver, "a/b/c", b"1")
-        driver.delete("a/b/c")
+        delete(driver, "a/b/c")
         put(driver, "a", b"2")
         assert listed(driver) == ["a"]
 
@@ -664,7 +727,7 @@ class DriverContract:
         for number, page in enumerate(pages(driver, details=details)):
             found += [info.key for info in page.objects]
             if number < 5:
-                driver.delete(f"many/{number:03}-gone")
+                delete(driver, f"many/{number:03}-gone")
                 put(driver, f"many/{number:03}-new", b"")
                 put(driver, "many/007", b"replaced, and there all the while")
         assert sorted(key for key in found if key in tree) == sorted(tree)
@@ -684,7 +747,7 @@ class DriverContract:
         assert sorted(listed(driver)) == sorted([key, "another"])
         top = {name for page in pages(driver, delimiter="/") for name in page.folders}
         assert top == ({key.partition("/")[0] + "/"} if "/" in key else set())
-        driver.delete(key)
+        delete(driver, key)
         assert not exists(driver, key)
 
     def test_keys_that_look_alike_are_different(self, driver: Driver) -> None:

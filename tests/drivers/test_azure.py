@@ -30,7 +30,7 @@ from kci_storage.drivers.azure import driver as azure
 from kci_storage.drivers.azure import reads, service, signature
 from kci_storage.drivers.azure.driver import AzureDriver
 from kci_storage.drivers.azure.writer import BLOCKS_IN_FLIGHT
-from kci_storage.drivers.base import Driver, Expectation
+from kci_storage.drivers.base import Driver
 from kci_storage.drivers.guard import GuardedDriver
 from kci_storage.errors import (
     TABLE,
@@ -39,12 +39,26 @@ from kci_storage.errors import (
     BackendTimeout,
     ObjectChanged,
     ObjectNotFound,
+    OutcomeUnknown,
     PreconditionFailed,
     StorageError,
     WriteConflict,
     meaning,
 )
-from tests.drivers.contract import KIB, SOME, DriverContract, content_of, digests_of, get, in_pieces, listed, put
+from tests.drivers.contract import (
+    KIB,
+    SOME,
+    DriverContract,
+    commit_over_anything,
+    content_of,
+    delete,
+    digests_of,
+    etag_of,
+    get,
+    in_pieces,
+    listed,
+    put,
+)
 from tests.support.azurite import Azurite, running_azurite
 from tests.support.harness import wait_until
 
@@ -238,7 +252,7 @@ def lose_answers(proxy: Proxy, wanted: str) -> None:
 
 
 def test_a_small_upload_is_one_request(driver, proxy):
-    put(driver, "a", content_of(BLOCK), "text/plain", Expectation.NOTHING)
+    put(driver, "a", content_of(BLOCK), "text/plain", None)
     assert proxy.seen() == ["PUT"]
     sent = proxy.requests[0].headers
     assert (sent["x-ms-blob-content-type"], sent["If-None-Match"]) == ("text/plain", "*")
@@ -327,7 +341,7 @@ def test_blocks_that_another_commit_dropped_are_staged_again(driver, other, othe
             writer.write(piece)
         wait_for_blocks(other, "a", (SOME - 1) // BLOCK)
         stage_and_commit(other, "a", other_content)
-        info = writer.commit(digests_of(content), replay=lambda: in_pieces(content))
+        info = commit_over_anything(driver, "a", writer, content)
     assert get(driver, "a") == content
     assert driver.stat("a") == info
 
@@ -360,11 +374,11 @@ def test_dropped_blocks_without_a_copy_to_send_again_are_a_conflict(driver, othe
         wait_for_blocks(other, "a", (SOME - 1) // BLOCK)
         stage_and_commit(other, "a", b"other")
         with pytest.raises(WriteConflict):
-            writer.commit(digests_of(content))
+            commit_over_anything(driver, "a", writer, content, replay=False)
     assert get(driver, "a") == b"other"
 
 
-def test_a_writer_that_is_overtaken_again_and_again_gives_up(driver, other, proxy):
+def test_a_writer_that_is_overtaken_again_and_again_is_refused(driver, other, proxy):
     content = content_of(SOME)
 
     def overtake(request: Request) -> None:
@@ -372,9 +386,11 @@ def test_a_writer_that_is_overtaken_again_and_again_gives_up(driver, other, prox
             stage_and_commit(other, "a", b"other")
 
     proxy.before = overtake
-    with pytest.raises(WriteConflict):
-        put(driver, "a", content)
-    assert proxy.seen().count("PUT comp=blocklist") == 3
+    with driver.writer("a", "text/plain") as writer:
+        writer.write(content)
+        for _ in range(3):
+            with pytest.raises(PreconditionFailed):
+                writer.commit(digests_of(content), etag_of(driver, "a"), replay=lambda: in_pieces(content))
     assert get(driver, "a") == b"other"
 
 
@@ -405,7 +421,7 @@ def test_a_replayed_content_must_be_whole(driver, other):
         wait_for_blocks(other, "a", (SOME - 1) // BLOCK)
         stage_and_commit(other, "a", b"other")
         with pytest.raises(BackendError):
-            writer.commit(digests_of(content), replay=lambda: [content[:-1]])
+            writer.commit(digests_of(content), driver.stat("a").etag, replay=lambda: [content[:-1]])
     assert get(driver, "a") == b"other"
 
 
@@ -415,14 +431,14 @@ def test_a_locked_blob_is_a_conflict(driver, other):
     with pytest.raises(WriteConflict):
         put(driver, "a", b"new")
     with pytest.raises(WriteConflict):
-        driver.delete("a")
+        delete(driver, "a")
     assert get(driver, "a") == b"content"
 
 
 def test_snapshots_are_deleted_with_their_blob(driver, other):
     put(driver, "a", b"content")
     other.get_blob_client("a").create_snapshot()
-    driver.delete("a")
+    delete(driver, "a")
     assert listed(driver) == []
 
 
@@ -463,7 +479,7 @@ def test_invalid_keys_in_the_container_are_not_listed(driver, other):
 
 def test_a_lost_answer_to_a_small_upload_is_no_failure(driver, proxy):
     lose_answers(proxy, "PUT")
-    info = put(driver, "a", b"content", expected=Expectation.NOTHING)
+    info = put(driver, "a", b"content", expected=None)
     assert proxy.seen() == ["PUT", "PUT", "HEAD"]
     assert driver.stat("a") == info
 
@@ -481,7 +497,7 @@ def test_a_lost_answer_to_a_commit_is_no_failure(driver, proxy):
 def test_the_same_content_by_somebody_else_is_not_ours(driver):
     put(driver, "a", b"content")
     with pytest.raises(PreconditionFailed):
-        put(driver, "a", b"content", expected=Expectation.NOTHING)
+        put(driver, "a", b"content", expected=None)
 
 
 def test_a_lost_answer_to_a_block_is_no_failure(driver, proxy):
@@ -576,16 +592,21 @@ def fail_with(status: int, code: str = "", **headers: str) -> Callable[[Request]
 
 
 def attempts(driver: Driver) -> Iterator[Callable[[], object]]:
-    """Everything that asks the backend."""
+    """Everything that asks the backend, but for changes."""
     yield lambda: driver.stat("a")
     yield lambda: driver.read("a")
-    yield lambda: driver.delete("a")
+    yield lambda: driver.fence("a", "etag")
     yield driver.list
     yield lambda: driver.list(details=False)
     yield lambda: driver.list(delimiter="/")
     yield driver.probe
+    yield lambda: put(driver, "a", content_of(SOME))  # it fails before its commit
+
+
+def changes(driver: Driver) -> Iterator[Callable[[], object]]:
+    """Everything that changes an object by one request."""
+    yield lambda: driver.delete("a", "etag")
     yield lambda: put(driver, "a", b"small")
-    yield lambda: put(driver, "a", content_of(SOME))
 
 
 @pytest.mark.parametrize(
@@ -616,6 +637,10 @@ def test_only_the_backends_own_word_means_that_an_object_is_missing(driver, prox
         with pytest.raises(StorageError) as caught:
             attempt()
         assert meaning(caught.value) == TABLE[expected], caught.value.detail
+    for change in changes(driver):
+        with pytest.raises(StorageError) as caught:
+            change()
+        assert meaning(caught.value) == TABLE[OutcomeUnknown if status == 500 else expected], caught.value.detail
 
 
 def test_redirections_are_not_followed(driver, proxy):
@@ -695,7 +720,7 @@ def test_a_dead_backend_is_an_error(tmp_path, small_sizes):
                 writer.write(piece)
         reader.close()
         writer.abort()
-        for attempt in attempts(driver):
+        for attempt in (*attempts(driver), *changes(driver)):
             with pytest.raises(BackendError) as caught:
                 attempt()
             assert "127.0.0.1" not in caught.value.message
@@ -732,7 +757,7 @@ def test_a_sas_token_for_the_container_is_enough(azurite, mark):
             put(driver, "a?b#c", content)
             assert get(driver, "a?b#c") == content
             assert listed(driver) == ["a?b#c"]
-            driver.delete("a?b#c")
+            delete(driver, "a?b#c")
 
 
 def test_a_token_that_may_only_read_passes_the_probe(azurite):
@@ -755,7 +780,7 @@ def test_no_credential_is_in_any_error_or_log(azurite, proxy, small_sizes, caplo
         for credential in ({"key": "", "sastoken": token}, {"key": "d3Jvbmcga2V5", "sastoken": ""}):
             settings = azurite.settings(container=container, endpoint=endpoint, **credential)
             with closing(AzureDriver(settings, block_size=BLOCK)) as driver:
-                for attempt in attempts(driver):
+                for attempt in (*attempts(driver), *changes(driver)):
                     try:
                         attempt()
                     except StorageError as exc:

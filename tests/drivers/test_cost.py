@@ -72,11 +72,25 @@ def test_an_upload_over_what_is_cached(bench: Bench, way: str, size: int):
     assert cost(bench, key, lambda: send(bench, way, key, os.urandom(size))) == of_an_upload(size)
 
 
-@pytest.mark.parametrize(("way", "more"), [("form", {}), ("PUT", {PUT_BLOB: 1, PROPERTIES: 1})])
-def test_an_upload_over_what_is_not_cached(bench: Bench, way: str, more: dict[str, int]):
-    """PUT has to say whether there was something, and so is refused once."""
+@pytest.mark.parametrize("way", ["form", "PUT"])
+def test_an_upload_over_what_is_not_cached(bench: Bench, way: str):
+    """It is tried as a new object, and refused once: each upload names the version that it replaces."""
     key = bench.store(b"previous")
-    assert cost(bench, key, lambda: send(bench, way, key, b"next")) == of_an_upload(4) + Counter(more)
+    more = Counter({PUT_BLOB: 1, PROPERTIES: 1})
+    assert cost(bench, key, lambda: send(bench, way, key, b"next")) == of_an_upload(4) + more
+
+
+def test_a_deletion(bench: Bench):
+    """It names the version, too: that of the copy, or the one that it finds."""
+    url = f"{bench.server.url}/{bench.store(b'content')}"
+    headers = bench.server.headers()
+    key = url.removeprefix(bench.server.url + "/")
+    assert cost(bench, key, lambda: requests.delete(url, headers=headers, timeout=SECONDS)) == {
+        PROPERTIES: 1,
+        "DELETE": 1,
+    }
+    send(bench, "PUT", key, b"content")
+    assert cost(bench, key, lambda: requests.delete(url, headers=headers, timeout=SECONDS)) == {"DELETE": 1}
 
 
 def test_the_files_of_a_form(bench: Bench):

@@ -56,9 +56,13 @@ class Recorder(WrappingDriver):
         self.asked.append(key)
         return super().writer(key, content_type, tags)
 
-    def delete(self, key: str) -> None:
+    def delete(self, key: str, expected: str) -> None:
         self.asked.append(key)
-        super().delete(key)
+        super().delete(key, expected)
+
+    def fence(self, key: str, expected: str) -> ObjectInfo | None:
+        self.asked.append(key)
+        return super().fence(key, expected)
 
     def list(self, prefix: str = "", delimiter: str = "", marker: str | None = None, details: bool = True) -> Page:
         self.asked.append(prefix)
@@ -80,9 +84,12 @@ def recorder(tmp_path: Path) -> Recorder:
 @pytest.mark.parametrize("key", INVALID)
 def test_an_invalid_key_reaches_no_driver(recorder: Recorder, key: str) -> None:
     driver = GuardedDriver(recorder)
-    for ask in (driver.stat, driver.read, driver.delete, GuardedFiles(recorder).open):
+    for ask in (driver.stat, driver.read, GuardedFiles(recorder).open):
         with pytest.raises(ObjectNotFound):
             ask(key)
+    for change in (driver.delete, driver.fence):
+        with pytest.raises(ObjectNotFound):
+            change(key, "etag")
     with pytest.raises(BadKey):
         driver.writer(key, "text/plain")
     assert recorder.asked == []
@@ -95,8 +102,9 @@ def test_valid_keys_do(recorder: Recorder) -> None:
     info, fd = GuardedFiles(recorder).open("a/b")
     os.close(fd)
     assert driver.stat("a/b") == info
-    driver.delete("a/b")
-    assert recorder.asked == ["a/b"] * 5
+    assert driver.fence("a/b", info.etag) == info
+    driver.delete("a/b", info.etag)
+    assert recorder.asked == ["a/b"] * 6
 
 
 def test_names_that_are_no_keys_are_not_shown(recorder: Recorder) -> None:
@@ -142,7 +150,7 @@ def test_a_commit_of_another_size_stores_nothing(recorder: Recorder, written: in
         for byte in bytes(written):
             writer.write(bytes([byte]))
         with pytest.raises(BackendError, match="not all"):
-            writer.commit(digests_of(content_of(100)))
+            writer.commit(digests_of(content_of(100)), None)
     assert recorder.inner.list().objects == ()
     assert listed(GuardedDriver(recorder.inner)) == []
 
@@ -174,6 +182,6 @@ def test_a_content_that_is_sent_again_must_be_whole(recorder: Recorder, monkeypa
     guarded = GuardedDriver(recorder).writer("a", "text/plain")
     guarded.write(b"content")
     with pytest.raises(BackendError, match="not all"):
-        guarded.commit(digests_of(b"content"), replay=lambda: [replayed])
-    guarded.commit(digests_of(b"content"), replay=lambda: [b"con", b"tent"])
+        guarded.commit(digests_of(b"content"), None, replay=lambda: [replayed])
+    guarded.commit(digests_of(b"content"), None, replay=lambda: [b"con", b"tent"])
     assert writer.received == b"content"

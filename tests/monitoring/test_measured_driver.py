@@ -24,8 +24,9 @@ CALLS: dict[str, Callable[[Driver], object]] = {
     "probe": lambda driver: driver.probe(),
     "write": lambda driver: driver.writer("key", "text/plain").write(b"x"),
     "flush": lambda driver: driver.writer("key", "text/plain").flush(),
-    "commit": lambda driver: driver.writer("key", "text/plain").commit(Digests(0, "")),
-    "delete": lambda driver: driver.delete("key"),
+    "commit": lambda driver: driver.writer("key", "text/plain").commit(Digests(0, ""), None),
+    "delete": lambda driver: driver.delete("key", "etag"),
+    "fence": lambda driver: driver.fence("key", "etag"),
 }
 
 

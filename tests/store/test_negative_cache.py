@@ -37,7 +37,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def negative_cache(tmp_path: Path, clock: Clock) -> NegativeCache:
-    return NegativeCache(tmp_path / "counters", clock)
+    return NegativeCache(tmp_path / "counters", clock=clock)
 
 
 def test_nothing_is_remembered_at_first(negative_cache: NegativeCache) -> None:
@@ -45,7 +45,7 @@ def test_nothing_is_remembered_at_first(negative_cache: NegativeCache) -> None:
 
 
 def test_a_miss_is_remembered_for_a_while(negative_cache: NegativeCache, clock: Clock) -> None:
-    negative_cache.remember("a", negative_cache.changes("a"))
+    negative_cache.remember("a", negative_cache.question("a"))
     clock.now += LIFETIME - 0.01
     assert negative_cache.remembers("a") and not negative_cache.remembers("b")
     clock.now += 0.02
@@ -53,13 +53,13 @@ def test_a_miss_is_remembered_for_a_while(negative_cache: NegativeCache, clock: 
 
 
 def test_a_change_ends_the_memory(negative_cache: NegativeCache) -> None:
-    negative_cache.remember("a", negative_cache.changes("a"))
+    negative_cache.remember("a", negative_cache.question("a"))
     negative_cache.changed("a")
     assert not negative_cache.remembers("a")
 
 
 def test_a_change_while_the_backend_was_asked_ends_it_too(negative_cache: NegativeCache) -> None:
-    before = negative_cache.changes("a")
+    before = negative_cache.question("a")
     negative_cache.changed("a")
     negative_cache.remember("a", before)
     assert not negative_cache.remembers("a")
@@ -71,14 +71,14 @@ def change(path: Path, key: str) -> None:
 
 
 def test_a_change_by_another_process_ends_it_too(tmp_path: Path, negative_cache: NegativeCache) -> None:
-    negative_cache.remember("a", negative_cache.changes("a"))
+    negative_cache.remember("a", negative_cache.question("a"))
     with peers(1) as [peer]:
         peer.call(change, tmp_path / "counters", "a")
     assert not negative_cache.remembers("a")
 
 
 def test_a_change_of_another_key_hardly_ever_does(negative_cache: NegativeCache) -> None:
-    negative_cache.remember("a", negative_cache.changes("a"))
+    negative_cache.remember("a", negative_cache.question("a"))
     for number in range(8):
         negative_cache.changed(f"another {number}")
     assert negative_cache.remembers("a")
@@ -86,7 +86,7 @@ def test_a_change_of_another_key_hardly_ever_does(negative_cache: NegativeCache)
 
 def test_the_memory_is_bounded(negative_cache: NegativeCache) -> None:
     for number in range(MAX_ENTRIES + 10):
-        negative_cache.remember(str(number), 0)
+        negative_cache.remember(str(number), negative_cache.question(str(number)))
     assert len(negative_cache._entries) <= MAX_ENTRIES
     assert negative_cache.remembers(str(MAX_ENTRIES + 9))
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from kci_storage import drivers
 from kci_storage.config.settings import Config
-from kci_storage.drivers.base import Digests, Driver, Expectation, ObjectInfo, ObjectReader, ObjectWriter, Page
+from kci_storage.drivers.base import Digests, Driver, ObjectInfo, ObjectReader, ObjectWriter, Page
 from kci_storage.drivers.local.driver import LocalDriver
 
 PAUSES_VARIABLE = "KCI_STORAGE_TEST_PAUSES"
@@ -47,8 +47,11 @@ class WrappingDriver(Driver):
     def writer(self, key: str, content_type: str, tags: Mapping[str, str] | None = None) -> ObjectWriter:
         return self.inner.writer(key, content_type, tags)
 
-    def delete(self, key: str) -> None:
-        self.inner.delete(key)
+    def delete(self, key: str, expected: str) -> None:
+        self.inner.delete(key, expected)
+
+    def fence(self, key: str, expected: str) -> ObjectInfo | None:
+        return self.inner.fence(key, expected)
 
     def list(self, prefix: str = "", delimiter: str = "", marker: str | None = None, details: bool = True) -> Page:
         return self.inner.list(prefix, delimiter, marker, details)
@@ -82,9 +85,9 @@ class PausingDriver(WrappingDriver):
     def writer(self, key: str, content_type: str, tags: Mapping[str, str] | None = None) -> ObjectWriter:
         return _PausingWriter(self.inner.writer(key, content_type, tags))
 
-    def delete(self, key: str) -> None:
+    def delete(self, key: str, expected: str) -> None:
         with _pausing("delete"):
-            self.inner.delete(key)
+            self.inner.delete(key, expected)
 
     def read(self, key: str, start: int = 0, stop: int | None = None, etag: str | None = None) -> ObjectReader:
         reader = self.inner.read(key, start, stop, etag)
@@ -105,7 +108,7 @@ class _PausingWriter(ObjectWriter):
     def commit(
         self,
         digests: Digests,
-        expected: str | Expectation = Expectation.ANYTHING,
+        expected: str | None,
         replay: Callable[[], Iterable[bytes]] | None = None,
     ) -> ObjectInfo:
         with _pausing("commit"):

@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -22,6 +23,7 @@ from kci_storage.config.settings import AzureConfig, Config
 from kci_storage.drivers.azure.connect import Connector
 from kci_storage.drivers.azure.errors import BackendRefusal
 from kci_storage.drivers.azure.http import ConnectionPool
+from kci_storage.drivers.azure.outcomes import LostAnswers, certain
 from kci_storage.drivers.azure.reads import BlobReads, valid_sha256
 from kci_storage.drivers.azure.sdk import container_client, sdk_errors
 from kci_storage.drivers.azure.service import Blobs, Service
@@ -75,9 +77,17 @@ class AzureDriver(Driver):
         process = self._process
         return AzureWriter(process.reads, process.writes, self.block_size, key, content_type, tags)
 
-    def delete(self, key: str) -> None:
-        with sdk_errors():
-            self._process.container.get_blob_client(key).delete_blob(delete_snapshots="include")
+    def delete(self, key: str, expected: str) -> None:
+        lost = LostAnswers()
+        with certain(lost, expected):
+            self._process.writes.delete(key, expected, lost)
+
+    def fence(self, key: str, expected: str) -> ObjectInfo | None:
+        process = self._process
+        info, headers = process.reads.stat_with_metadata(key)
+        metadata = {name: value for name, value in headers.items() if name.startswith("x-ms-meta-")}
+        etag, modified = process.writes.set_metadata(key, metadata, expected)
+        return replace(info, etag=etag, last_modified=modified)
 
     def list(self, prefix: str = "", delimiter: str = "", marker: str | None = None, details: bool = True) -> Page:
         if _NOT_IN_URLS.search(marker or ""):
@@ -123,10 +133,10 @@ class _Process:
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="azure")
         self.container = container_client(settings, endpoint, self._service)
         self.reads = BlobReads(self._blobs("r"), self._threads.submit)
-        self.writes = BlobWrites(self._blobs("cwt"), self._threads.submit)
+        self.writes = BlobWrites(self._blobs("cwdt"), self._threads.submit)
 
     def _blobs(self, permissions: str) -> Blobs:
-        """The container's blobs, with a signature for these permissions (read, create, write, tag)."""
+        """The container's blobs, with a signature for these permissions (read, create, write, delete, tag)."""
         path, version = urlsplit(self.container.url).path, self.container.api_version
         return Blobs(self._service, path, version, signature(self._settings, self.container, permissions))
 

@@ -15,7 +15,7 @@ import socket
 import ssl
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from kci_storage.drivers.azure.connect import Connector
 from kci_storage.drivers.azure.errors import Unanswered, breakage, nonsense, silence
@@ -35,6 +35,10 @@ _INTERIM = range(100, 200)
 _NOTHING_YET = BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError
 
 
+def _ignore() -> None:
+    """Nobody wants to know."""
+
+
 class ConnectionPool:
     """Connections to one service, for many threads.
 
@@ -47,7 +51,14 @@ class ConnectionPool:
         self._connector = connector
         self._idle: deque[PooledConnection] = deque()  # the one that was used last is at the end
 
-    def ask(self, method: str, target: str, headers: Mapping[str, str], body: bytes | memoryview = b"") -> Answer:
+    def ask(
+        self,
+        method: str,
+        target: str,
+        headers: Mapping[str, str],
+        body: bytes | memoryview = b"",
+        on_lost: Callable[[], None] = _ignore,
+    ) -> Answer:
         """Send a request, and wait for the head of its answer.
 
         An idle connection may have ended unnoticed. If it did, the request is sent once more on a new connection,
@@ -55,6 +66,7 @@ class ConnectionPool:
 
         :param target: path and query, quoted.
         :param body: of bytes; its length is one of the headers.
+        :param on_lost: called each time when the request, or a part of it, was sent and its answer is lost.
         :raises Unanswered: there was no answer.
         :raises BackendTimeout: nothing came for too long.
         :raises BackendError: the answer makes no sense.
@@ -63,11 +75,11 @@ class ConnectionPool:
         connection = self._idle_connection()
         if connection is not None:
             try:
-                return connection.ask(head, body, method)
+                return connection.ask(head, body, method, on_lost)
             except Unanswered:
                 if connection.heard:
                     raise
-        return PooledConnection(self, self._connector.connect()).ask(head, body, method)
+        return PooledConnection(self, self._connector.connect()).ask(head, body, method, on_lost)
 
     def _head(self, method: str, target: str, headers: Mapping[str, str]) -> bytes:
         fields = {**self._connector.headers, **headers}
@@ -121,9 +133,19 @@ class PooledConnection:
         """Whether the other side has neither ended it nor said anything unasked."""
         return not _readable([self.sock], 0)
 
-    def ask(self, head: bytes, body: bytes | memoryview, method: str) -> Answer:
-        """Send a request, and wait for the head of its answer. A failure closes the connection."""
+    def ask(self, head: bytes, body: bytes | memoryview, method: str, on_lost: Callable[[], None]) -> Answer:
+        """Send a request, and wait for the head of its answer. A failure closes the connection.
+
+        :param on_lost: called when it fails.
+        """
         self.heard = False
+        try:
+            return self._ask(head, body, method)
+        except BackendError:
+            on_lost()
+            raise
+
+    def _ask(self, head: bytes, body: bytes | memoryview, method: str) -> Answer:
         try:
             self.sock.settimeout(self._pool.read_timeout)
             self._send(head, body)

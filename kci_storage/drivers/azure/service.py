@@ -14,11 +14,13 @@ from urllib.parse import quote
 
 from kci_storage.drivers.azure.errors import Meanings, Unanswered, refusal
 from kci_storage.drivers.azure.http import Answer, ConnectionPool
+from kci_storage.drivers.azure.outcomes import LostAnswers
 from kci_storage.errors import BackendError
 
 RETRIES = 2  # after a lost connection or a server error; none after a time-out
 RETRY_WAIT = 0.5  # seconds before each retry, plus or minus half of it
 RETRYABLE = {408, *range(500, 600)} - {501, 505}  # statuses
+NOT_CARRIED_OUT = {503}  # of these: the service was too busy to begin
 
 T = TypeVar("T")
 
@@ -45,6 +47,7 @@ class Service:
         target: Callable[[], str],
         headers: Mapping[str, str],
         body: bytes | memoryview = b"",
+        lost: LostAnswers | None = None,
     ) -> T:
         """Do an operation, with up to :data:`RETRIES` retries of failures that may pass.
 
@@ -52,13 +55,17 @@ class Service:
         hold a thread for as long.
 
         :param target: returns path and query, quoted, with a signature that is valid now.
+        :param lost: told of each try that the service may have carried out although it did not say so; None: the
+            operation changes nothing, or it does not matter how often it is carried out.
         :raises BackendTimeout: nothing came within the read time-out.
         :raises BackendThrottled: the backend is busy.
         :raises BackendError: the backend failed or refused. ``operation.meanings`` may say another error.
         """
+        lost = LostAnswers() if lost is None else lost
+        lost.sending(len(body))
         for tried in itertools.count():
             try:
-                answer = self.pool.ask(operation.method, target(), headers, body)
+                answer = self.pool.ask(operation.method, target(), headers, body, lost.note)
                 if answer.status in operation.success:
                     return operation.receive(answer)
             except Unanswered as exc:
@@ -66,6 +73,8 @@ class Service:
                     raise BackendError(exc.message, detail=exc.detail) from None
             else:
                 answer.discard()
+                if answer.status in RETRYABLE - NOT_CARRIED_OUT:
+                    lost.note()
                 if answer.status not in RETRYABLE or tried == RETRIES:
                     raise refusal(answer.status, answer.headers, operation.meanings)
             time.sleep(retry_wait())
@@ -95,15 +104,17 @@ class Blobs:
         headers: Mapping[str, str],
         body: bytes | memoryview = b"",
         query: str = "",
+        lost: LostAnswers | None = None,
     ) -> T:
         """Do an operation on a blob, as :meth:`Service.ask` does.
 
         :param query: parameters that select the operation, quoted, with a closing ``&``; may be empty.
+        :param lost: as for :meth:`Service.ask`.
         """
         path = f"{self._path}/{quote(key, safe='~/')}?{query}"
         # The backend's logs identify the request by its client request ID.
         own = {"x-ms-version": self._version, "x-ms-client-request-id": secrets.token_hex(16)}
-        return self.service.ask(operation, lambda: path + self._signature(), {**own, **headers}, body)
+        return self.service.ask(operation, lambda: path + self._signature(), {**own, **headers}, body, lost)
 
 
 def retry_wait() -> float:

@@ -16,9 +16,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 
 from kci_storage.drivers.azure.errors import BackendRefusal
+from kci_storage.drivers.azure.outcomes import LostAnswers, certain
 from kci_storage.drivers.azure.reads import BlobReads
 from kci_storage.drivers.azure.writes import BlobWrites, BlocksLost, condition, new_block_id, properties
-from kci_storage.drivers.base import Digests, Expectation, ObjectInfo, ObjectWriter
+from kci_storage.drivers.base import Digests, ObjectInfo, ObjectWriter
 from kci_storage.errors import ObjectNotFound, PreconditionFailed, WriteConflict
 
 BLOCKS_IN_FLIGHT = 4  # of one upload; one more block is being filled
@@ -52,6 +53,8 @@ class AzureWriter(ObjectWriter):
         self._content_type = content_type
         self._tags = tags
         self._upload_id = secrets.token_hex(16)
+        self._lost_answers = LostAnswers()  # of all its commits
+        self._refused_as_new = False  # whether a commit was refused because there is an object
         self._begin(BLOCK_ID_SIZE)
 
     def _begin(self, block_id_size: int) -> None:
@@ -113,8 +116,14 @@ class AzureWriter(ObjectWriter):
     def commit(
         self,
         digests: Digests,
-        expected: str | Expectation = Expectation.ANYTHING,
+        expected: str | None,
         replay: Callable[[], Iterable[bytes]] | None = None,
+    ) -> ObjectInfo:
+        with certain(self._lost_answers, expected):
+            return self._commit_or_stage_again(digests, expected, replay)
+
+    def _commit_or_stage_again(
+        self, digests: Digests, expected: str | None, replay: Callable[[], Iterable[bytes]] | None
     ) -> ObjectInfo:
         conflict = WriteConflict("another upload of this file came in between; try again")
         for _ in range(3):
@@ -126,32 +135,40 @@ class AzureWriter(ObjectWriter):
             self._stage_again(replay)
         raise conflict
 
-    def _commit(self, digests: Digests, expected: str | Expectation) -> ObjectInfo:
+    def _commit(self, digests: Digests, expected: str | None) -> ObjectInfo:
         try:
             etag, modified = self._put(digests, expected)
-        except (PreconditionFailed, BlocksLost):
-            landed = self._landed()
+        except (PreconditionFailed, BlocksLost) as exc:
+            self._refused_as_new |= expected is None and isinstance(exc, PreconditionFailed)
+            landed = self._landed() if self._lost_answers else None
             if landed is None:
                 raise
             return landed
         return ObjectInfo(self._key, digests.size, etag, modified, self._content_type, digests.sha256, digests.md5)
 
-    def _put(self, digests: Digests, expected: str | Expectation) -> tuple[str, int]:
+    def _put(self, digests: Digests, expected: str | None) -> tuple[str, int]:
         """Commit the content with one request; the object's ETag and time of modification."""
         metadata = {"sha256": digests.sha256, _UPLOAD_ID: self._upload_id}
         headers = properties(self._content_type, digests.md5, metadata, self._tags) | condition(expected)
-        if not self._block_ids and not self._lost:
+        if not self._block_ids and not self._lost and not self._must_stage(expected):
             with _content(self._block) as content:
-                return self._writes.put(self._key, content, headers)
+                return self._writes.put(self._key, content, headers, self._lost_answers)
         if self._block.tell():
             self._stage()
         self._settle_all()
         if self._lost:
             raise BlocksLost
-        return self._writes.commit(self._key, self._block_ids, headers)
+        return self._writes.commit(self._key, self._block_ids, headers, self._lost_answers)
+
+    def _must_stage(self, expected: str | None) -> bool:
+        """Whether even a small content is staged and committed by a list.
+
+        Azurite refuses a new object by Put Blob if there are blocks of an upload that was not committed.
+        """
+        return expected is None and self._refused_as_new
 
     def _landed(self) -> ObjectInfo | None:
-        """The stored object, if an earlier try of this commit has stored it and only the answer was lost."""
+        """The stored object, if a try of this commit whose answer was lost has stored it; None: it is another one."""
         try:
             info, headers = self._reads.stat_with_metadata(self._key)
         except ObjectNotFound:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Writing to Azure Blob Storage: Put Blob, Put Block, Put Block List, without the SDK.
+"""Changing Azure Blob Storage: Put Blob, Put Block, Put Block List, Delete Blob, Set Blob Metadata, without the SDK.
 
 Bodies are sent from the caller's buffer, without a copy, so it must not change meanwhile.
 """
@@ -16,9 +16,9 @@ from urllib.parse import quote, urlencode
 
 from kci_storage.drivers.azure.errors import nonsense
 from kci_storage.drivers.azure.http import Answer
+from kci_storage.drivers.azure.outcomes import LostAnswers, service_timeout
 from kci_storage.drivers.azure.reads import pinned
 from kci_storage.drivers.azure.service import Blobs, Operation
-from kci_storage.drivers.base import Expectation
 from kci_storage.errors import PreconditionFailed
 
 
@@ -37,16 +37,20 @@ class BlobWrites:
         self.submit = submit
         self._blobs = blobs
 
-    def put(self, key: str, body: bytes | memoryview, headers: Mapping[str, str]) -> tuple[str, int]:
+    def put(
+        self, key: str, body: bytes | memoryview, headers: Mapping[str, str], lost: LostAnswers
+    ) -> tuple[str, int]:
         """Make a body an object's content (Put Blob).
 
         :param headers: of :func:`properties` and :func:`condition`.
+        :param lost: told of each try whose answer was lost.
         :returns: its ETag, and the time of modification, in seconds since the epoch.
         :raises PreconditionFailed: another version is there than the headers require. It may be this one, stored by
-            an earlier try whose answer was lost.
-        :raises BackendError: the backend failed, or the outcome is unknown.
+            a try whose answer was lost.
+        :raises BackendError: the backend failed.
         """
-        return _stored(self._ask(key, "", body, {"x-ms-blob-type": "BlockBlob", **headers}))
+        headers = {"x-ms-blob-type": "BlockBlob", **headers}
+        return _stored(self._change(_WRITE, key, "", body, headers, lost), lost)
 
     def stage(self, key: str, block_id: str, body: bytes | memoryview) -> None:
         """Send a block, which is visible to nobody until it is committed (Put Block).
@@ -55,17 +59,66 @@ class BlobWrites:
         :raises BlocksLost: it is refused because of blocks that another client has left.
         :raises BackendError: the backend failed, or the outcome is unknown.
         """
-        self._ask(key, f"comp=block&blockid={quote(block_id, safe='')}&", body, {})
+        self._ask(_WRITE, key, f"comp=block&blockid={quote(block_id, safe='')}&", body, {})
 
-    def commit(self, key: str, block_ids: Iterable[str], headers: Mapping[str, str]) -> tuple[str, int]:
+    def commit(
+        self, key: str, block_ids: Iterable[str], headers: Mapping[str, str], lost: LostAnswers
+    ) -> tuple[str, int]:
         """Make blocks an object's content, in this order (Put Block List). As :meth:`put` otherwise.
 
-        :raises BlocksLost: one is not there; or an earlier try has committed them.
+        :raises BlocksLost: one is not there; or a try whose answer was lost has committed them.
         """
-        return _stored(self._ask(key, "comp=blocklist&", block_list(block_ids), headers))
+        body = block_list(block_ids)
+        return _stored(self._change(_WRITE, key, "comp=blocklist&", body, headers, lost), lost)
 
-    def _ask(self, key: str, query: str, body: bytes | memoryview, headers: Mapping[str, str]) -> Answer:
-        return self._blobs.ask(_WRITE, key, {"Content-Length": str(len(body)), **headers}, body, query)
+    def delete(self, key: str, etag: str, lost: LostAnswers) -> None:
+        """Delete a version of an object, with its snapshots (Delete Blob).
+
+        :param lost: told of each try whose answer was lost.
+        :raises ObjectNotFound: there is none; a try whose answer was lost may have deleted it.
+        :raises PreconditionFailed: another version is there.
+        :raises BackendError: the backend failed.
+        """
+        headers = {"x-ms-delete-snapshots": "include", **condition(etag)}
+        self._change(_DELETE, key, "", b"", headers, lost)
+
+    def set_metadata(self, key: str, metadata: Mapping[str, str], etag: str) -> tuple[str, int]:
+        """Replace a version's metadata, which gives it another ETag (Set Blob Metadata).
+
+        :param metadata: as headers.
+        :returns: that ETag, and the time of modification, in seconds since the epoch.
+        :raises ObjectNotFound: there is no object.
+        :raises PreconditionFailed: another version is there.
+        :raises BackendError: the backend failed.
+        """
+        lost = LostAnswers()
+        answer = self._ask(_SET_METADATA, key, "comp=metadata&", b"", {**metadata, **condition(etag)}, lost)
+        return _stored(answer, lost)
+
+    def _change(
+        self,
+        operation: Operation[Answer],
+        key: str,
+        query: str,
+        body: bytes | memoryview,
+        headers: Mapping[str, str],
+        lost: LostAnswers,
+    ) -> Answer:
+        """Send a change that the service gives up in time, so that it is known until when it may be carried out."""
+        query = f"{query}timeout={service_timeout(len(body))}&"
+        return self._ask(operation, key, query, body, headers, lost)
+
+    def _ask(
+        self,
+        operation: Operation[Answer],
+        key: str,
+        query: str,
+        body: bytes | memoryview,
+        headers: Mapping[str, str],
+        lost: LostAnswers | None = None,
+    ) -> Answer:
+        headers = {"Content-Length": str(len(body)), **headers}
+        return self._blobs.ask(operation, key, headers, body, query, lost)
 
 
 def _received(answer: Answer) -> Answer:
@@ -88,6 +141,10 @@ _WRITE = Operation(
         "BlobAlreadyExists": _unmet,
     },
 )
+
+
+_DELETE = Operation("DELETE", (202,), _received, {"ConditionNotMet": _unmet})
+_SET_METADATA = Operation("PUT", (200,), _received, {"ConditionNotMet": _unmet})
 
 
 def new_block_id(size: int) -> str:
@@ -125,22 +182,21 @@ def properties(
     return headers
 
 
-def condition(expected: str | Expectation) -> dict[str, str]:
-    """The headers that make a commit conditional.
+def condition(expected: str | None) -> dict[str, str]:
+    """The headers that make a change conditional.
 
-    >>> condition("0x1"), condition(Expectation.NOTHING), condition(Expectation.ANYTHING)
-    ({'If-Match': '"0x1"'}, {'If-None-Match': '*'}, {})
+    :param expected: the ETag of the version that must be there; None: there must be none.
+
+    >>> condition("0x1"), condition(None)
+    ({'If-Match': '"0x1"'}, {'If-None-Match': '*'})
     """
-    if expected is Expectation.ANYTHING:
-        return {}
-    if isinstance(expected, Expectation):
-        return {"If-None-Match": "*"}
-    return {"If-Match": pinned(expected)}
+    return {"If-None-Match": "*"} if expected is None else {"If-Match": pinned(expected)}
 
 
-def _stored(answer: Answer) -> tuple[str, int]:
+def _stored(answer: Answer, lost: LostAnswers) -> tuple[str, int]:
     try:
         modified = parsedate_to_datetime(answer.headers["last-modified"])
         return answer.headers["etag"].strip('"'), int(modified.timestamp())
     except (KeyError, ValueError) as exc:
+        lost.note()  # it was carried out, but which version that made is unknown
         raise nonsense(repr(exc)) from exc

@@ -21,7 +21,7 @@ from itertools import islice
 from pathlib import Path
 
 from kci_storage.config.settings import Config
-from kci_storage.drivers.base import Digests, Driver, Expectation, ObjectInfo, ObjectReader, ObjectWriter, Page
+from kci_storage.drivers.base import Digests, Driver, ObjectInfo, ObjectReader, ObjectWriter, Page
 from kci_storage.drivers.local import legacy_types
 from kci_storage.drivers.local.properties import Identity, NewRecord, Records, files_in
 from kci_storage.drivers.local.tree import ABSENT, Tree
@@ -31,6 +31,7 @@ from kci_storage.errors import (
     KeyConflict,
     ObjectChanged,
     ObjectNotFound,
+    OutcomeUnknown,
     PreconditionFailed,
     StorageError,
 )
@@ -110,17 +111,33 @@ class LocalDriver(Driver):
             self._check_place(key)
             return _Writer(self, key, content_type, tags or {}, durable.NewFile.unnamed(self._temporary))
 
-    def delete(self, key: str) -> None:
+    def delete(self, key: str, expected: str) -> None:
         _check_visible(key)
-        folder, _, name = key.rpartition("/")
         with _own_errors(), self._locked(key):
             identity = self._identity(key)
             if identity is None:
                 raise _not_found()
-            with self._tree.folder(folder) as fd:
-                durable.remove_from(fd, name.encode())
-            self._records.remove(key, identity)
-            self._tree.prune(key)
+            self._check_expectation(key, identity, expected)
+            try:
+                self._remove(key, identity)
+            except OSError as exc:
+                if self._identity(key) != identity:
+                    raise _unconfirmed(exc) from exc
+                raise
+
+    def _remove(self, key: str, identity: Identity) -> None:
+        folder, _, name = key.rpartition("/")
+        with self._tree.folder(folder) as fd:
+            durable.remove_from(fd, name.encode())
+        self._records.remove(key, identity)
+        self._tree.prune(key)
+
+    def fence(self, key: str, expected: str) -> ObjectInfo | None:
+        """There is nothing to do: a change is carried out before the call returns, or never."""
+        info = self.stat(key)
+        if info.etag != expected:
+            raise _unexpected()
+        return info
 
     def list(self, prefix: str = "", delimiter: str = "", marker: str | None = None, details: bool = True) -> Page:
         with _own_errors(), contextlib.closing(self._tree.walk(prefix, marker or "", bool(delimiter))) as walk:
@@ -237,7 +254,7 @@ class LocalDriver(Driver):
         if obstacle is not None:
             raise KeyConflict(obstacle)
 
-    def _commit(self, file: durable.NewFile, info: ObjectInfo, expected: str | Expectation) -> ObjectInfo:
+    def _commit(self, file: durable.NewFile, info: ObjectInfo, expected: str | None) -> ObjectInfo:
         """Make a temporary file the content of an object; ``info`` lacks only the time of modification."""
         with _own_errors(_write_error), self._locked(info.key):
             previous = self._identity(info.key)
@@ -288,12 +305,13 @@ class LocalDriver(Driver):
                 return
         raise _busy()
 
-    def _check_expectation(self, key: str, present: Identity | None, expected: str | Expectation) -> None:
-        if expected is Expectation.ANYTHING:
-            return
-        etag = Expectation.NOTHING if present is None else self.stat(key).etag
+    def _check_expectation(self, key: str, present: Identity | None, expected: str | None) -> None:
+        etag = None
+        if present is not None:
+            with contextlib.suppress(ObjectNotFound):  # it was removed by hand meanwhile
+                etag = self.stat(key).etag
         if etag != expected:
-            raise PreconditionFailed("the stored version is not the expected one")
+            raise _unexpected()
 
 
 class _Reader(ObjectReader):
@@ -343,14 +361,19 @@ class _Writer(ObjectWriter):
     def commit(
         self,
         digests: Digests,
-        expected: str | Expectation = Expectation.ANYTHING,
+        expected: str | None,
         replay: Callable[[], Iterable[bytes]] | None = None,
     ) -> ObjectInfo:
         etag = _etag(digests.sha256, self._content_type)
         info = ObjectInfo(
             self._key, digests.size, etag, 0, self._content_type, digests.sha256, digests.md5, self._tags
         )
-        return self._driver._commit(self._file, info, expected)  # noqa: SLF001  (no part of the contract)
+        try:
+            return self._driver._commit(self._file, info, expected)  # noqa: SLF001  (no part of the contract)
+        except StorageError as exc:
+            if self._file.named:
+                raise _unconfirmed(exc) from exc
+            raise
 
     def abort(self) -> None:
         with contextlib.suppress(OSError):
@@ -413,6 +436,16 @@ def _identity_of(status: os.stat_result) -> Identity:
 
 def _not_found() -> ObjectNotFound:
     return ObjectNotFound("no such file")
+
+
+def _unconfirmed(error: Exception) -> OutcomeUnknown:
+    """The error for a change that was made, but that a loss of power may undo."""
+    detail = getattr(error, "detail", None) or str(error)
+    return OutcomeUnknown("the change was made, but the server's disk did not confirm it", detail=detail)
+
+
+def _unexpected() -> PreconditionFailed:
+    return PreconditionFailed("the stored version is not the expected one")
 
 
 def _busy() -> BackendError:
