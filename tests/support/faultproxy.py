@@ -238,6 +238,7 @@ class Rule:
         self._times = times
         self._reached = threading.Event()
         self._released = threading.Event()
+        self._finished = threading.Event()
 
     def befalls(self, request: Request) -> bool:
         """Whether it is this request's turn. The caller holds the proxy's lock."""
@@ -260,6 +261,14 @@ class Rule:
     def wait_until_reached(self, seconds: float = SECONDS) -> None:
         """Wait for a request to be held or stalled."""
         assert self._reached.wait(seconds), "no request was held"
+
+    def finish(self) -> None:
+        """A request that it befell is over."""
+        self._finished.set()
+
+    def wait_until_finished(self, seconds: float = SECONDS) -> None:
+        """Wait until a request that it befell is over: answered, or cut."""
+        assert self._finished.wait(seconds), "no request was finished"
 
     def release(self) -> None:
         """Let go of what is held or stalled, now and in future."""
@@ -367,6 +376,14 @@ class FaultProxy:
         with self._lock:
             self.requests.append(request)
             rule = next((rule for rule in self._rules if rule.befalls(request)), PASS)
+        try:
+            return self._pass_on(client, requests, lines, request, rule)
+        finally:
+            rule.finish()
+
+    def _pass_on(
+        self, client: socket.socket, requests: BufferedReader, lines: list[bytes], request: Request, rule: Rule
+    ) -> bool:
         answer = None if self.away else rule.fault.before(rule)
         if self.away:
             raise Reset
