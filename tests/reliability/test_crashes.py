@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from concurrent.futures import ThreadPoolExecutor
@@ -148,7 +149,7 @@ def prepare_nothing(world: World) -> None:
 def prepare_doubt(world: World) -> None:
     prepare_copy(world)
     with world.cache.writing(KEY, 1):
-        world.cache.doubt(KEY)
+        world.cache.doubt(KEY, time.time() + 60)
 
 
 def prepare_broken(world: World) -> None:
