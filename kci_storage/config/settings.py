@@ -146,14 +146,14 @@ class AzureConfig:
     )
     connect_timeout: float = _setting(
         5.0,
-        "how long to wait for a connection, and for the backend to accept a piece of an upload",
+        "how long to wait for a connection to the backend",
         unit="seconds",
         minimum=0.1,
         maximum=600,
     )
     read_timeout: float = _setting(
         20.0,
-        "an answer of the backend without progress is retried, or given up, after this long",
+        "a request without progress, while it is sent or answered, is retried, or given up, after this long",
         unit="seconds",
         minimum=0.1,
         maximum=600,
