@@ -24,6 +24,7 @@ MAX_REMEMBERED_LENGTH = 512  # characters of such a path, so that clients cannot
 
 RESERVED_KEYS = ("upload", "metrics", "robots.txt", "favicon.ico")  # routes of this server
 RESERVED_FOLDERS = ("v1", ".kci")  # its other routes, and its own files
+ROOT_URL = "/v1/browse/"  # the directory page of the root folder, since / is the status page
 
 _RESERVED = "(?:{})".format(
     "|".join(

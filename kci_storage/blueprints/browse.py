@@ -15,8 +15,9 @@ from kci_storage.blueprints.context import exchange, services
 from kci_storage.errors import BadKey, ObjectNotFound
 from kci_storage.http.accept import prefers_json
 from kci_storage.http.sizes import readable_size
+from kci_storage.keys import ROOT_URL
 from kci_storage.pages import csp
-from kci_storage.pages.directory import ROOT_URL, Directory, browse
+from kci_storage.pages.directory import Directory, browse
 
 blueprint = Blueprint("browse", __name__)
 

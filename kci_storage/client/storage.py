@@ -158,7 +158,7 @@ class Storage:
         """
         if prefix:
             self.url_of(f"{prefix}x")
-        return self.next_page(f"/{quote(prefix)}" if prefix else "/v1/browse/")
+        return self.next_page(f"/{quote(prefix)}" if prefix else keys.ROOT_URL)
 
     def next_page(self, path: str) -> tuple[Level, str | None]:
         """The page at ``path``, and the path of the one after it."""

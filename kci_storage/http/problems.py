@@ -22,10 +22,10 @@ from kci_storage.errors import (
 )
 from kci_storage.http.accept import preferred
 from kci_storage.http.answers import ASK_FIRST, CORS_HEADERS, NO_STORE, NOSNIFF, STATUS_LINES, Header, Headers
+from kci_storage.keys import ROOT_URL
 
 TEXT, PAGE = "text/plain", "text/html"
 JSON = ("application/problem+json", "application/json")  # a client that asks for either gets the first
-TOP = "/v1/browse/"  # the directory page of the top level
 OWN_ROUTES = "/v1/"
 
 # Headers of some errors.
@@ -150,7 +150,7 @@ def _links(path: str) -> list[tuple[str, str]]:
     >>> _links("/a/b"), _links("/a/b/")[0], _links("/b")
     ([('folder', './'), ('top', '/v1/browse/')], ('folder', '../'), [('top', '/v1/browse/')])
     """
-    top = [("top", TOP)]
+    top = [("top", ROOT_URL)]
     if path.rstrip("/").count("/") < 2 or path.startswith(OWN_ROUTES):
         return top
     return [("folder", "../" if path.endswith("/") else "./"), *top]

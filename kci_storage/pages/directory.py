@@ -14,9 +14,9 @@ from kci_storage.errors import ObjectNotFound
 from kci_storage.http import media
 from kci_storage.http.conditions import etag_header
 from kci_storage.http.dates import http_date
+from kci_storage.keys import ROOT_URL
 from kci_storage.pages.kinds import Mark, mark
 
-ROOT_URL = "/v1/browse/"  # the root folder's, since / is the status page
 _DIGITS = re.compile(r"([0-9]+)")
 
 
