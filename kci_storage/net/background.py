@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What is done for a connection without a thread of its own: sending to slow readers, and closing with patience."""
+"""The background sender: one thread that sends to all slow readers, and closes connections gracefully."""
 
 from __future__ import annotations
 
@@ -20,57 +20,62 @@ from kci_storage.net.mailbox import Mailbox
 
 log = logging.getLogger(__name__)
 
-LOOK_SECONDS = 1.0  # between two looks at all of them
-LOOKS = 16  # at what a slow reader has taken, in the time for which it may take nothing; at most one in a second
+LOOK_SECONDS = 1.0  # between two looks at all tasks
+LOOKS = 16  # at a slow reader's progress, in the time for which it may make none; at most one per LOOK_SECONDS
 SEND_SIZE = 1024 * 1024  # bytes for one reader before the next one's turn
 
-# Many slow readers are served in batches, which spares a wake-up for each of them.
+# Many slow readers are served in batches, which saves a wake-up for each of them.
 BATCH_SECONDS = 0.025  # between two batches
-QUICK_SECONDS = 4 * BATCH_SECONDS  # none is waited for while a task's socket is ready again so soon
+QUICK_SECONDS = 4 * BATCH_SECONDS  # there is no such pause while a task's socket becomes ready again within this time
 
-LINGER_SECONDS = 3.0  # for which a client may go on sending after its connection was closed
-LINGER_BYTES = 64 * 1024 * 1024  # that it may send in them
-DRAIN_SIZE = 256 * 1024  # bytes
+LINGER_SECONDS = 3.0  # for which a client may go on sending after our side of its connection was closed
+LINGER_BYTES = 64 * 1024 * 1024  # that it may send in that time
+DRAIN_SIZE = 256 * 1024  # bytes that are received at a time, and dropped
 
 
 class Task(Protocol):
-    """Something that goes on whenever its socket is ready."""
+    """Work on a connection, a step of which is possible whenever its socket is ready."""
 
-    event: int  # of the epoll(7)
+    event: int  # of epoll(7), for which the task waits
 
     @property
     def sock(self) -> socket.socket:
-        """What it waits for."""
+        """The connection's socket."""
 
-    request_id: str  # for the log
+    request_id: str  # for the log; empty: the request is over
 
     def go_on(self) -> bool:
-        """The socket is ready: do what is possible without waiting; whether there is more to do.
+        """Called when the socket is ready: do what is possible without blocking.
 
+        :returns: whether there is more to do.
         :raises OSError: the connection is broken.
         """
 
     def look(self, now: float) -> bool:
-        """Once a second: whether it may go on.
+        """Called every :data:`LOOK_SECONDS`.
 
         :param now: on the monotonic clock, in seconds.
+        :returns: False: the task is to be given up.
         """
 
     def end(self, complete: bool) -> None:
-        """It is done, or was given up."""
+        """Called once.
+
+        :param complete: whether there was nothing more to do; False: the task was given up.
+        """
 
 
 class Background:
-    """One thread for the tasks of all connections. It outlives whatever goes wrong in one of them."""
+    """One thread for the tasks of all connections. An unexpected exception in a task ends that task alone."""
 
     def __init__(self) -> None:
         self._new: Mailbox[Task] = Mailbox()
         self._epoll = select.epoll()
         self._epoll.register(self._new, select.EPOLLIN)
         self._tasks: dict[int, Task] = {}  # by descriptor
-        self._went_on_at: dict[int, float] = {}  # likewise: when each did last, on the monotonic clock
-        self._look_at = 0.0  # likewise
-        self._quick_at = 0.0  # likewise: when a task was quick, or new
+        self._ready_at: dict[int, float] = {}  # by descriptor: when each was ready last, on the monotonic clock
+        self._look_at = 0.0  # on the monotonic clock: the next look
+        self._quick_at = 0.0  # on the monotonic clock: when a task was added, or was ready again within QUICK_SECONDS
         threading.Thread(target=self._run, name="background", daemon=True).start()
 
     def add(self, task: Task) -> None:
@@ -103,20 +108,20 @@ class Background:
             time.sleep(BATCH_SECONDS)
 
     def _note_pace(self, fd: int, now: float) -> None:
-        if now - self._went_on_at[fd] < QUICK_SECONDS:
+        if now - self._ready_at[fd] < QUICK_SECONDS:
             self._quick_at = now
-        self._went_on_at[fd] = now
+        self._ready_at[fd] = now
 
     def _begin(self, task: Task, now: float) -> None:
         fd = task.sock.fileno()
-        if (closed := self._tasks.get(fd)) is not None:  # by somebody else, and the number has been given away again
+        if (closed := self._tasks.get(fd)) is not None:  # by another thread; its descriptor's number is in use again
             self._end(fd, closed, complete=False)
         try:
             self._epoll.register(fd, task.event)
-        except (OSError, ValueError):  # closed meanwhile, or the system has no means for it
+        except (OSError, ValueError):  # closed meanwhile, or the system's limit is reached
             self._finish(task, complete=False)
             return
-        self._tasks[fd], self._went_on_at[fd] = task, now
+        self._tasks[fd], self._ready_at[fd] = task, now
         self._go_on(fd, task)
 
     def _go_on(self, fd: int, task: Task) -> None:
@@ -130,7 +135,7 @@ class Background:
                 self._end(fd, task, complete=False)
 
     def _attempt(self, task: Task, step: Callable[[], bool]) -> bool | None:
-        """What a step of a task says; None: the connection is broken, or the step failed."""
+        """The result of a task's step; None: the connection is broken, or the step failed."""
         try:
             return step()
         except OSError:
@@ -140,7 +145,7 @@ class Background:
             return None
 
     def _end(self, fd: int, task: Task, complete: bool) -> None:
-        del self._tasks[fd], self._went_on_at[fd]
+        del self._tasks[fd], self._ready_at[fd]
         with contextlib.suppress(ValueError, OSError):
             self._epoll.unregister(fd)
         self._finish(task, complete)
@@ -153,12 +158,12 @@ class Background:
 
 
 class Lingering:
-    """Closes a connection so that the client gets what was sent to it (RFC 9112, 9.6).
+    """Closes a connection so that the client gets all data that was sent (RFC 9112, 9.6).
 
-    If it were closed while the client still sends, it would be reset, and the client might lose the answer that tells
-    it why. So only our side is closed at first, and what still comes is thrown away for a while.
+    If the connection were closed while the client still sends, it would be reset, and the client might lose the
+    response that says why. So only our side is closed at first, and what still comes is dropped for a while.
 
-    :param closed: called by the background's thread at the end.
+    :param closed: called by the background thread when the connection is closed.
     :raises OSError: the client has closed the connection already.
     """
 
@@ -192,11 +197,12 @@ class Lingering:
 
 
 class Sending:
-    """Sends what is left of a file to a reader that is slower than the file.
+    """Sends the rest of a file to a slow reader.
 
-    :param patience: seconds for which the reader may take nothing.
-    :param request_id: of the request that is answered so.
-    :param done: called with whether all was sent, by the background's thread.
+    :param sock: the reader's socket, with its ``rest``.
+    :param patience: for how many seconds the reader may make no progress.
+    :param request_id: of the request whose response this is.
+    :param done: called by the background thread with whether all was sent.
     """
 
     event = select.EPOLLOUT
@@ -208,7 +214,7 @@ class Sending:
         self._rest = sock.rest
         self._patience = patience
         self._done = done
-        self._fetched = 0  # where the part of the file ends that the system was asked to fetch
+        self._fetched = 0  # where the part of the file ends that the kernel was asked to read ahead
         self._look_at = 0.0  # on the monotonic clock
         sock.begin_waiting()
 
@@ -220,7 +226,7 @@ class Sending:
         return True
 
     def _fetch(self) -> None:
-        """Have the system read what comes next, so that no call has to wait for the disk."""
+        """Have the kernel read the next part of the file ahead, so that no call has to wait for the disk."""
         start, self._fetched = self._rest.position, self._rest.position + 2 * SEND_SIZE
         os.posix_fadvise(self._rest.fd, start, self._fetched - start, os.POSIX_FADV_WILLNEED)
 

@@ -78,7 +78,7 @@ class Connection:
 
     def close(self) -> None:
         """Close at once."""
-        if self.sock.is_secure:
+        if self.sock.is_encrypted:
             with contextlib.suppress(OSError):
                 self.sock.shutdown(socket.SHUT_WR)
         self.sock.close()

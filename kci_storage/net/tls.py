@@ -46,14 +46,14 @@ class TlsSocket(ClientSocket):
     :param context: the server's TLS context.
     """
 
-    is_secure = True
+    is_encrypted = True
 
     def __init__(self, context: ssl.SSLContext, *arguments: Any):
         super().__init__(*arguments)
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
         self._established = False
-        self.speaks_plain = False
+        self.received_plain_http = False
         self._ahead = b""  # plain text that has been decrypted and not yet read
         self._unsent = memoryview(b"")  # encrypted, and not yet accepted by the kernel
         self._written = 0  # bytes of plain text in the encrypted data; they count as sent only when all of it is
@@ -61,7 +61,7 @@ class TlsSocket(ClientSocket):
     @property
     def is_handshaking(self) -> bool:  # type: ignore[override]  # a constant without TLS
         """Whether a handshake has begun and not yet ended."""
-        return self._gone > 0 and not self._established
+        return self._moved > 0 and not self._established
 
     @property
     def has_more(self) -> bool:
@@ -135,7 +135,7 @@ class TlsSocket(ClientSocket):
 
     def _broken(self, error: ssl.SSLError) -> ConnectionResetError:
         if error.reason == "HTTP_REQUEST":
-            self.speaks_plain = True
+            self.received_plain_http = True
             return ConnectionResetError("HTTP without TLS")
         with contextlib.suppress(OSError):
             self._flush()  # the alert that tells the client
@@ -188,7 +188,7 @@ class TlsSocket(ClientSocket):
 
         :raises OSError: it cannot be sent.
         """
-        if self.speaks_plain:
+        if self.received_plain_http:
             super().send_now(data)
         elif self._established:
             self.send_now(data)

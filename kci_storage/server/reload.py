@@ -59,8 +59,8 @@ class Master:
         self.numbers = Numbers()
         self.ledger = Ledger(rows=2 * config.server.worker_count + 8)  # after a reload, old workers overlap new ones
         self.metrics: MetricsFolder  # for the workers' counters; chosen when the server is about to listen
-        self.edition = 0  # the number of changes before ``config`` was read
-        self._latest_edition = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("Q")  # shared by all processes
+        self.version = 0  # of ``config``: how many reloads preceded it
+        self._latest_version = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("Q")  # shared by all processes
 
     def reload(self, new_workers: Callable[[], None]) -> None:
         """Read the configuration again (SIGHUP). An error is logged, and nothing changes.
@@ -81,8 +81,8 @@ class Master:
             log.exception("event=reload_failed")
             return
         self.config = config
-        self.edition += 1
-        self._latest_edition[0] = self.edition
+        self.version += 1
+        self._latest_version[0] = self.version
         log.info(logfmt.line(event="reloaded", changed=_joined(changed), new_workers=_joined(needs_workers)))
         if changed & AT_START:
             log.warning(logfmt.line(event="restart_needed", changed=_joined(changed & AT_START)))
@@ -94,9 +94,9 @@ class Master:
         return Follower(self, apply)
 
     @property
-    def latest_edition(self) -> int:
-        """The number of changes until now, in all processes."""
-        return self._latest_edition[0]
+    def latest_version(self) -> int:
+        """The latest configuration's version, in all processes."""
+        return self._latest_version[0]
 
 
 def _is_reloadable(name: str) -> bool:
@@ -124,7 +124,7 @@ class Follower:
     def __init__(self, master: Master, apply: Callable[[Config], None]):
         self._master = master
         self._apply = apply
-        self._seen = master.edition
+        self._seen = master.version
         self._stopped = threading.Event()
 
     def start(self) -> None:
@@ -137,9 +137,9 @@ class Follower:
 
     def _run(self) -> None:
         while not self._stopped.wait(LOOK_SECONDS):
-            edition = self._master.latest_edition
-            if edition != self._seen:
-                self._seen = edition
+            version = self._master.latest_version
+            if version != self._seen:
+                self._seen = version
                 self._take_over()
 
     def _take_over(self) -> None:

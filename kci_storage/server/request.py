@@ -194,7 +194,7 @@ def _of_connection(conn: Connection) -> Environ:
         "wsgi.run_once": False,
         "wsgi.file_wrapper": WrappedFile,
         "wsgi.input_terminated": True,
-        "wsgi.url_scheme": "https" if conn.sock.is_secure else "http",
+        "wsgi.url_scheme": "https" if conn.sock.is_encrypted else "http",
         "SERVER_SOFTWARE": SERVER,
         "SCRIPT_NAME": os.environ.get(MOUNT_VARIABLE, ""),
     }

@@ -255,7 +255,7 @@ class Worker(gunicorn_parts.Worker):
             self._idle.add(conn)
 
     def _drop_or_explain(self, conn: Connection) -> None:
-        if conn.sock.speaks_plain:
+        if conn.sock.received_plain_http:
             self._refuse(conn, 400, "this port speaks HTTPS")
         else:
             self._drop(conn)

@@ -36,7 +36,7 @@ HEADS = {
 
 
 def connection(address: Any = ADDRESS, server: Any = SERVER) -> Connection:
-    sock: Any = SimpleNamespace(is_secure=False)
+    sock: Any = SimpleNamespace(is_encrypted=False)
     background: Any = None
     return Connection(sock, address, server, background)
 
