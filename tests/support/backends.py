@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Drivers for tests, as a third party's package would bring them: a backend to crash against, and one that waits."""
+"""Drivers for tests, installed like a third party's package: one with a cache in front, and one that pauses."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def install(folder: Path) -> str:
-    """Make a package of these drivers, "remote" and "pausing", in a folder; what ``PYTHONPATH`` must be then."""
+    """Make a package of these drivers, "remote" and "pausing", in a folder; returns the ``PYTHONPATH`` for it."""
     metadata = folder / "kci_storage_tests-1.dist-info"
     metadata.mkdir(parents=True, exist_ok=True)
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: kci-storage-tests\nVersion: 1\n")
@@ -32,7 +32,7 @@ def install(folder: Path) -> str:
 
 
 class WrappingDriver(Driver):
-    """A driver that leaves all work to another one, but shows none of its optional abilities."""
+    """A driver that delegates to another one, without that one's optional abilities."""
 
     def __init__(self, inner: Driver):
         self.inner = inner
@@ -64,7 +64,7 @@ class WrappingDriver(Driver):
 
 
 class RemoteDriver(WrappingDriver):
-    """The local driver's files, as if they were on another machine: with the cache in front."""
+    """The local driver, with the cache in front, as if its files were on another machine."""
 
     @classmethod
     def from_config(cls, config: Config) -> RemoteDriver:
@@ -72,10 +72,10 @@ class RemoteDriver(WrappingDriver):
 
 
 class PausingDriver(WrappingDriver):
-    """A driver that waits at certain points for as long as a file of the point's name is there.
+    """A driver that pauses at certain points, as long as a file with the point's name exists.
 
-    The points: ``before-commit``, ``after-commit``, ``before-delete``, ``after-delete``, and ``in-read``, when the
-    backend has answered. What it leaves the work to is named by the environment.
+    The points are ``before-commit``, ``after-commit``, ``before-delete``, ``after-delete``, and ``in-read``, when the
+    backend has answered. The environment names the driver that does the work.
     """
 
     @classmethod
@@ -134,7 +134,7 @@ def _pause(point: str) -> None:
 
 
 class Pauses:
-    """Where servers with a :class:`PausingDriver` wait.
+    """The points at which servers with a :class:`PausingDriver` pause.
 
     :param folder: empty.
     :param behind: the driver that does the work.
@@ -150,7 +150,7 @@ class Pauses:
 
     @contextlib.contextmanager
     def during(self, point: str) -> Iterator[None]:
-        """Whoever comes to that point during the block waits there until its end."""
+        """Have each thread that reaches the point during the block pause until the block's end."""
         (self._folder / point).touch()
         try:
             yield
@@ -160,5 +160,5 @@ class Pauses:
                 path.unlink()
 
     def waiting(self, point: str) -> list[int]:
-        """The process of each one that has come to that point."""
+        """The process ID of each thread that pauses at the point."""
         return [int(path.name.rpartition("-")[2]) for path in self._folder.glob(f"{point}.*")]

@@ -11,23 +11,23 @@ from typing import Any
 
 from playwright.sync_api import Browser, ConsoleMessage, Dialog, Error, Page, sync_playwright
 
-SECONDS = 60  # for which anything is waited for; a loaded machine needs a few
+SECONDS = 60  # the time-out of every wait; a loaded machine needs a few
 DESKTOP = {"width": 1280, "height": 800}
 PHONE = {"width": 390, "height": 844}
 
 
 def is_installed() -> bool:
-    """Whether there is a Chromium."""
+    """Whether Chromium is installed."""
     return shutil.which("chromium") is not None
 
 
 @contextlib.contextmanager
 def running_chromium() -> Iterator[Browser]:
-    """A browser, which ends with the block. It is Debian's: Playwright would else look for one that it downloaded."""
+    """A browser during the block: Debian's, since Playwright's own would have to be downloaded."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
             executable_path=shutil.which("chromium"),
-            args=["--disable-dev-shm-usage"],  # containers have little of it
+            args=["--disable-dev-shm-usage"],  # containers have a small /dev/shm
             timeout=SECONDS * 1000,
         )
         yield browser
@@ -35,7 +35,7 @@ def running_chromium() -> Iterator[Browser]:
 
 
 class Visit:
-    """Somebody with a browser: what they see, and what went wrong in it.
+    """A browser's visit to a site: the page, and the errors that the browser reported.
 
     :param settings: of Playwright's context, such as ``color_scheme="dark"``.
     """
@@ -44,7 +44,7 @@ class Visit:
         self._context = browser.new_context(base_url=url, **{"viewport": DESKTOP, **settings})
         self._context.set_default_timeout(SECONDS * 1000)
         self.complaints: list[str] = []
-        self.expected = "(?!)"  # which of them are no fault, as a pattern
+        self.expected = "(?!)"  # a pattern of complaints that are no fault
         self.asked: list[str] = []
         self.page: Page = self._context.new_page()
         self.page.on("console", self._on_message)
@@ -53,7 +53,7 @@ class Visit:
         self.page.on("request", lambda request: self.asked.append(request.url))
 
     def _on_message(self, message: ConsoleMessage) -> None:
-        """The browser says here, too, what a policy has kept from running."""
+        """Note errors and warnings; violations of the Content-Security-Policy are among them."""
         if message.type in ("error", "warning"):
             self.complaints.append(f"{message.text} ({message.location['url']})")
 
@@ -65,13 +65,13 @@ class Visit:
         dialog.dismiss()
 
     def names(self) -> list[str]:
-        """What the page lists, as one sees it."""
+        """The visible names in the page's list."""
         return self.page.locator("tbody tr:visible .name a:first-of-type").all_inner_texts()
 
     def unexpected(self) -> list[str]:
-        """What the browser has complained of without need."""
+        """The complaints that no pattern expects."""
         return [complaint for complaint in self.complaints if not re.search(self.expected, complaint)]
 
     def close(self) -> None:
-        """The end of the visit."""
+        """End the visit."""
         self._context.close()

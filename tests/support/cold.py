@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What tests of cold objects share: a server whose backend fails as it is told, and crowds of clients."""
+"""For tests of cold objects: a server whose backend fails on demand, and crowds of clients."""
 
 from __future__ import annotations
 
@@ -33,21 +33,23 @@ T = TypeVar("T")
 
 MIB = 1024 * 1024
 CROWD_SECONDS = 120  # after which clients give up
-READ_TIMEOUT = 300  # seconds; a backend that a test holds up is not asked again on a busy machine either
+READ_TIMEOUT = 300  # seconds; long, so that a request which a test holds up is not retried, even on a busy machine
 
 
 @dataclass
 class Bench:
-    """A server over Azurite, a proxy between them, and the container, which is reached without the proxy."""
+    """A server with Azurite as its backend, the proxy between them, and the container, reached without the proxy."""
 
     server: Server
     proxy: FaultProxy
     container: ContainerClient
 
     def store(self, content: bytes, key: str | None = None, digest: str = "sha256") -> str:
-        """Store an object as another program would, and give its key.
+        """Store an object as another program would.
 
-        :param digest: which one the backend gets to know: ``sha256``, ``md5``, or none.
+        :param key: None: a new one.
+        :param digest: the one that is stored with the object: ``sha256``, ``md5``, or none.
+        :returns: its key.
         """
         key = key or f"{new_folder()}/file.bin"
         metadata = {"sha256": hashlib.sha256(content).hexdigest()} if digest == "sha256" else None
@@ -62,25 +64,25 @@ class Bench:
         return self.proxy.body_bytes(CONTENT, key)
 
     def arrived(self, key: str) -> int:
-        """How many bytes of an object that is on its way in are on the server's disk; 0 also when it is not."""
+        """How many bytes of a running fill are on the server's disk; 0: none, or no fill runs."""
         digest = hashlib.sha512(key.encode()).hexdigest()
         with suppress(FileNotFoundError):  # it has just ended
             return sum(path.stat().st_size for path in self.server.cache_directory.glob(f"??/{digest}.*.part"))
         return 0
 
     def wait_for(self, key: str, size: int) -> None:
-        """Wait until so many bytes of an object that is on its way in are there."""
+        """Wait until a running fill has this many bytes on the server's disk."""
         wait_until(lambda: self.arrived(key) >= size, SECONDS, f"{size} bytes of the object")
 
     def filler(self, key: str) -> int:
-        """The worker that fetches an object."""
+        """The process ID of the worker that runs an object's fill."""
         digest = hashlib.sha512(key.encode()).hexdigest()
         [claim] = self.server.cache_directory.glob(f"??/{digest}.fill")
         [pid] = self.server.holders(claim)
         return pid
 
     def metric(self, name: str, **labels: str) -> float:
-        """A metric's value, over all workers."""
+        """A metric's value, over all workers; 0: there is no such series."""
         pairs = ",".join(f'{label}="{value}"' for label, value in labels.items())
         wanted = f"{name}{{{pairs}}}" if pairs else name
         for line in requests.get(f"{self.server.url}/metrics", timeout=SECONDS).text.splitlines():
@@ -94,10 +96,10 @@ class Bench:
 def cold_bench(
     azurite: Azurite, folder: Path, options: Mapping[str, Any], expected_errors: Iterable[str] = ()
 ) -> Iterator[Bench]:
-    """A bench, during the block; the server must be clean at its end.
+    """A bench, during the block; at its end the server must be clean (:meth:`.Server.assert_clean`).
 
-    :param options: the server's configuration beside the backend.
-    :param expected_errors: patterns of what its log may say.
+    :param options: the server's configuration, except for the backend.
+    :param expected_errors: patterns of errors that the log may have.
     """
     name = azurite.new_container()
     with fault_proxy(azurite) as proxy, azurite.client(name) as container:
@@ -116,14 +118,14 @@ def cold_bench(
 
 @pytest.fixture(scope="module")
 def shared_bench(azurite: Azurite, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    """The one behind ``bench``."""
+    """The server of a module's tests, which use it by the fixture ``bench``."""
     with cold_bench(azurite, tmp_path_factory.mktemp("bench"), {}) as bench:
         yield bench
 
 
 @pytest.fixture
 def bench(shared_bench: Bench, request: pytest.FixtureRequest) -> Iterator[Bench]:
-    """A server of three workers, shared by a module's tests: each uses keys of its own."""
+    """A server of three workers, shared by a module's tests; each test uses keys of its own."""
     before = len(shared_bench.server.log())
     shared_bench.server.expected_errors += _expected_errors(request)
     yield shared_bench
@@ -140,7 +142,7 @@ def _expected_errors(request: pytest.FixtureRequest) -> list[str]:
 def new_bench(
     azurite: Azurite, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> Iterator[Callable[..., Bench]]:
-    """Starts a server for a test alone: ``new_bench(cache={"max_fills": 2})``."""
+    """Starts a server for one test: ``new_bench(cache={"max_fills": 2})``."""
     with ExitStack() as stack:
 
         def start(**options: Any) -> Bench:
@@ -155,31 +157,34 @@ def new_bench(
 
 @dataclass
 class Visit:
-    """What one client got."""
+    """One client's download."""
 
     expected: bytes = field(repr=False)
     status: int = 0
     headers: dict[str, str] = field(default_factory=dict)
     received: int = 0  # bytes of the body
-    correct: bool = True  # whether they are the expected ones so far
+    correct: bool = True  # whether the received bytes are the expected ones
     first_byte: float = float("inf")  # seconds from the request to the body's first byte
     seconds: float = 0.0  # until the end
     _head: bytes = field(default=b"", repr=False)
 
     @property
     def complete(self) -> bool:
-        """Whether it got all, and nothing else."""
+        """Whether the client received the whole expected content."""
         return self.status in (200, 206) and self.correct and self.received == len(self.expected)
 
     @property
     def deceived(self) -> bool:
-        """Whether it got something wrong or too little, and could not know."""
+        """Whether the client received wrong or too few bytes, and could not detect it."""
         if self.status not in (200, 206):
             return False
         return not self.correct or (self.received >= int(self.headers["content-length"]) and not self.complete)
 
     def take(self, data: memoryview, elapsed: float) -> bool:
-        """Take what came; whether that was the end."""
+        """Receive a piece of the response; whether it was the last one.
+
+        :param elapsed: seconds since the request.
+        """
         if self.status == 0:
             self._head += data
             if b"\r\n\r\n" not in self._head:
@@ -207,9 +212,10 @@ def crowd(
     headers: Mapping[str, str] | None = None,
     begun: threading.Event | None = None,
 ) -> list[Visit]:
-    """So many clients ask for an object at the same moment, each on a connection of its own, and read to the end.
+    """Clients request an object at the same moment, each on its own connection, and read to the end.
 
-    :param begun: set when every one of them has got something of a body.
+    :param count: how many clients.
+    :param begun: set when each of them has received a part of the body.
     """
     visits = {_connect(server): Visit(expected) for _ in range(count)}
     buffer = bytearray(256 * 1024)
@@ -217,7 +223,7 @@ def crowd(
     with selectors.DefaultSelector() as selector:
         started = time.monotonic()
         for sock in visits:
-            with suppress(ConnectionError):  # its worker was killed: that is what it will read, too
+            with suppress(ConnectionError):  # its worker was killed; reading reports that too
                 sock.sendall(request("GET", f"/{key}", headers))
             selector.register(sock, selectors.EVENT_READ)
         while selector.get_map() and time.monotonic() - started < CROWD_SECONDS:
@@ -239,10 +245,10 @@ def crowd(
 def begun_crowd(
     server: Server, key: str, count: int, expected: bytes, headers: Mapping[str, str] | None = None
 ) -> Future[list[Visit]]:
-    """A crowd of which every client has got something of the body, and goes on."""
+    """A crowd whose clients have each received a part of the body, and go on in the background."""
     begun = threading.Event()
     visits = in_background(crowd, server, key, count, expected, headers, begun)
-    assert begun.wait(CROWD_SECONDS), "not everybody has got something"
+    assert begun.wait(CROWD_SECONDS), "not every client has received something"
     return visits
 
 
@@ -258,12 +264,12 @@ def _receive(sock: socket.socket, buffer: bytearray) -> int:
 
 
 def median_first_byte(visits: list[Visit]) -> float:
-    """In seconds."""
+    """The median of the times to the first byte, in seconds."""
     return statistics.median(visit.first_byte for visit in visits)
 
 
 def figure(case: str, **values: Any) -> None:
-    """Print what docs/reliability.md shows; ``pytest -s`` lets one see it."""
+    """Print a figure for docs/reliability.md; ``pytest -s`` shows it."""
     print(f"\n{case}: " + ", ".join(f"{name.replace('_', ' ')} {_short(value)}" for name, value in values.items()))
 
 
@@ -272,12 +278,12 @@ def _short(value: Any) -> str:
 
 
 def some_bytes(size: int) -> bytes:
-    """Bytes that nothing else has."""
+    """Random bytes."""
     return secrets.token_bytes(size)
 
 
 def beginning(bench: Bench, key: str, at_least: int = 1) -> Wire:
-    """A client that has begun to read an object, and has got at least so many bytes of it, which are read."""
+    """A client that has begun to download an object, and has read ``at_least`` bytes of it."""
     wire = Wire(bench.server)
     wire.send(request("GET", f"/{key}"))
     assert wire.head().status == 200
@@ -285,16 +291,16 @@ def beginning(bench: Bench, key: str, at_least: int = 1) -> Wire:
     return wire
 
 
-# Workers: which of them takes a connection is up to the kernel, and may always be the same
+# Workers: the kernel decides which of them accepts a connection, and it may always be the same one
 
 
 @contextmanager
 def frozen(*pids: int) -> Iterator[None]:
-    """These processes stand still during the block: who connects now is served by another worker."""
+    """Stop these processes during the block, so that other workers accept the new connections."""
     try:
         for pid in pids:
             os.kill(pid, signal.SIGSTOP)
-        wait_until(lambda: all(_stands_still(pid) for pid in pids), SECONDS, "the workers to stand still")
+        wait_until(lambda: all(_stands_still(pid) for pid in pids), SECONDS, "the workers to stop")
         yield
     finally:
         for pid in pids:
@@ -307,7 +313,7 @@ def _stands_still(pid: int) -> bool:
 
 
 def from_each_worker(server: Server, ask: Callable[[], T]) -> list[T]:
-    """What is got from each worker in turn, while the others stand still: with what they hold, such as locks."""
+    """The results of ``ask()`` from each worker in turn, while the others are stopped; they keep their locks."""
     got = []
     for pid in server.worker_pids():
         with only(server, pid):
@@ -316,12 +322,12 @@ def from_each_worker(server: Server, ask: Callable[[], T]) -> list[T]:
 
 
 def only(server: Server, pid: int) -> AbstractContextManager[None]:
-    """One worker serves whoever connects during the block."""
+    """Have this worker alone accept new connections during the block."""
     return frozen(*(other for other in server.worker_pids() if other != pid))
 
 
 def in_background(function: Callable[..., T], *args: Any) -> Future[T]:
-    """Call a function in a thread; its result is to come."""
+    """Call a function in a thread; returns at once, with its future result."""
     result: Future[T] = Future()
 
     def run() -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Disks for tests: file systems in memory that are soon full, or lack something."""
+"""Disks for tests: file systems in memory that are small, or lack extended attributes."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from kci_storage.errors import InsufficientStorage
 
 @contextlib.contextmanager
 def small_disk(folder: Path, size: int, inodes: int = 0) -> Iterator[Path]:
-    """A file system of its own on ``folder`` during the block.
+    """A file system of a limited size, mounted on ``folder`` during the block.
 
     :param size: bytes.
-    :param inodes: how many files it can hold; 0: as many as it likes.
+    :param inodes: how many files it can hold; 0: any number.
     """
     with _mounted(folder, "-t", "tmpfs", "-o", f"size={size},nr_inodes={inodes}", "tmpfs"):
         yield folder
@@ -27,7 +27,7 @@ def small_disk(folder: Path, size: int, inodes: int = 0) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def plain_disk(folder: Path) -> Iterator[Path]:
-    """A file system without extended attributes on ``folder`` during the block."""
+    """A file system without extended attributes, mounted on ``folder`` during the block."""
     with _mounted(folder, "-t", "ramfs", "ramfs"):
         (folder / "file").touch()
         with pytest.raises(OSError, match="not supported"):
@@ -51,7 +51,7 @@ def _mounted(folder: Path, *options: str) -> Iterator[Path]:
 
 
 def fill_up(folder: Path) -> Path:
-    """Leave no room on the disk of ``folder``; removing the file that is returned makes room again."""
+    """Fill the disk of ``folder``; removing the returned file makes room again."""
     path = folder / "ballast"
     with path.open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while True:
@@ -60,7 +60,7 @@ def fill_up(folder: Path) -> Path:
 
 
 def use_up_inodes(folder: Path) -> list[Path]:
-    """Have the disk of ``folder`` refuse one file more, though it has room; the files that were made."""
+    """Use up the inodes of the disk of ``folder``, which still has room; returns the files that were made."""
     made: list[Path] = []
     with contextlib.suppress(OSError, InsufficientStorage):
         while True:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A real server for tests: gunicorn with several workers, in a folder and on a port of its own."""
+"""A real server for tests: gunicorn with several workers, with its own folder and port."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from kci_storage.files import durable
 from tests.support.peers import holders
 
 START_SECONDS = 120  # a loaded machine starts two Python workers in well under this
-STOP_SECONDS = 60  # less than graceful_timeout, which would hide what hangs
+STOP_SECONDS = 60  # less than graceful_timeout, so that a request that hangs is noticed
 _TROUBLE = re.compile(
     r"Traceback \(most recent call last\)|\[(?:ERROR|CRITICAL)\]|\blevel=(?:error|critical)\b", re.IGNORECASE
 )
@@ -38,9 +38,9 @@ T = TypeVar("T")
 
 
 def toml(document: Mapping[str, Any], section: str = "") -> str:
-    """A configuration file's text.
+    """The text of a configuration file, or of one section.
 
-    :param section: the name of the section that the document is, with a dot; empty: it is all.
+    :param section: the section's name, with a dot at the end; empty: the whole file.
 
     >>> print(toml({"driver": "local", "server": {"threads": 4}, "users": [{"name": "a", "prefixes": ["b"]}]}))
     driver = "local"
@@ -64,12 +64,12 @@ def _is_table(value: object) -> bool:
 
 
 def _value(value: object) -> str:
-    """JSON's texts, numbers, booleans and lists are TOML's too."""
+    """A value in JSON, which is TOML too for texts, numbers, booleans and lists."""
     return json.dumps(str(value) if isinstance(value, Path) else value)
 
 
 def unexpected(log: str, expected: Iterable[str] = ()) -> list[str]:
-    r"""The lines of a log that report trouble, but for those that match an expected pattern.
+    r"""The lines of a log that report an error, except for those that match an expected pattern.
 
     >>> unexpected("[INFO] fine\n[ERROR] broken\nlevel=error event=x", ["event=x"])
     ['[ERROR] broken']
@@ -79,7 +79,11 @@ def unexpected(log: str, expected: Iterable[str] = ()) -> list[str]:
 
 
 def wait_until(condition: Callable[[], T | None], seconds: float, what: str) -> T:
-    """Ask ``condition()`` until its answer is true, and give that answer; fail after ``seconds``."""
+    """Call ``condition()`` until it is true, and return its value.
+
+    :param what: what the test waits for; for the message.
+    :raises AssertionError: it is not true after ``seconds``.
+    """
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if answer := condition():
@@ -89,13 +93,13 @@ def wait_until(condition: Callable[[], T | None], seconds: float, what: str) -> 
 
 
 class Server:
-    """A kci-storage server, started from a configuration file as an operator would.
+    """A kci-storage server, started with a configuration file, as by an operator.
 
-    :param folder: empty; gets the configuration, the log, the cache and the local driver's objects.
-    :param document: what to configure beside the bind, the secret and the folders, as TOML's own structure.
-    :param environ: what to add to the environment.
-    :param arguments: what to pass on to gunicorn.
-    :param wrapper: a command that becomes the server's, such as prlimit(1).
+    :param folder: empty; for the configuration, the log, the cache and the local driver's objects.
+    :param document: the configuration, except for the address, the secret and the folders.
+    :param environ: additional variables of the environment.
+    :param arguments: gunicorn's.
+    :param wrapper: a command that runs the server, such as prlimit(1).
     """
 
     def __init__(
@@ -127,7 +131,7 @@ class Server:
     def _complete(self, document: Mapping[str, Any]) -> dict[str, Any]:
         complete = {"driver": "local", "jwt_secret": secrets.token_hex(32), **document}
         complete["server"] = {"bind": f"127.0.0.1:{self.port}", "workers": 2, **complete.get("server", {})}
-        # Whose disk is nearly full runs the tests all the same: nothing is evicted for its sake.
+        # The tests can run on a machine whose disk is nearly full: nothing is evicted for that reason.
         any_disk = {"low_disk_percent": 0, "recover_disk_percent": 0}
         complete["cache"] = {"directory": self.cache_directory, **any_disk, **complete.get("cache", {})}
         complete["local"] = {"storage_path": self.storage_path, **complete.get("local", {})}
@@ -136,7 +140,7 @@ class Server:
     # Life
 
     def start(self) -> None:
-        """Write the configuration and start; back when every worker is there and one has answered."""
+        """Write the configuration, start, and wait until every worker runs and one has answered."""
         self.config_path.write_text(toml(self.document))
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(
@@ -155,7 +159,7 @@ class Server:
             raise
 
     def try_to_start(self) -> subprocess.CompletedProcess[str]:
-        """Write the configuration and start a server that is expected to refuse that; what came of it."""
+        """Write the configuration, and start a server that is expected to refuse it; returns its exit and output."""
         self.config_path.write_text(toml(self.document))
         self._reserved.close()
         return subprocess.run(
@@ -187,7 +191,10 @@ class Server:
         return False
 
     def stop(self, seconds: float = STOP_SECONDS) -> None:
-        """End the server as systemd does, by SIGTERM; what is still there after ``seconds`` is killed, and fails."""
+        """End the server as systemd does, by SIGTERM.
+
+        :raises AssertionError: it still runs after ``seconds``, and has been killed.
+        """
         if self._process is None:
             return
         family = [self._process.pid, *self.worker_pids()]
@@ -202,32 +209,32 @@ class Server:
             self._process = None
 
     def reload(self) -> None:
-        """Write :attr:`document` as it is now, and have it read (SIGHUP), without waiting for what comes of it."""
+        """Write :attr:`document` as it is now, and have the server read it (SIGHUP). Does not wait for that."""
         self.config_path.write_text(toml(self.document))
         self.process.send_signal(signal.SIGHUP)
 
     def kill(self) -> None:
-        """SIGKILL to the master and its workers: a loss of power, but for the page cache."""
-        self.process.send_signal(signal.SIGSTOP)  # it is not to make a worker that nobody knows of
-        wait_until(lambda: not _runs(self.process.pid), STOP_SECONDS, "the master to stand still")
+        """Send SIGKILL to the master and its workers: like a loss of power, except that the page cache survives."""
+        self.process.send_signal(signal.SIGSTOP)  # it must not start a worker that would be missed here
+        wait_until(lambda: not _runs(self.process.pid), STOP_SECONDS, "the master to stop")
         _kill([self.process.pid, *self.worker_pids()])
         self.process.wait()
         self._process = None
 
     def restart(self) -> None:
-        """Stop and start again: same configuration (:attr:`document` may have been changed), port and folders."""
+        """Stop, and start again on the same port and folders, with :attr:`document` as it is now."""
         self.stop()
         self.start()
 
     def close(self) -> None:
-        """Stop, give the port back, and assert that all is clean."""
+        """Stop, free the port, and check that the server is clean (:meth:`assert_clean`)."""
         try:
             self.stop()
         finally:
             self._reserved.close()
         self.assert_clean()
 
-    # What it is
+    # State
 
     @property
     def process(self) -> subprocess.Popen[bytes]:
@@ -236,26 +243,27 @@ class Server:
         return self._process
 
     def is_writing(self, key: str | None = None) -> bool:
-        """Whether somebody holds this key's lock, or any. Its file alone says less: it is there a moment before.
+        """Whether a writer holds the lock of this key; None: of any key.
 
-        A fill that is published holds a lock, too: who waits for an upload names its key.
+        The lock's file alone does not tell, since it is created before the lock is taken. A fill holds a lock too,
+        while it is published, so a test that waits for an upload must name its key.
         """
         locks = self.cache_directory / "locks"
         names = locks.iterdir() if key is None else [locks / hashlib.sha512(key.encode()).hexdigest()]
         return any(durable.is_locked(path) for path in names)
 
     def wait_until_swept(self) -> None:
-        """Wait for the end of the walk at its latest start, which finds what the dead have left."""
+        """Wait until the server has looked, since its latest start, for files that dead processes left behind."""
         wait_until(lambda: "event=swept" in self.log().rpartition("Starting gunicorn")[2], START_SECONDS, "the sweep")
 
     def worker_pids(self) -> list[int]:
-        """The process ids of the workers that live."""
+        """The process IDs of the living workers."""
         with contextlib.suppress(psutil.NoSuchProcess):
             return [child.pid for child in psutil.Process(self.process.pid).children() if _lives(child.pid)]
         return []
 
     def holders(self, path: Path) -> list[int]:
-        """The workers that hold the lock of a file: without what they are just forking, or have passed it on to."""
+        """The workers that hold the lock of a file, without children that have inherited it."""
         workers = self.worker_pids()
         return [pid for pid in holders(path) if pid in workers]
 
@@ -264,19 +272,19 @@ class Server:
         return jwt.encode({"email": email, **claims}, self.secret, algorithm="HS256")
 
     def headers(self, email: str = "user@example.com") -> dict[str, str]:
-        """The headers of a request that may write."""
+        """The headers of a request with a valid token."""
         return {"Authorization": f"Bearer {self.token(email)}"}
 
     def log(self) -> str:
-        """All that the server has written to its standard output and error."""
+        """The server's standard output and standard error so far."""
         return self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
 
-    # What must hold of it
+    # Checks
 
     def assert_no_trouble(self, since: int = 0) -> None:
         """Fail on an unexpected error in the log.
 
-        :param since: how much of the log to leave out, in characters.
+        :param since: how many characters at the log's beginning to ignore.
         """
         log = self.log()[since:]
         assert not unexpected(log, self.expected_errors), log
@@ -291,9 +299,10 @@ class Server:
 
 
 def reserve_port() -> socket.socket:
-    """A bound socket that does not listen: nobody else gets its port, but one more SO_REUSEADDR socket may bind it.
+    """A bound socket that does not listen: it keeps the port for one server.
 
-    gunicorn sets SO_REUSEADDR, so the port is the server's, and remains so between its stop and its next start.
+    No other program is given this port, but another socket with SO_REUSEADDR may bind it, and gunicorn's has that. So
+    the port stays the server's between its stop and its next start.
     """
     reserved = socket.socket()
     reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -302,7 +311,7 @@ def reserve_port() -> socket.socket:
 
 
 def _kill(pids: Iterable[int]) -> None:
-    """SIGKILL to those that still live, and wait for their end."""
+    """Send SIGKILL to the processes that still live, and wait for their end."""
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)

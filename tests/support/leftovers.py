@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The processes that a run of the tests has started and that outlive it.
+"""Finds the processes that a run of the tests has left behind.
 
-The first process of a run puts :data:`VARIABLE` into its environment, from which everything that it starts inherits
-it. At its end it looks for processes that still have it, and reports them as an error. A guard, which is this file
-run as a program, kills them then, and also where the run itself was killed.
+The first process of a run sets :data:`VARIABLE` in its environment, and all processes that it starts inherit it. At
+its end, the run looks for processes that still have it, and reports them as an error. Then a guard, which is this
+file run as a program, kills them. It does so too if the run itself was killed.
 
-As a plugin of pytest it needs nothing but :func:`pytest_sessionstart`.
+This is a plugin of pytest, whose hook is :func:`pytest_sessionstart`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import psutil
 import pytest
 
 VARIABLE = "KCI_TEST_RUN"
-GRACE_SECONDS = 30  # for which a process may outlive the tests: one that was told to stop needs a moment
+GRACE_SECONDS = 30  # for which a process may outlive the tests, since stopping takes a moment
 _KILL_SECONDS = 60
 _POLL_SECONDS = 0.1
 
@@ -40,7 +40,7 @@ class LastAct:
     """The last act of a run: an error for processes that it has left behind."""
 
     def __init__(self, config: pytest.Config):
-        # A private name, as pytest-xdist uses it: no fixture runs in the process that distributes the tests.
+        # A private name, which pytest-xdist uses too: no fixture runs in the process that distributes the tests.
         factory: pytest.TempPathFactory = vars(config)["_tmp_path_factory"]
         self._run = Run(secrets.token_hex(16), factory.getbasetemp())
         self._guard = guarded(self._run)
@@ -49,14 +49,14 @@ class LastAct:
 
     @pytest.hookimpl(wrapper=True, trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> Iterator[None]:
-        """After the fixtures' end and that of pytest-xdist's workers, before the summary."""
+        """Look for processes after the fixtures and pytest-xdist's workers have ended, and before the summary."""
         yield
         if left := self._run.left(GRACE_SECONDS):
             session.config.hook.pytest_runtest_logreport(report=_report_of(left))
             session.exitstatus = session.exitstatus or pytest.ExitCode.TESTS_FAILED
 
     def pytest_unconfigure(self) -> None:
-        """Have them killed."""
+        """Have the guard kill the processes."""
         self._guard.__exit__(None, None, None)
 
 
@@ -71,18 +71,18 @@ class Run:
     """A run of the tests.
 
     :param name: the value of :data:`VARIABLE`; no other run has it.
-    :param folder: below which the run has its temporary files.
+    :param folder: the one that has all the run's temporary files.
     """
 
     name: str
     folder: Path
 
     def processes(self) -> list[psutil.Process]:
-        """Those of its processes that live, but for this one and those that are hidden from this user."""
+        """Its living processes, without this one, and without those that this user may not see."""
         return [process for process in psutil.process_iter() if self._started(process)]
 
     def _started(self, process: psutil.Process) -> bool:
-        """Whether a process is one of the run's; False when it ends meanwhile."""
+        """Whether the run started a process; False if that ends meanwhile."""
         with contextlib.suppress(psutil.Error):
             if process.pid == os.getpid() or _ends_by_itself(process):
                 return False
@@ -90,19 +90,19 @@ class Run:
         return False
 
     def _works_in_folder(self, process: psutil.Process) -> bool:
-        """For nginx, which overwrites its environment with its title."""
+        """Whether a process works in the run's folder: nginx overwrites its environment with its title."""
         folder = process.cwd()
         return bool(folder) and Path(folder).is_relative_to(self.folder)
 
     def left(self, seconds: float) -> list[psutil.Process]:
-        """The processes that are there after ``seconds``; returns at once when there are none."""
+        """The processes that still live after ``seconds``; returns at once when there are none."""
         deadline = time.monotonic() + seconds
         while (found := self.processes()) and time.monotonic() < deadline:
             time.sleep(_POLL_SECONDS)
         return found
 
     def kill(self) -> None:
-        """SIGKILL to all of them, and to those that they start meanwhile; returns when none is left."""
+        """Send SIGKILL to all of them, and to those that they start meanwhile; returns when none is left."""
         deadline = time.monotonic() + _KILL_SECONDS
         while (found := self.processes()) and time.monotonic() < deadline:
             for process in found:
@@ -112,26 +112,26 @@ class Run:
 
 
 def _ends_by_itself(process: psutil.Process) -> bool:
-    """Whether it is a helper of Python's multiprocessing, which ends when the process that started it has ended."""
+    """Whether it is a helper process of Python's multiprocessing, which ends after the process that started it."""
     return "multiprocessing.resource_tracker" in " ".join(process.cmdline())
 
 
 def _describe(process: psutil.Process) -> str:
-    """One line: process id, command line, and the test during which it was started, as far as that is known."""
+    """One line: process ID, command line, and the test during which it was started, if they are known."""
     line = str(process.pid)
     with contextlib.suppress(psutil.Error):
         line += f" {' '.join(process.cmdline())!r} in {process.cwd()}"
-        if test := process.environ().get("PYTEST_CURRENT_TEST"):  # pytest sets it for the time of each test
+        if test := process.environ().get("PYTEST_CURRENT_TEST"):  # pytest sets it during each test
             line += f", started by {test}"
     return line
 
 
 @contextmanager
 def guarded(run: Run) -> Iterator[None]:
-    """Have the run's processes killed at the end of the block, or when this process has ended in whatever way."""
+    """Have the run's processes killed at the end of the block, or when this process has ended in any way."""
     command = [sys.executable, "-P", __file__, run.name, str(run.folder)]
     environ = {name: value for name, value in os.environ.items() if name != VARIABLE}
-    # In a session of its own: a signal to the run's process group, such as that of Ctrl-C, does not reach it.
+    # In its own session, so that a signal to the run's process group, such as that of Ctrl-C, does not reach it.
     guard = subprocess.Popen(command, stdin=subprocess.PIPE, env=environ, cwd="/", start_new_session=True)
     assert guard.stdin is not None
     try:
@@ -142,7 +142,7 @@ def guarded(run: Run) -> Iterator[None]:
 
 
 def main() -> None:
-    """Wait until the other end of standard input is closed, as it is when its process ends; then kill."""
+    """Wait until the other end of standard input is closed, at the latest by its process's end; then kill."""
     name, folder = sys.argv[1:]
     sys.stdin.buffer.read()
     Run(name, Path(folder)).kill()

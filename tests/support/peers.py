@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Other processes for tests: each does what it is told, one call after the other, and can be killed."""
+"""Other processes for tests: each runs the calls it gets, one after the other, and can be killed."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-ANSWER_SECONDS = 170  # a test that gives up leaves its answer to the next one: better the time-out of them all
+ANSWER_SECONDS = 170  # just below pytest's time-out: the next test would get the answer of one that gave up earlier
 
-_context = multiprocessing.get_context("spawn")  # a fork would inherit locks, and this process's threads
+_context = multiprocessing.get_context("spawn")  # a fork would inherit locks that other threads hold
 
 
 class Peer:
-    """A process. Functions are called there by name, so they are those of a module; so are their arguments."""
+    """A process that runs calls. The functions, and functions among their arguments, must be a module's."""
 
     def __init__(self) -> None:
         self._connection, theirs = _context.Pipe()
@@ -28,21 +28,21 @@ class Peer:
 
     @property
     def pid(self) -> int:
-        """The process's id."""
+        """The process ID."""
         assert self._process.pid is not None
         return self._process.pid
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
-        """What the function returns there; what it raises there is raised here."""
+        """Call a function there; returns its result, or raises its exception."""
         self.start(function, *args)
         return self.answer()
 
     def start(self, function: Callable[..., Any], *args: Any) -> None:
-        """Begin a call, whose :meth:`answer` is to be fetched later."""
+        """Begin a call, whose result :meth:`answer` returns later."""
         self._connection.send((function, args))
 
     def answer(self) -> Any:
-        """What the call that was started returned."""
+        """The result of the call that was started; raises its exception."""
         assert self._connection.poll(ANSWER_SECONDS), "the other process does not answer"
         result, error = self._connection.recv()
         if error is not None:
@@ -50,18 +50,18 @@ class Peer:
         return result
 
     def kill(self) -> None:
-        """SIGKILL; back when it is dead."""
+        """Send SIGKILL, and wait for the process's end."""
         self._process.kill()
         self._process.join()
 
 
 @contextlib.contextmanager
 def peers(count: int) -> Iterator[list[Peer]]:
-    """So many processes, killed at the end of the block."""
+    """Processes, killed at the end of the block."""
     started = [Peer() for _ in range(count)]
     try:
         for peer in started:
-            peer.call(os.getpid)  # it is up: calls that are started one after the other run at the same time
+            peer.call(os.getpid)  # wait until it runs, so that calls which are started together also run together
         yield started
     finally:
         for peer in started:
@@ -75,7 +75,7 @@ def _serve(connection: Connection) -> None:
             answer: tuple[Any, Exception | None]
             try:
                 answer = function(*args), None
-            except Exception as exc:  # noqa: BLE001  (raised where the call was made)
+            except Exception as exc:  # noqa: BLE001  (raised in the calling process)
                 answer = None, exc
             connection.send(answer)
 
@@ -83,26 +83,26 @@ def _serve(connection: Connection) -> None:
 def holders(path: Path) -> list[int]:
     """The processes that hold the lock of the file at a path (``proc_pid_fdinfo(5)``).
 
-    Among them is a child that one of them is just forking, until it runs a program of its own.
+    They include a child that one of them has just forked, until the child runs another program.
     """
     return [int(name) for name in os.listdir("/proc") if name.isdecimal() and _holds(Path("/proc", name), path)]
 
 
 def _holds(process: Path, path: Path) -> bool:
-    """Whether a process holds a file's lock; False when it ends meanwhile, or is another user's."""
+    """Whether a process holds a file's lock; False if it ends meanwhile, or is another user's."""
     with contextlib.suppress(OSError):
         return any(_is_lock(process, fd, path) for fd in os.listdir(process / "fd"))
     return False
 
 
 def _is_lock(process: Path, fd: str, path: Path) -> bool:
-    with contextlib.suppress(OSError):  # it is closed by now
+    with contextlib.suppress(OSError):  # closed meanwhile
         return (process / "fd" / fd).samefile(path) and "FLOCK" in (process / "fdinfo" / fd).read_text()
     return False
 
 
 def dies(function: Callable[[], object]) -> bool:
-    """Call a function in a fork of this process; whether it killed itself there. For a peer, which has no threads."""
+    """Call a function in a fork of this process; whether it killed itself. For peers only, which have no threads."""
     pid = os.fork()
     if pid == 0:
         status = 1

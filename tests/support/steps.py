@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Interrupting a process between any two of its changes to the disk.
 
-The functions of ``os`` that change files are counted, and at one of them something happens instead: the process dies,
-or the disk is full. A scenario that is repeated with each number in turn has been interrupted everywhere.
+The calls of ``os`` that change files are counted, and at one of them the process dies, or the disk is full. Repeating
+a scenario with each number in turn interrupts it everywhere.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ CHANGING = (
     "open", "write", "pwrite", "ftruncate", "fsync", "fdatasync",
     "rename", "link", "mkdir", "utime", "setxattr", "unlink", "rmdir",
 )  # fmt: skip
-# What may need room on the disk.
+# Those that may need room on the disk.
 GROWING = ("open", "write", "pwrite", "fsync", "fdatasync", "rename", "link", "mkdir")
 
 
 class Steps:
     """Counts the changes below a folder.
 
-    :param folder: where changes count.
-    :param functions: which do.
-    :param interrupt: called before each one, with its number, the first being 1.
+    :param folder: changes below it are counted.
+    :param functions: the names of the functions of ``os`` that are counted.
+    :param interrupt: called before each change, with its number, from 1.
     """
 
     def __init__(self, folder: Path, functions: tuple[str, ...], interrupt: Callable[[int], None]):
@@ -64,13 +64,13 @@ class Steps:
         if name == "open" and (not args[1] & os.O_CREAT or os.path.exists(args[0])):
             return False
         if name == "pwrite" and args[2] + len(args[1]) <= os.fstat(args[0]).st_size:
-            return False  # in place
+            return False  # it overwrites, and needs no room
         path = os.readlink(f"/proc/self/fd/{args[0]}") if isinstance(args[0], int) else os.fsdecode(args[0])
         return path.startswith(self._folder) or not path.startswith("/")  # relative: below an open folder
 
 
 def die_at(number: int) -> Callable[[int], None]:
-    """SIGKILL at that step."""
+    """Kill the process at this step."""
 
     def interrupt(step: int) -> None:
         if step == number:
@@ -80,7 +80,7 @@ def die_at(number: int) -> Callable[[int], None]:
 
 
 def full_at(number: int, for_ever: bool) -> Callable[[int], None]:
-    """A disk that is full at that step, and maybe from then on."""
+    """Have the disk full at this step; with ``for_ever``, also at all later ones."""
 
     def interrupt(step: int) -> None:
         if step == number or (for_ever and step > number):
@@ -90,7 +90,7 @@ def full_at(number: int, for_ever: bool) -> Callable[[int], None]:
 
 
 def spy(monkeypatch: pytest.MonkeyPatch, *functions: str) -> list[tuple[str, str]]:
-    """The calls of these functions of ``os`` from now on, with the path that each is about."""
+    """Record the calls of these functions of ``os`` from now on: function and path."""
     calls: list[tuple[str, str]] = []
 
     def watch(name: str, function: Callable[..., Any]) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What tests over HTTP share: connections without a library in between, forms byte by byte, and the server's log."""
+"""For tests over HTTP: connections without an HTTP library, forms byte by byte, and the server's log."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from requests.structures import CaseInsensitiveDict
 
 from tests.support.harness import Server, wait_until
 
-SECONDS = 60  # for which a test waits for an answer, a line of the log, or the end of a connection: a busy machine's
+SECONDS = 60  # for which a test waits for an answer, a line of the log, or a connection's end, on a busy machine
 BOUNDARY = "----kci-storage-test"
 
 _PAIR = re.compile(r'([a-z0-9_]+)=("(?:[^"\\]|\\.)*"|[^\s"=\\]*)')
 
 
 def new_folder() -> str:
-    """A key's first segment that no other test has."""
+    """A folder's name that no other test has."""
     return f"t{secrets.token_hex(6)}"
 
 
@@ -44,9 +44,9 @@ class Answer:
 
 
 class Wire:
-    """A connection to a server on which a test says each byte.
+    """A connection to a server, on which a test sends and receives bytes as they are.
 
-    :param receive_buffer: bytes that the kernel may take in while the test does not read; None: its own choice.
+    :param receive_buffer: bytes that the kernel may receive while the test does not read; None: its default.
     """
 
     def __init__(self, server: Server, receive_buffer: int | None = None):
@@ -58,7 +58,7 @@ class Wire:
         self._received = bytearray()
 
     def fileno(self) -> int:
-        """The socket's descriptor, to wait for."""
+        """The socket's descriptor, for a selector."""
         return self._socket.fileno()
 
     def send(self, *data: bytes) -> None:
@@ -66,22 +66,22 @@ class Wire:
         self._socket.sendall(b"".join(data))
 
     def end(self) -> None:
-        """Say that nothing more will be sent (FIN)."""
+        """Announce that no more will be sent (FIN)."""
         self._socket.shutdown(socket.SHUT_WR)
 
     def reset(self) -> None:
-        """Be gone at once (RST)."""
+        """Reset the connection (RST)."""
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self._socket.close()
 
     def wait_until_taken(self) -> None:
-        """Wait until the server has read all that was sent; what it does next is a matter of microseconds."""
+        """Wait until the server has read all that was sent. Its next step may still be some microseconds away."""
         wait_until(lambda: self._waiting_at_server() == 0, SECONDS, "the server to read what was sent")
 
     def _waiting_at_server(self) -> int:
-        """Bytes that our end still has, or the receive queue of the other one (proc_net_tcp)."""
+        """How many sent bytes the server has not read: those in both ends' queues (/proc/net/tcp)."""
         ours, theirs = (f":{address[1]:04X}" for address in (self._socket.getsockname(), self._socket.getpeername()))
-        queues = {}  # of bytes to send and bytes to read
+        queues = {}  # by the addresses of both ends: the bytes to send, and to read
         for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
             _, local, remote, _, sizes, *_ = line.split()
             queues[local[-5:], remote[-5:]] = [int(size, 16) for size in sizes.split(":")]
@@ -95,7 +95,7 @@ class Wire:
         return data
 
     def read(self, size: int) -> bytes:
-        """The next bytes; fewer only when the connection ended."""
+        """The next ``size`` bytes; fewer only if the connection ends."""
         while len(self._received) < size and self._receive():
             pass
         return self._take(size)
@@ -106,7 +106,7 @@ class Wire:
         return data
 
     def head(self) -> Answer:
-        """The next status line and headers, be they final or not."""
+        """The next status line and headers, of an interim (1xx) or a final response."""
         while b"\r\n\r\n" not in self._received:
             if not self._receive():
                 raise AssertionError(f"the connection ended in a response's head: {self._received!r}")
@@ -117,7 +117,10 @@ class Wire:
         return Answer(int(status.split()[1]), CaseInsensitiveDict((name, text.strip()) for name, _, text in pairs))
 
     def answer(self, method: str = "GET") -> Answer:
-        """The next response, to a request with this method."""
+        """The next response.
+
+        :param method: of the request.
+        """
         answer = self.head()
         if method == "HEAD" or answer.status in (204, 304):
             return answer
@@ -143,13 +146,13 @@ class Wire:
         assert self.line() == b""
 
     def rest_of_chunks(self) -> bytes:
-        """The rest of a response that comes in chunks, from within one of them, encoding and all."""
+        """The rest of a chunked response, still encoded, from anywhere within a chunk."""
         while not self._received.endswith(b"\r\n0\r\n\r\n"):
             assert self._receive(), "the connection ended between chunks"
         return self._take(len(self._received))
 
     def rest(self) -> bytes:
-        """Everything until the connection ends, be it closed or reset."""
+        """All bytes until the connection is closed or reset."""
         with contextlib.suppress(ConnectionResetError):
             while self._receive():
                 pass
@@ -169,7 +172,7 @@ class Wire:
 def request(
     method: str, target: str | bytes, headers: Mapping[str, Any] | None = None, body: bytes | None = None
 ) -> bytes:
-    """A request's bytes. A body brings its Content-Length along, unless the headers say something of their own."""
+    """A request's bytes, with ``Content-Length`` if there is a body and the headers do not frame it themselves."""
     fields = {"Host": "storage", **(headers or {})}
     if body is not None and not {"Content-Length", "Transfer-Encoding"} & set(fields):
         fields["Content-Length"] = len(body)
@@ -178,7 +181,7 @@ def request(
 
 
 def exchange(server: Server, data: bytes) -> Answer:
-    """The answer to one request, given as bytes."""
+    """Send one request, given as bytes; returns the answer."""
     with Wire(server) as wire:
         wire.send(data)
         return wire.answer(data.partition(b" ")[0].decode("latin-1"))
@@ -193,7 +196,7 @@ def chunked(*pieces: bytes) -> bytes:
 
 
 def part(name: str, content: bytes = b"", filename: str | bytes | None = None, *headers: str) -> bytes:
-    """One part of a form, with the delimiter before it. The file name is taken as it stands, escapes and all."""
+    """One part of a form, with the delimiter before it. The file name is inserted as it is, without escaping."""
     disposition = f'Content-Disposition: form-data; name="{name}"'.encode()
     if filename is not None:
         disposition += b'; filename="' + (filename.encode() if isinstance(filename, str) else filename) + b'"'
@@ -210,12 +213,12 @@ FORM_TYPE = {"Content-Type": f"multipart/form-data; boundary={BOUNDARY}"}
 
 
 def post(server: Server, *parts: bytes, headers: Mapping[str, str] | None = None) -> requests.Response:
-    """Send a form, with a token that may write everywhere."""
+    """Upload a form, with a valid token."""
     return post_body(server, form(*parts), headers)
 
 
 def post_body(server: Server, body: Any, headers: Mapping[str, str] | None = None) -> requests.Response:
-    """Send what may be a form."""
+    """Upload a body as a form, valid or not."""
     return requests.post(
         f"{server.url}/upload", body, headers={**server.headers(), **FORM_TYPE, **(headers or {})}, timeout=SECONDS
     )
@@ -225,25 +228,29 @@ def post_body(server: Server, body: Any, headers: Mapping[str, str] | None = Non
 
 
 def put(server: Server, key: str, body: Any, **headers: str) -> requests.Response:
-    """Store a body under a key, which must be fit for a URL as it stands; ``If_Match="x"`` gives a header."""
+    """Store a body.
+
+    :param key: one that needs no percent-encoding.
+    :param headers: further ones, with an underscore for each hyphen: ``If_Match="x"``.
+    """
     fields = {name.replace("_", "-"): value for name, value in headers.items()}
     return requests.put(f"{server.url}/{key}", body, headers={**server.headers(), **fields}, timeout=SECONDS)
 
 
 def get(server: Server, key: str, headers: Mapping[str, str] | None = None) -> requests.Response:
-    """Download, on a connection of its own: whichever worker is free answers. Nothing is decoded on the way."""
+    """Download on a new connection, so any free worker answers. The client does not offer to decompress."""
     return requests.get(f"{server.url}/{key}", headers={"Accept-Encoding": "identity", **(headers or {})}, timeout=60)
 
 
 def keys(server: Server, prefix: str) -> list[str]:
-    """The keys that the list shows under a prefix."""
+    """The listed keys with a prefix."""
     response = requests.get(f"{server.url}/v1/list", params={"prefix": prefix}, timeout=SECONDS)
     assert response.status_code == 200
     return response.text.splitlines()
 
 
 def stored_by_another_program(server: Server, key: str, content: bytes) -> Path:
-    """Put a file at its key, as an operator may, below the local driver's folder; its path."""
+    """Store a file in the local driver's folder without the server, as an operator may; returns its path."""
     path = server.storage_path / key
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
@@ -251,14 +258,14 @@ def stored_by_another_program(server: Server, key: str, content: bytes) -> Path:
 
 
 def temporary_files(server: Server) -> list[Path]:
-    """What uploads and fills that are running, or were not cleared away, have on the server's disk."""
+    """The temporary files of uploads and fills on the server's disk: of running ones, or left behind."""
     cache, storage = server.cache_directory, server.storage_path
     parts = [path for pattern in ("??/*.part", "??/*.fill*", "spool/*", "locks/*") for path in cache.glob(pattern)]
     return parts + list((storage / ".kci" / "tmp").glob("*"))
 
 
 def wait_until_tidy(server: Server) -> None:
-    """Wait for the end of everything that the server has in hand."""
+    """Wait until the server has no temporary files."""
     wait_until(lambda: not temporary_files(server), SECONDS, f"temporary files: {temporary_files(server)}")
 
 
@@ -271,7 +278,7 @@ def logfmt(line: str) -> dict[str, str]:
     >>> logfmt('event=access path="/a b" ua=""')
     {'event': 'access', 'path': '/a b', 'ua': ''}
 
-    :raises ValueError: it is no such line, or has a field twice.
+    :raises ValueError: the line is not logfmt, or has a field twice.
     """
     pairs, position = [], 0
     while position < len(line):
@@ -286,14 +293,14 @@ def logfmt(line: str) -> dict[str, str]:
 
 
 def logged(server: Server, request_id: str, event: str) -> list[dict[str, str]]:
-    """The lines about one request so far, without one that is just being written."""
+    """One request's lines in the log so far, without a line that is still being written."""
     whole = server.log().split("\n")[:-1]
     lines = (line for line in whole if request_id in line and line.startswith("ts="))
     return [fields for line in lines if (fields := logfmt(line))["event"] == event]
 
 
 def access(server: Server, answer: Answer | requests.Response | str) -> dict[str, str]:
-    """The access line of the request that was answered so, or had this X-Request-ID; it comes after the answer."""
+    """The access line of a request, given by its answer or its X-Request-ID; it comes after the answer."""
     request_id = answer if isinstance(answer, str) else answer.headers["X-Request-ID"]
     (line,) = wait_until(lambda: logged(server, request_id, "access"), SECONDS, f"the access line of {request_id}")
     return line
@@ -303,7 +310,7 @@ def access(server: Server, answer: Answer | requests.Response | str) -> dict[str
 
 
 def assert_common_headers(answer: Answer | requests.Response) -> None:
-    """The answer has what every answer has, whoever makes it."""
+    """Check the headers that all answers have, from whichever part of the server."""
     assert parsedate_to_datetime(answer.headers["Date"]).tzinfo is not None
     assert re.fullmatch(r"[A-Za-z0-9._:+/=-]{1,128}", answer.headers["X-Request-ID"])
     assert answer.headers["Access-Control-Allow-Origin"] == "*"
@@ -312,9 +319,9 @@ def assert_common_headers(answer: Answer | requests.Response) -> None:
 
 
 def assert_error(answer: Answer | requests.Response, status: int, server: Server, says: Iterable[str] = ()) -> str:
-    """The answer is this error: one line of text that tells what is wrong and nothing of the server's inside.
+    """Check that an answer is this error: one line of text, which says nothing about the server's internals.
 
-    :param says: what must be in the line.
+    :param says: texts that must be in the line.
     :returns: the line.
     """
     body = answer.body if isinstance(answer, Answer) else answer.content
