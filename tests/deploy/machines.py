@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Several servers over one container, as machines would be, behind nginx with the configuration in ``deploy/``."""
+"""Several servers with one container, as on several machines, behind nginx with the configuration in ``deploy/``."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ _LOGGED = re.compile(r" to=(?P<to>.*?) upstream_status=.* request_id=(?P<request
 
 
 def configuration(addresses: Sequence[str], port: int, log: Path, **numbers: int) -> str:
-    """The file in ``deploy/`` with other addresses, and nothing else.
+    """The file in ``deploy/`` with other addresses, and nothing else changed.
 
-    :param numbers: what else shall be different: ``max_conns=2``.
+    :param numbers: further values to change: ``max_conns=2``.
     """
     text = BALANCER_CONF.read_text()
     first, *others = _SERVER.finditer(text)
@@ -56,12 +56,12 @@ def configuration(addresses: Sequence[str], port: int, log: Path, **numbers: int
 
 
 class Balancer:
-    """A running nginx; it can be asked as if it were the server.
+    """A running nginx; requests can be sent to it as to a server.
 
     :param folder: for its files.
     :param addresses: of the servers.
-    :param servers: those of them that are known, to say which one has answered.
-    :param beside: what nginx shall be beside that, in its own language.
+    :param servers: those that the test knows, to tell which one has answered.
+    :param beside: nginx's configuration to add at the http level.
     """
 
     def __init__(self, folder: Path, addresses: Sequence[str], servers: Sequence[Server] = (), beside: str = ""):
@@ -78,12 +78,12 @@ class Balancer:
 
     @property
     def pid(self) -> int:
-        """The master's."""
+        """The master's process ID."""
         assert self._process is not None
         return self._process.pid
 
     def start(self) -> None:
-        """Back when it answers."""
+        """Start, and wait until it answers."""
         (self.folder / "nginx.conf").write_text(main_configuration(self.folder, "balancer.conf", beside=self._beside))
         self._configure()
         errors = self.folder / "error.log"
@@ -106,9 +106,10 @@ class Balancer:
         return False
 
     def reload(self, down: str | None = None, **numbers: int) -> None:
-        """Take an address out of rotation, or all into it, maybe with other numbers; back when no old worker is left.
+        """Change the configuration, and wait until nginx's old workers have ended, and send no more requests.
 
-        Old workers first bring to an end what they have begun, so that nobody asks that server any more then.
+        :param down: an address to take out of rotation; None: all are in rotation.
+        :param numbers: values to change: ``max_conns=2``.
         """
         old = psutil.Process(self.pid).children()
         self._configure(down, **numbers)
@@ -117,7 +118,7 @@ class Balancer:
         assert not alive, "nginx still has old workers"
 
     def close(self) -> None:
-        """End it."""
+        """Stop it."""
         if self._process is not None:
             family = [psutil.Process(self.pid), *psutil.Process(self.pid).children()]
             self._process.terminate()
@@ -126,16 +127,16 @@ class Balancer:
         self._reserved.close()
 
     def headers(self) -> dict[str, str]:
-        """The headers of a request that may write."""
+        """The headers of a request with a valid token."""
         return self.servers[0].headers()
 
     def errors(self) -> str:
-        """What nginx has to say."""
+        """nginx's error log."""
         path = self.folder / "error.log"
         return path.read_text() if path.exists() else ""
 
     def tried(self, answer: requests.Response) -> list[Server]:
-        """The servers that got a request, in turn; the last one gave the answer."""
+        """The servers that got a request, in order; the last one has answered."""
         wanted = answer.headers["X-Request-ID"]
         return wait_until(lambda: self._tried().get(wanted), SECONDS, "the request in nginx's log")
 
@@ -149,13 +150,13 @@ class Balancer:
 
 
 def address_of(server: Server) -> str:
-    """Where it listens."""
+    """The address on which a server listens."""
     return f"127.0.0.1:{server.port}"
 
 
 @dataclass
 class Cluster:
-    """Machines, the balancer in front of them, and the backend behind them, through a proxy that counts."""
+    """Servers, the balancer in front of them, and the backend behind them, through a proxy that counts requests."""
 
     servers: list[Server]
     balancer: Balancer
@@ -167,30 +168,30 @@ class Cluster:
         self.benches = [Bench(server, self.proxy, self.container) for server in self.servers]
 
     def store(self, content: bytes, key: str | None = None) -> str:
-        """Store an object as another program would, and give its key."""
+        """Store an object as another program would; returns its key."""
         return self.benches[0].store(content, key)
 
     def owner(self, key: str) -> Server:
-        """The server to which the balancer sends who asks for a key while all are up."""
+        """The server to which the balancer sends requests for a key while all are up."""
         return self.balancer.tried(requests.head(f"{self.balancer.url}/{key}", timeout=SECONDS))[-1]
 
     def others(self, server: Server) -> list[Server]:
-        """All but one."""
+        """All servers but this one."""
         return [each for each in self.servers if each is not server]
 
     def holders(self, key: str) -> list[Server]:
-        """Those in whose caches a copy lies."""
+        """The servers that have a copy in their cache."""
         return [server for server in self.servers if has_copy(server, key)]
 
 
 def has_copy(server: Server, key: str) -> bool:
-    """Whether a copy lies in a server's cache."""
+    """Whether a server has a copy in its cache."""
     return Cache(server.cache_directory).location(key).record.exists()
 
 
 @contextlib.contextmanager
 def cluster(azurite: Azurite, folder: Path, options: dict[str, Any] | None = None) -> Iterator[Cluster]:
-    """Machines during the block; those that run at its end must be clean.
+    """Servers and their balancer, during the block; those that run at its end must be clean.
 
     :param options: sections of the servers' configuration.
     """
@@ -214,7 +215,7 @@ def cluster(azurite: Azurite, folder: Path, options: dict[str, Any] | None = Non
 
 
 def seconds_until(condition: Any, what: str, patience: float = 60) -> float:
-    """How long it took, in seconds."""
+    """Wait until the condition is true; returns for how many seconds."""
     started = time.monotonic()
     wait_until(condition, patience, what)
     return time.monotonic() - started

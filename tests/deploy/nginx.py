@@ -20,7 +20,7 @@ from tests.support.harness import START_SECONDS, STOP_SECONDS, Server, reserve_p
 
 DEPLOYED = Path(kci_storage.__file__).parent.parent / "deploy/nginx"
 
-# What surrounds a site on a machine. Debian's own nginx.conf compresses, too.
+# The main configuration, which includes the site. Debian's own compresses, too.
 _MAIN = """
 daemon off;
 {user}
@@ -50,20 +50,20 @@ def main_configuration(folder: Path, site: str, *, user: str = "root", beside: s
     """nginx.conf for a site.
 
     :param folder: for all of nginx's files.
-    :param site: the name of the site's file there.
-    :param user: whom the workers run as, if they may choose; root, since another one could not write into the folder.
-    :param beside: what else is to stand at the http level.
+    :param site: the name of the site's file in the folder.
+    :param user: of the workers, if this process is root's; another one than root may not write into the folder.
+    :param beside: configuration to add at the http level.
     """
     as_user = f"user {user};" if os.getuid() == 0 else ""
     return _MAIN.format(folder=folder, site=site, user=as_user, beside=beside)
 
 
 def site(server: Server, port: int, tls_port: int, redirected_port: int, certificate: Path, cache: Path) -> str:
-    """The deployed site with what has to be fitted to a machine, and a port without TLS beside that with it.
+    """The deployed site, adapted to this machine, with an additional port without TLS.
 
-    :param redirected_port: where everything is redirected.
+    :param redirected_port: the port that redirects every request to TLS.
     :param certificate: a file with certificate and key.
-    :param cache: what nginx takes for the server's cache.
+    :param cache: the folder that nginx takes for the server's cache.
     """
     text = (DEPLOYED / "kci-storage.conf").read_text()
     text = re.sub(r"^ +listen \[::\].*\n", "", text, flags=re.MULTILINE)
@@ -81,7 +81,7 @@ def site(server: Server, port: int, tls_port: int, redirected_port: int, certifi
 
 
 class Frontend(Server):
-    """A server as it is seen through nginx: all that goes over HTTP goes through it."""
+    """A server behind nginx: all HTTP requests go through nginx."""
 
     def __init__(self, server: Server, port: int, tls_port: int, redirected_port: int, certificate: Path):
         self.__dict__.update(server.__dict__)
@@ -95,11 +95,11 @@ class Frontend(Server):
 
 @contextlib.contextmanager
 def nginx(folder: Path, server: Server, cache: Path | None = None, user: str = "root") -> Iterator[Frontend]:
-    """nginx in front of the server during the block.
+    """nginx in front of the server, during the block.
 
     :param folder: for its files; empty.
-    :param cache: what nginx takes for the server's cache; None: that.
-    :param user: whom its workers run as, if they may choose.
+    :param cache: the folder that nginx takes for the server's cache; None: the server's cache.
+    :param user: of nginx's workers, if this process is root's.
     """
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(contextlib.closing(reserve_port())) for _ in range(3)]
@@ -144,7 +144,7 @@ def program() -> str:
 
 
 def self_signed(folder: Path) -> Path:
-    """A certificate for 127.0.0.1, with its key, in one file."""
+    """Create a certificate for 127.0.0.1; returns the file with the certificate and its key."""
     path = folder / "certificate.pem"
     command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=127.0.0.1"
     subprocess.run(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The container's files: that what they hold is right. ``make image-test`` builds the image and runs it."""
+"""The container's files. ``make image-test`` builds the image and runs it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def instruction(name: str) -> list[str]:
 
 
 def health_check(server: Server) -> int:
-    """The exit code of the health check, in the environment of this server's container."""
+    """The exit code of the health check in the environment of this server's container."""
     _, command = instruction("HEALTHCHECK")[0].split("CMD ")
     name, *arguments = json.loads(command)
     assert name == "kci-storage"
@@ -48,7 +48,7 @@ def health_check(server: Server) -> int:
     return subprocess.run(run, env=environment, stderr=subprocess.DEVNULL, timeout=SECONDS).returncode
 
 
-def test_the_health_check_sees_whether_it_lives(start_server: Callable[..., Server]):
+def test_the_health_check_tells_whether_the_server_runs(start_server: Callable[..., Server]):
     server = start_server("local", server={"workers": 1})
     assert health_check(server) == 0
     server.stop()
@@ -56,7 +56,7 @@ def test_the_health_check_sees_whether_it_lives(start_server: Callable[..., Serv
 
 
 def test_it_does_not_run_as_root():
-    """By number: Kubernetes' runAsNonRoot does not look names up."""
+    """Its user is a number, since Kubernetes' runAsNonRoot does not look up names."""
     [user] = instruction("USER")
     assert re.fullmatch("[1-9][0-9]*:[1-9][0-9]*", user)
 
@@ -67,8 +67,8 @@ def test_its_user_may_write_to_its_volumes():
     assert set(run.split("-o kci-storage -g kci-storage ")[1].split()) == set(json.loads(volumes))
 
 
-def test_both_stages_have_the_base_that_is_asked_for():
-    """An environment's Python is a link to the base's."""
+def test_both_stages_use_the_given_base():
+    """An environment's Python is a link to that of the base."""
     assert re.findall(r"^FROM (\S+)", DOCKERFILE, re.MULTILINE) == ["${BASE}", "${BASE}"]
     assert re.search(r"^ARG BASE=\S+$", DOCKERFILE.partition("\nFROM")[0], re.MULTILINE)
 
@@ -83,7 +83,7 @@ def test_the_configuration_to_try_it_fits_the_containers(compose: Any):
 
 
 def test_the_container_is_made_before_the_server_starts(compose: Any, tmp_path: Path, azurite: Azurite):
-    """The script runs against a real Azurite, twice: the second time the container is there already."""
+    """The script runs twice against a real Azurite; the second time the container exists already."""
     script, _, server = compose["services"]["storage"]["command"].partition(" && exec ")
     assert (script, server) == ('sh -c "python /etc/kci-storage/make_container.py', 'kci-storage serve"')
     settings = {"account": azurite.account, "key": azurite.key, "endpoint": azurite.endpoint}

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Three machines over one container behind nginx, configured by the file in ``deploy/``.
+"""Three servers with one container behind nginx, configured by the file in ``deploy/``.
 
-The figures in docs/scaling.md are what ``pytest -s tests/deploy/test_many_machines.py`` prints.
+``pytest -s tests/deploy/test_many_machines.py`` prints the figures of docs/scaling.md.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ SAME_EVERYWHERE = (
 
 @pytest.fixture(scope="module")
 def shared_machines(azurite: Azurite, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """The ones behind ``machines``."""
+    """The servers of this module's tests, which use them by the fixture ``machines``."""
     options = {"cache": {"revalidate_after": PERIOD}}
     with cluster(azurite, tmp_path_factory.mktemp("machines"), options) as machines:
         yield machines
@@ -70,7 +70,7 @@ def shared_machines(azurite: Azurite, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture
 def machines(shared_machines: Cluster) -> Iterator[Cluster]:
-    """Three servers, all up, shared by the tests: each uses keys of its own."""
+    """Three running servers, shared by the tests; each test uses keys of its own."""
     yield shared_machines
     for server in shared_machines.servers:
         if server._process is None:
@@ -80,7 +80,7 @@ def machines(shared_machines: Cluster) -> Iterator[Cluster]:
 
 
 def all_in_rotation(machines: Cluster) -> bool:
-    """Whether the balancer uses all servers. A cold key costs them one question to the backend."""
+    """Whether the balancer uses all servers. Each HEAD of a key that does not exist costs one backend request."""
     folder = new_folder()
     answers = [requests.head(f"{machines.balancer.url}/{folder}/{number}", timeout=SECONDS) for number in range(12)]
     return {tried[-1].port for tried in map(machines.balancer.tried, answers)} == {
@@ -89,25 +89,25 @@ def all_in_rotation(machines: Cluster) -> bool:
 
 
 def stored(machines: Cluster, count: int, size: int) -> dict[str, bytes]:
-    """New objects, in the backend only: their contents by their keys."""
+    """New objects, in the backend only; returns each content by its key."""
     contents = [some_bytes(size) for _ in range(count)]
     return {machines.store(content): content for content in contents}
 
 
 def tidy(machines: Cluster) -> None:
-    """Wait until no server has a fill or an upload in hand."""
+    """Wait until no server has a running fill or upload."""
     for server in machines.servers:
         if server._process is not None:
             wait_until_tidy(server)
 
 
 def fetches(machines: Cluster, objects: dict[str, bytes]) -> dict[str, float]:
-    """How often the backend has sent each object."""
+    """How many times the backend has sent each object."""
     return {key: machines.proxy.body_bytes(CONTENT, key) / len(content) for key, content in objects.items()}
 
 
 def key_of(machines: Cluster, server: Server, folder: str | None = None) -> str:
-    """A new key for which the balancer goes to this server."""
+    """A new key that the balancer sends to this server."""
     folder = folder or new_folder()
     found = (f"{folder}/{number}.bin" for number in itertools.count())
     return next(key for key in found if machines.owner(key) is server)
@@ -136,7 +136,7 @@ def test_each_object_is_fetched_once_for_all_clients(machines: Cluster) -> None:
 
 
 def test_without_the_balancer_each_machine_fetches(machines: Cluster) -> None:
-    """What the hash is good for: a balancer that deals requests out in turns would do this."""
+    """A balancer without the hash, such as round robin, would have each server fetch each object."""
     objects = stored(machines, 3, 100_000)
     for key, content in objects.items():
         assert [get(server, key).content == content for server in machines.servers] == [True] * MACHINES
@@ -153,7 +153,7 @@ def test_all_spellings_of_a_key_go_to_one_machine(machines: Cluster, spelling: s
     assert machines.balancer.tried(plain) == machines.balancer.tried(answer)
 
 
-def test_what_is_put_is_where_it_is_read(machines: Cluster) -> None:
+def test_a_put_goes_to_the_machine_that_serves_the_key(machines: Cluster) -> None:
     folder = new_folder()
     for number in range(12):
         key = f"{folder}/{number}"
@@ -182,10 +182,10 @@ def post_form(balancer: Balancer, folder: str, content: bytes) -> requests.Respo
 
 @dataclass
 class Load:
-    """Clients that download at random until they are told to stop.
+    """Clients that download random objects until the end of the block.
 
-    Each resumes what is cut, and asks again where its connection was closed before an answer came, as any client of a
-    kept-alive connection has to (RFC 9112, 9.3.1).
+    Each resumes a download that was cut, and repeats a request whose connection was closed before its answer came, as
+    any client with kept-alive connections has to (RFC 9112, 9.3.1).
     """
 
     balancer: Balancer
@@ -210,7 +210,7 @@ class Load:
                         self.wrong.append(f"{key}: {told}")
 
     def _download(self, session: requests.Session, key: str) -> str | None:
-        """What was wrong with the answer, if anything."""
+        """Download an object; returns what is wrong with the answer, or None."""
         received, headers = b"", {"Accept-Encoding": "identity"}
         while True:
             try:
@@ -230,7 +230,7 @@ class Load:
                 headers |= {"Range": f"bytes={len(received)}-", "If-Range": answer.headers["ETag"]}
 
     def wait_for(self, more: int) -> None:
-        """Wait until so many more requests have been answered."""
+        """Wait until this many more requests have been answered."""
         enough = self.answered + more
         wait_until(lambda: self.answered >= enough, 2 * SECONDS, "answers")
 
@@ -245,7 +245,7 @@ class Load:
 
 
 def read_on(answer: requests.Response) -> tuple[bytes, bool]:
-    """What comes of a body, and whether it was all of it."""
+    """Read the rest of a body; returns the bytes, and whether they are complete."""
     received = bytearray()
     with answer:
         try:
@@ -275,8 +275,9 @@ def test_a_machine_is_killed_and_comes_back(machines: Cluster) -> None:
     times = fetches(machines, objects)
     assert {times[key] for key in objects if key not in moved} == {1.0}, "only its share moves"
     assert sum(times.values()) > OBJECTS
-    whole = [key for key in moved if key not in load.resumed]  # of others the backend has sent the missing part, too
-    assert all(times[key] == len(machines.holders(key)) for key in whole), "who has it has fetched it once"
+    # For a resumed download, the backend has also sent the missing part.
+    whole = [key for key in moved if key not in load.resumed]
+    assert all(times[key] == len(machines.holders(key)) for key in whole), "each holder has fetched it once"
     for key in moved:
         answer = get(machines.balancer, key)
         assert machines.balancer.tried(answer) == [dead]
@@ -318,7 +319,7 @@ def test_a_download_whose_server_dies_before_it_answers_is_answered_by_another(m
     owner = machines.servers[1]
     key = key_of(machines, owner)
     machines.store(b"content", key)
-    time.sleep(PERIOD)  # until no server remembers that it was not there
+    time.sleep(PERIOD)  # until no server remembers that the key did not exist
     rule = machines.proxy.inject(Hold(), key=key, times=1)
     answer = in_background(get, machines.balancer, key)
     rule.wait_until_reached()
@@ -330,14 +331,14 @@ def test_a_download_whose_server_dies_before_it_answers_is_answered_by_another(m
 
 @dataclass(frozen=True)
 class Write:
-    """A request that changes something."""
+    """A request that changes an object."""
 
     method: str
     body: bytes
     kind: str  # of its last request to the backend
 
     def send(self, balancer: Balancer, key: str) -> Answer:
-        """Send it, head and body at once: nginx could repeat what it has in full."""
+        """Send head and body at once: nginx could repeat a request that it has in full."""
         folder, _, name = key.partition("/")
         target, headers, body = f"/{key}", balancer.headers(), self.body
         if self.method == "POST":
@@ -358,7 +359,7 @@ WRITES = {
 
 @pytest.mark.parametrize("name", WRITES)
 def test_a_write_is_never_sent_twice(machines: Cluster, name: str) -> None:
-    """Its server has begun with it and dies: nobody but the client can know whether it should be done again."""
+    """A server dies during a write: only the client can know whether to repeat it."""
     key = f"{new_folder()}/file.bin"
     machines.store(b"old", key)
     rule = machines.proxy.inject(Hold(), kind=WRITES[name].kind, key=key, times=1)
@@ -374,7 +375,7 @@ def test_a_write_is_never_sent_twice(machines: Cluster, name: str) -> None:
 
 
 def test_uploads_while_a_machine_is_down(machines: Cluster) -> None:
-    """The first ones may be refused, until the balancer knows; none is lost that was not."""
+    """Some uploads may be refused until the balancer notices; no acknowledged one is lost."""
     dead = machines.servers[2]
     lost = [key_of(machines, dead, new_folder()) for _ in range(6)]
     dead.kill()
@@ -436,7 +437,7 @@ def test_a_deletion_is_seen_everywhere_in_time(machines: Cluster) -> None:
 
 
 def test_a_new_key_is_seen_everywhere_in_time(machines: Cluster) -> None:
-    """A machine remembers for two seconds that a key is not there."""
+    """A server remembers for two seconds that a key does not exist."""
     key = f"{new_folder()}/file"
     assert {get(server, key).status_code for server in machines.servers} == {404}
     assert put(machines.servers[0], key, b"content").status_code == 201
@@ -470,7 +471,7 @@ def test_two_machines_upload_a_key_at_once(machines: Cluster) -> None:
         def upload(number: int) -> requests.Response:
             def body() -> Iterator[bytes]:
                 content = contents[number]  # noqa: B023
-                yield content[: 18 * MIB]  # of which blocks are staged by now
+                yield content[: 18 * MIB]  # by now, some of its blocks are staged
                 together.wait(SECONDS)  # noqa: B023
                 yield content[18 * MIB :]
 
@@ -500,7 +501,7 @@ UPLOADS = {
 
 
 @pytest.mark.parametrize("name", UPLOADS)
-def test_all_machines_say_the_same_of_an_object(machines: Cluster, name: str) -> None:
+def test_all_machines_send_the_same_headers_of_an_object(machines: Cluster, name: str) -> None:
     filename, content_type = UPLOADS[name]
     key, content = f"{new_folder()}/{filename}", b"some text " * 1000
     headers = {"Content-Type-Upstream": content_type} if content_type else {}
@@ -542,8 +543,8 @@ def test_a_large_object_in_ranges_from_all_machines(machines: Cluster) -> None:
             assert hashlib.sha256(b"".join(pieces)).digest() == hashlib.sha256(content).digest()
 
 
-def test_what_checking_copies_costs_the_backend(machines: Cluster) -> None:
-    """One question for a copy, process and period, however many ask for it; no content."""
+def test_what_revalidation_costs_the_backend(machines: Cluster) -> None:
+    """One backend request per copy, process and period, however many clients download it, and no content."""
     key = machines.store(b"content")
     owner = machines.owner(key)
     get(machines.balancer, key)
@@ -562,7 +563,7 @@ def test_what_checking_copies_costs_the_backend(machines: Cluster) -> None:
 # The balancer passes everything on
 
 
-def test_a_key_of_the_longest_kind(machines: Cluster) -> None:
+def test_the_longest_possible_key(machines: Cluster) -> None:
     key = "/".join("\U0001f427" * 60 for _ in range(17))[:1016] + "/" + new_folder()[:7]
     assert len(key) == 1024
     answer = put(machines.balancer, key, b"content")
@@ -570,7 +571,7 @@ def test_a_key_of_the_longest_kind(machines: Cluster) -> None:
     assert get(machines.balancer, key).content == b"content"
 
 
-def test_a_refused_upload_is_told_so(machines: Cluster) -> None:
+def test_a_refused_upload_gets_its_answer(machines: Cluster) -> None:
     url = f"{machines.balancer.url}/{new_folder()}/file"
     answer = requests.put(url, some_bytes(8 * MIB), timeout=SECONDS)
     assert (answer.status_code, answer.text) == (401, "Unauthorized")
@@ -589,8 +590,8 @@ def test_an_upload_that_is_cut_changes_nothing(machines: Cluster, framing: str) 
     assert get(machines.balancer, key).content == b"old"
 
 
-def test_a_large_upload_passes_without_being_kept(machines: Cluster) -> None:
-    """What the client has sent so far has reached a server before the rest is sent."""
+def test_a_large_upload_is_not_buffered(machines: Cluster) -> None:
+    """nginx passes the beginning on to a server before the client has sent the rest."""
     content = some_bytes(16 * MIB)
     key = f"{new_folder()}/file"
     with Wire(machines.balancer) as wire:
@@ -603,44 +604,44 @@ def test_a_large_upload_passes_without_being_kept(machines: Cluster) -> None:
 
 
 def taken(machines: Cluster) -> int:
-    """Bytes that servers have on their disks of what comes in."""
+    """How many bytes of running uploads the servers have on their disks."""
     total = 0
     for path in (path for server in machines.servers for path in temporary_files(server)):
-        with contextlib.suppress(FileNotFoundError):  # it has just ended
+        with contextlib.suppress(FileNotFoundError):  # the upload has just ended
             total += path.stat().st_size
     return total
 
 
-def test_the_client_is_who_connected_not_who_it_says(machines: Cluster) -> None:
+def test_a_client_cannot_claim_another_address(machines: Cluster) -> None:
     claims = {"X-Forwarded-For": "192.0.2.7", "X-Forwarded-Host": "evil.example", "X-Forwarded-Proto": "https"}
     answer = get(machines.balancer, f"{new_folder()}/none", claims)
     [server] = machines.balancer.tried(answer)
     assert access(server, answer)["ip"] == "127.0.0.1"
 
 
-def test_metrics_are_for_each_server_to_tell(machines: Cluster) -> None:
+def test_the_balancer_does_not_serve_metrics(machines: Cluster) -> None:
     assert requests.get(f"{machines.balancer.url}/metrics", timeout=SECONDS).status_code == 404
     assert requests.get(f"{machines.servers[0].url}/metrics", timeout=SECONDS).status_code == 200
 
 
-def test_the_list_is_whole(machines: Cluster) -> None:
+def test_the_list_is_complete(machines: Cluster) -> None:
     folder = new_folder()
     for number in range(3):
         put(machines.servers[number], f"{folder}/{number}", b"content")
     assert keys(machines.balancer, f"{folder}/") == [f"{folder}/{number}" for number in range(3)]
 
 
-# An object that everybody wants
+# An object with many downloads
 
 
 def test_a_hot_object_spreads_when_its_server_is_full(machines: Cluster) -> None:
-    most = 4
-    content = some_bytes(48 * MIB)  # more than all buffers on the way take in: nobody's download may have ended
+    limit = 4
+    content = some_bytes(48 * MIB)  # more than all buffers on the way hold, so that no download has ended
     key = machines.store(content)
     owner = machines.owner(key)
     assert get(machines.balancer, key).content == content
-    machines.balancer.reload(max_conns=most)
-    wires = [Wire(machines.balancer, receive_buffer=64 * 1024) for _ in range(most)]
+    machines.balancer.reload(max_conns=limit)
+    wires = [Wire(machines.balancer, receive_buffer=64 * 1024) for _ in range(limit)]
     for wire in wires:
         wire.send(request("GET", f"/{key}"))
         assert wire.head().status == 200
@@ -665,7 +666,7 @@ ASKED = [f"/builds/{number}/Image" for number in range(6000)]
 
 @pytest.fixture(scope="module")
 def ring(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Balancer]:
-    """The balancer in front of a hundred servers, which are nginx's own and answer with their address."""
+    """The balancer in front of a hundred servers; these are nginx's own, and answer with their address."""
     with contextlib.closing(reserve_port()) as reserved:
         port = reserved.getsockname()[1]
         stub = f'server {{ listen 0.0.0.0:{port}; access_log off; return 200 "$server_addr:$server_port"; }}'
@@ -688,15 +689,15 @@ def owners(balancer: Balancer) -> dict[str, str]:
     return found
 
 
-def test_a_hundred_machines_have_about_the_same_to_do(ring: Balancer) -> None:
+def test_a_hundred_machines_have_similar_shares(ring: Balancer) -> None:
     shares = Counter(owners(ring).values())
     mean = len(ASKED) / MANY
     assert set(shares) == set(ring.addresses)
-    assert max(shares.values()) < 2.5 * mean  # by the ports, which are others each time, it is 1.2 to 1.7
+    assert max(shares.values()) < 2.5 * mean  # 1.2 to 1.7, depending on the ports, which differ each time
     figure(f"shares of {MANY} machines", most=max(shares.values()) / mean, least=min(shares.values()) / mean)
 
 
-def test_of_a_hundred_machines_one_leaves_and_one_comes(ring: Balancer) -> None:
+def test_one_of_a_hundred_machines_leaves_and_one_is_added(ring: Balancer) -> None:
     before = owners(ring)
     down = ring.addresses[40]
     ring.reload(down=down)
@@ -715,7 +716,7 @@ def test_of_a_hundred_machines_one_leaves_and_one_comes(ring: Balancer) -> None:
     figure(f"of {len(ASKED)} keys, moved", one_leaves=len(moved), to_machines=len(heirs), one_comes=len(came))
 
 
-def test_a_second_balancer_with_the_same_file_does_the_same(machines: Cluster, tmp_path: Path) -> None:
+def test_a_second_balancer_with_the_same_file_chooses_the_same_machines(machines: Cluster, tmp_path: Path) -> None:
     second = Balancer(tmp_path / "nginx", machines.balancer.addresses, machines.servers)
     try:
         second.start()
@@ -726,11 +727,11 @@ def test_a_second_balancer_with_the_same_file_does_the_same(machines: Cluster, t
         second.close()
 
 
-# Nobody notices an upgrade
+# An upgrade without interruption
 
 
 def test_machines_are_restarted_one_after_the_other(machines: Cluster) -> None:
-    """As docs/scaling.md has it: out of rotation, drained, restarted, back. No request fails, no download is cut."""
+    """As in docs/scaling.md: out of rotation, drained, restarted, back. No request fails, no download is cut."""
     objects = stored(machines, OBJECTS, 50_000)
     restarted = machines.servers[:2]
     with Load(machines.balancer, objects) as load:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""deploy/prometheus, deploy/grafana and docs/monitoring.md: rules that fire when they should, and no query in vain.
+"""deploy/prometheus, deploy/grafana and docs/monitoring.md.
 
-A real Prometheus with the deployed configuration scrapes a real server; what it then answers shows whether a rule or
-a panel asks for something that is there.
+A real Prometheus with the deployed configuration scrapes a real server, which shows whether rules and panels ask for
+series that exist.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ TEST_FILES = sorted(path.name for path in PROMETHEUS.glob("*.test.yml"))
 DASHBOARD = json.loads((ROOT / "deploy/grafana/kci-storage.json").read_text())
 DOCUMENT = (ROOT / "docs/monitoring.md").read_text()
 
-INTERVAL = "2s"  # between two scrapes; a loaded machine answers one in that time, or the next
-ANSWERED_SECONDS = 90  # for which the last of all queries may have no answer
+INTERVAL = "2s"  # between two scrapes; on a loaded machine some fail
+ANSWERED_SECONDS = 90  # within which every query must have given a series
 RESULTS = {row.label for row in TABLE.values()} | {"ok", "hit", "miss", "stale"}
 
 _GROUPING = re.compile(r"\b(?:by|without|on|ignoring|group_left|group_right)\s*\([^)]*\)")
@@ -57,7 +57,7 @@ RECORDED = {rule["record"]: rule for rule in rules() if "record" in rule}
 
 
 def panels() -> list[dict[str, Any]]:
-    """Every panel that shows something."""
+    """All panels with content."""
     return [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
 
 
@@ -96,7 +96,7 @@ def program(name: str) -> str:
 
 
 def promtool(*arguments: str) -> None:
-    """Run promtool in the folder of the rules; fail with what it says, if it does."""
+    """Run promtool in the folder of the rules; fails with its output."""
     run = subprocess.run(
         [program("promtool"), *arguments], cwd=PROMETHEUS, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
@@ -125,7 +125,7 @@ def test_every_alert_is_seen_to_fire_and_not_to_fire():
 
 
 @pytest.mark.parametrize("name", ALERTS)
-def test_an_alert_says_all_that_is_needed_at_night(name: str):
+def test_an_alert_has_a_severity_a_summary_and_a_runbook(name: str):
     alert = ALERTS[name]
     assert alert["for"]
     assert alert["labels"]["severity"] in ("critical", "warning")
@@ -135,13 +135,13 @@ def test_an_alert_says_all_that_is_needed_at_night(name: str):
     assert section.startswith(f"*{alert['labels']['severity'].capitalize()}.* ")
 
 
-def test_no_alert_is_documented_that_there_is_none_of():
+def test_every_documented_alert_exists():
     assert set(re.findall(r"\bKciStorage\w+", DOCUMENT)) == set(ALERTS)
     assert set(re.findall(r"\]\(#([a-z]+)\)", DOCUMENT)) <= {name.lower() for name in ALERTS}
 
 
-def test_results_that_are_asked_for_exist():
-    """A pattern with a misspelt label finds the others, so that nobody notices."""
+def test_queried_results_exist():
+    """In an alternative of several labels, a misspelt one would go unnoticed."""
     text = "\n".join([*(rule["expr"] for rule in rules()), *(query for query, _ in queries())])
     matchers = set(re.findall(r'result(?:=|!=|=~|!~)"([^"]+)"', text))
     assert len(matchers) >= 5
@@ -152,7 +152,7 @@ def test_results_that_are_asked_for_exist():
 # The dashboard
 
 
-def test_the_dashboard_is_of_no_one_installation():
+def test_the_dashboard_fits_any_installation():
     assert (DASHBOARD["uid"], DASHBOARD["id"]) == ("kci-storage", None)
     assert [variable["name"] for variable in DASHBOARD["templating"]["list"]] == ["datasource", "job", "instance"]
     chosen = {"type": "prometheus", "uid": "${datasource}"}
@@ -163,7 +163,7 @@ def test_the_dashboard_is_of_no_one_installation():
 
 
 def _values(document: Any, name: str) -> Iterator[Any]:
-    """All that has that name, at any depth."""
+    """All values with this name in a document, at any depth."""
     if isinstance(document, dict):
         yield from (document[key] for key in document if key == name)
         document = list(document.values())
@@ -188,15 +188,15 @@ def test_panels_do_not_overlap():
         place = panel["gridPos"]
         assert place["x"] + place["w"] <= 24, panel["title"]
         for cell in ((place["x"] + x, place["y"] + y) for x in range(place["w"]) for y in range(place["h"])):
-            assert cell not in taken, f"{panel['title']} lies over {taken[cell]}"
+            assert cell not in taken, f"{panel['title']} overlaps {taken[cell]}"
             taken[cell] = panel["title"]
     assert {row["title"] for row in DASHBOARD["panels"] if row["type"] == "row"} == {
         "Traffic", "Latency", "Cache", "Backend", "Uploads", "Disk", "Machine"
     }  # fmt: skip
 
 
-def test_the_pictures_of_the_dashboard_are_there_and_of_its_layout():
-    """They cannot be taken here: that needs half an hour, and Grafana's components."""
+def test_the_dashboards_pictures_show_its_layout():
+    """The test cannot take them again: that needs half an hour and Grafana's components."""
     for document, name in ((ROOT / "README.md", "dashboard"), (ROOT / "docs/monitoring.md", "dashboard-whole")):
         assert f"pictures/{name}.png)" in document.read_text()
     lowest = max(panel["gridPos"]["y"] + panel["gridPos"]["h"] for panel in DASHBOARD["panels"])
@@ -205,14 +205,14 @@ def test_the_pictures_of_the_dashboard_are_there_and_of_its_layout():
 
 
 def _size(name: str) -> tuple[int, int]:
-    """Width and height of a picture, in pixels: the beginning of its IHDR (PNG, section 11.2.1)."""
+    """The width and height of a picture, in pixels, from its IHDR (PNG, section 11.2.1)."""
     content = (ROOT / f"docs/pictures/{name}.png").read_bytes()
     assert content.startswith(b"\x89PNG") and len(content) < 400 * 1024
     width, height = struct.unpack(">II", content[16:24])
     return width, height
 
 
-def test_the_tool_for_the_pictures_draws_every_kind_of_panel_that_there_is():
+def test_the_tool_for_the_pictures_draws_every_kind_of_panel():
     page = (ROOT / "tools/dashboard_picture/page.jsx").read_text()
     [kinds] = re.findall(r"const KINDS = \{ (.*) \};", page)
     assert set(re.findall(r"(\w+):", kinds)) == {panel["type"] for panel in panels()}
@@ -228,18 +228,18 @@ class Scraper:
         self.url = url
 
     def ask(self, path: str, **parameters: str) -> Any:
-        """The data of an answer of its API; what it cannot parse raises."""
+        """The data of an answer of the API; a query that Prometheus cannot parse raises."""
         response = requests.get(f"{self.url}/api/v1/{path}", params=parameters, timeout=SECONDS)
         answer = response.json()
         assert answer["status"] == "success", f"{parameters}: {answer['error']}"
         return answer["data"]
 
     def labels(self, query: str) -> list[dict[str, str]]:
-        """The labels of each series that a query gives now."""
+        """The labels of each series in a query's current result."""
         return [series["metric"] for series in self.ask("query", query=query)["result"]]
 
     def wait_for_scrapes(self, count: int) -> None:
-        """Wait until so many more have succeeded."""
+        """Wait until this many more have succeeded."""
         before = self._scrapes()
         wait_until(lambda: self._scrapes() >= before + count, START_SECONDS, "scrapes")
 
@@ -248,9 +248,9 @@ class Scraper:
         return int(counts[0]["value"][1]) if counts else 0
 
     def without_answer(self, asked: set[str]) -> set[str]:
-        """Those queries that give no series, however long one waits.
+        """The queries that give no series within :data:`ANSWERED_SECONDS`.
 
-        A scrape that came too late on a loaded machine leaves all of them without for a moment.
+        After a scrape that came too late, on a loaded machine, all of them give none for a moment.
         """
         left = set(asked)
 
@@ -265,7 +265,7 @@ class Scraper:
 
 @pytest.fixture(scope="module")
 def bench(azurite: Azurite, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    """A server that all kinds of things have happened to."""
+    """A server on which all kinds of events have happened."""
     options = {"server": {"workers": 2, "lock_timeout": 3}}
     with cold_bench(azurite, tmp_path_factory.mktemp("server"), options) as bench:
         cause_everything(bench)
@@ -274,7 +274,7 @@ def bench(azurite: Azurite, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 @pytest.fixture(scope="module")
 def prometheus(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scraper]:
-    """The deployed Prometheus, with what it has scraped of the server before and after something happened there."""
+    """The deployed Prometheus, which has scraped the server before and after these events."""
     with running_prometheus(tmp_path_factory.mktemp("prometheus"), bench.server.port) as scraper:
         for _ in range(2):
             scraper.wait_for_scrapes(2)
@@ -283,7 +283,7 @@ def prometheus(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 def cause_everything(bench: Bench) -> None:
-    """Uploads, hits, misses, a file that is not there, a failing backend, a lock that is not to be had."""
+    """Uploads, hits, misses, a missing file, a failing backend, a lock that another upload holds."""
     server, folder = bench.server, new_folder()
     put(server, f"{folder}/file", b"content")
     requests.head(f"{server.url}/{folder}/file", timeout=SECONDS)
@@ -293,7 +293,7 @@ def cause_everything(bench: Bench) -> None:
     assert get(server, f"{folder}/").status_code == 200
     broken = bench.store(b"content")
     bench.proxy.inject(Say(500, "InternalError"), CONTENT, broken)
-    assert get(server, broken).status_code >= 500  # 502, or 503 where it is given up sooner
+    assert get(server, broken).status_code >= 500  # 502, or 503 if the server gives up sooner
     with Wire(server) as first:
         first.send(request("PUT", f"/{folder}/contested", {**server.headers(), "Content-Length": 10}), b"first")
         wait_until(lambda: server.is_writing(f"{folder}/contested"), SECONDS, "the upload's lock")
@@ -304,7 +304,7 @@ def cause_everything(bench: Bench) -> None:
 
 @contextlib.contextmanager
 def running_prometheus(folder: Path, port: int, interval: str = INTERVAL) -> Iterator[Scraper]:
-    """Prometheus as deployed, but for the server's address and the intervals."""
+    """Prometheus as deployed, except for the server's address and the intervals."""
     for name in RULE_FILES:
         shutil.copy(PROMETHEUS / name, folder)
     (folder / "prometheus.yml").write_text(configuration(port, interval))
@@ -322,7 +322,7 @@ def running_prometheus(folder: Path, port: int, interval: str = INTERVAL) -> Ite
 
 
 def configuration(port: int, interval: str) -> str:
-    """The deployed one, with what has to be other here."""
+    """The deployed configuration, with the server's address and the intervals of the test."""
     text = (PROMETHEUS / "prometheus.yml").read_text()
     for old, new in (
         ("scrape_interval: 15s", f"scrape_interval: {interval}"),
@@ -356,7 +356,7 @@ def test_every_recording_rule_records_something(prometheus: Scraper):
     assert prometheus.without_answer(set(RECORDED)) == set()
 
 
-def test_every_alert_watches_something_that_is_there(prometheus: Scraper):
+def test_every_alert_reads_series_that_exist(prometheus: Scraper):
     for rule in ALERTS.values():
         prometheus.labels(rule["expr"])
     watched = {selector for rule in rules() for selector in selectors(rule["expr"])}
@@ -364,8 +364,8 @@ def test_every_alert_watches_something_that_is_there(prometheus: Scraper):
     assert prometheus.without_answer(watched) == set()
 
 
-def test_what_there_is_to_see_of_a_healthy_server_raises_no_alarm(prometheus: Scraper):
-    """All that fails is far from being often enough, or for long enough."""
+def test_a_few_failures_raise_no_alarm(prometheus: Scraper):
+    """All failures are too rare, and end too soon."""
     alerts = prometheus.ask("alerts")["alerts"]
     assert [alert for alert in alerts if alert["state"] == "firing"] == []
 
@@ -400,7 +400,7 @@ Metrics = dict[str, tuple[str, frozenset[str]]]  # by name: the type, and the la
 
 
 def shown_metrics(page: str) -> Metrics:
-    """What a page of metrics has."""
+    """The metrics on a page."""
     found: Metrics = {}
     for family in text_string_to_metric_families(page):
         name = f"{family.name}_total" if family.type == "counter" else family.name
@@ -410,7 +410,7 @@ def shown_metrics(page: str) -> Metrics:
 
 
 def documented_metrics() -> Metrics:
-    """What the documentation's table has."""
+    """The metrics in the documentation's table."""
     rows = re.findall(
         r"^\| `(\w+)` \| (counter|gauge|histogram|summary) \| (.*?) ?\| .+ \|$", DOCUMENT, flags=re.MULTILINE
     )
@@ -420,12 +420,12 @@ def documented_metrics() -> Metrics:
 def test_every_metric_is_documented_and_no_other(bench: Bench):
     page = requests.get(f"{bench.server.url}/metrics", timeout=SECONDS).text
     documented = documented_metrics()
-    unseen = documented.pop("flask_http_request_exceptions_total")  # until there is one
+    unseen = documented.pop("flask_http_request_exceptions_total")  # there has been none
     assert unseen == ("counter", {"method", "status"})
     assert documented == shown_metrics(page)
 
 
-def test_the_text_names_metrics_that_there_are():
+def test_metrics_in_the_text_exist():
     documented = set(documented_metrics())
     named = set(re.findall(r"`((?:kci_storage|flask|storage)_[a-z_]+)`", DOCUMENT)) - {"storage_path"}
     assert sorted(named - documented) == []
@@ -433,7 +433,7 @@ def test_the_text_names_metrics_that_there_are():
         assert any(name == f"kci_storage_{end}" for name in documented), end
 
 
-def test_the_text_names_what_there_is():
+def test_links_events_and_queries_in_the_text_exist():
     for path in re.findall(r"\]\(([\w./-]+)[)#]", DOCUMENT):
         assert (ROOT / "docs" / path).exists(), path
     source = "".join(path.read_text() for path in (ROOT / "kci_storage").rglob("*.py"))

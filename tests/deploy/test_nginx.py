@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""nginx in front, as deployed: TLS, and hits that nginx sends. What a download looks like: ``test_downloads.py``."""
+"""nginx in front, as deployed: TLS, and hits that nginx sends. Downloads themselves are in ``test_downloads.py``."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def start(
 
 
 def stored(server: Server, content: bytes) -> str:
-    """The key of a new object, which is in the cache."""
+    """A new object, which is in the cache; returns its key."""
     key = f"{new_folder()}/file.bin"
     assert put(server, key, content).status_code == 201
     return key
 
 
 def sent_by_server(server: Server, answer: Any) -> int:
-    """The bytes that the server itself has sent, which nginx may have been given."""
+    """How many bytes of an answer the server itself has sent, to nginx or to the client."""
     return int(access(server, answer)["bytes"])
 
 
@@ -59,13 +59,13 @@ def test_over_tls(start: Callable[..., Frontend]):
     assert redirected.headers["Location"].endswith(f"/{key}?download=1")
 
 
-def test_the_log_names_the_client_and_nobody_else_can(start: Callable[..., Frontend]):
+def test_the_log_has_the_clients_real_address(start: Callable[..., Frontend]):
     server = start()
     answer = get(server, stored(server, b"x"), {"X-Forwarded-For": "192.0.2.1"})
     assert access(server, answer)["ip"] == "127.0.0.1"
 
 
-def test_nginx_sends_hits_and_the_server_what_nginx_cannot_judge(start: Callable[..., Frontend]):
+def test_nginx_sends_hits_and_the_server_what_needs_its_decision(start: Callable[..., Frontend]):
     server = start()
     content = os.urandom(100_000)
     key = stored(server, content)
@@ -80,14 +80,14 @@ def test_nginx_sends_hits_and_the_server_what_nginx_cannot_judge(start: Callable
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root may have nginx run as somebody else")
-def test_what_nginx_may_not_read_the_server_sends(start: Callable[..., Frontend]):
+def test_the_server_sends_a_file_that_nginx_may_not_read(start: Callable[..., Frontend]):
     server = start(user="www-data")
     content = os.urandom(100_000)
     key = stored(server, content)
     assert_the_same(get(server, key), get(server.direct, key, {"If-Match": "*"}), content)
 
 
-def test_what_is_gone_when_nginx_looks_the_server_sends(start: Callable[..., Frontend], tmp_path: Path):
+def test_the_server_sends_a_file_that_is_gone_when_nginx_opens_it(start: Callable[..., Frontend], tmp_path: Path):
     server = start(cache=tmp_path)
     content = os.urandom(100_000)
     key = stored(server, content)
@@ -112,14 +112,14 @@ def test_a_worker_is_free_while_nginx_sends(start: Callable[..., Frontend]):
         readers = [stack.enter_context(Wire(server, receive_buffer=64 * 1024)) for _ in range(4)]
         for reader in readers:
             reader.send(request("GET", f"/{key}"))
-            answer = reader.head()  # and reads no further
-            assert (answer.status, sent_by_server(server, answer)) == (200, 0)  # so the server is done with it
+            answer = reader.head()  # the rest is not read
+            assert (answer.status, sent_by_server(server, answer)) == (200, 0)  # so the server has finished
         assert get(server, key, {"Range": "bytes=0-9"}).status_code == 206
     assert get(server, key).status_code == 200
 
 
-def test_an_upload_goes_through_as_it_comes(start: Callable[..., Frontend]):
-    """nginx stores nothing of it: the server has the first bytes while the last ones are not yet sent."""
+def test_an_upload_is_not_buffered(start: Callable[..., Frontend]):
+    """nginx does not buffer it: the server has the first bytes before the last ones are sent."""
     server = start()
     key = f"{new_folder()}/a"
     with Wire(server) as wire:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The units in ``deploy/systemd``, and what systemd does to the server: its socket, its signals, its patience."""
+"""The units in ``deploy/systemd``, and how systemd runs the server: its socket, its signals, its time-outs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ UNITS = Path(kci_storage.__file__).parent.parent / "deploy/systemd"
 NAMES = ("kci-storage.service", "kci-storage.socket", "kci-storage-expire.service", "kci-storage-expire.timer")
 WORST_EXPOSURE = 2.0
 
-# What systemd does before it starts a service that has a socket (sd_listen_fds(3)).
+# systemd's steps before it starts a service with a socket (sd_listen_fds(3)).
 _ACTIVATE = """
 import os, sys
 os.dup2(int(sys.argv[1]), 3)
@@ -48,7 +48,7 @@ def test_the_units_are_valid(tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", ["kci-storage.service", "kci-storage-expire.service"])
-def test_a_service_is_shut_off_from_the_machine(name: str):
+def test_a_service_is_isolated_from_the_machine(name: str):
     found = systemd_analyze("security", "--offline=true", "--no-pager", UNITS / name)
     level = re.search(rf"Overall exposure level for {name}: ([0-9.]+)", found.stdout)
     assert level is not None, found.stdout + found.stderr
@@ -56,10 +56,10 @@ def test_a_service_is_shut_off_from_the_machine(name: str):
 
 
 class Activated(Server):
-    """A server whose listening socket is somebody else's, as systemd's is."""
+    """A server that inherits its listening socket, as from systemd."""
 
     def listen(self) -> None:
-        """Take the address."""
+        """Listen on the reserved port."""
         self._reserved.listen(2048)
 
     def start(self) -> None:
@@ -76,7 +76,7 @@ class Activated(Server):
 
 @pytest.fixture
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Activated]:
-    """A server with a socket of systemd's."""
+    """A server with an inherited socket."""
     server = Activated(tmp_path_factory.mktemp("activated"), {"server": {"workers": 2, "threads": 8}})
     server.listen()
     with running(server):
@@ -88,7 +88,7 @@ def test_a_reload_loses_nothing(server: Activated):
     put(server, key, b"content")
     with slow_download(server) as finish, Load(f"{server.url}/{key}", b"content") as load:
         old = set(server.worker_pids())
-        server.document["cache"]["max_files"] = 500_000  # of what only new workers get to know
+        server.document["cache"]["max_files"] = 500_000  # this setting needs new workers
         server.reload()
         wait_until(lambda: len(set(server.worker_pids()) - old) == 2, SECONDS, "new workers")
         load.wait_for_more()
@@ -98,12 +98,12 @@ def test_a_reload_loses_nothing(server: Activated):
     assert load.failures == []
 
 
-def test_a_restart_refuses_nobody_and_ends_what_has_begun(server: Activated):
+def test_a_restart_refuses_no_client_and_finishes_running_requests(server: Activated):
     key = f"{new_folder()}/small"
     put(server, key, b"content")
     with slow_download(server) as finish:
         server.process.terminate()
-        waiting = Wire(server)  # it comes while the server ends, and is answered by the next one
+        waiting = Wire(server)  # connects while the server ends; the next one answers
         waiting.send(request("GET", f"/{key}"))
         finish()
     with waiting:
@@ -122,8 +122,8 @@ def test_restarts_under_load(server: Activated):
     assert load.failures == []
 
 
-def test_without_systemds_socket_who_comes_at_the_end_is_refused_at_once(tmp_path_factory: pytest.TempPathFactory):
-    """Nobody waits for the end of others' downloads, only to be cut off then."""
+def test_without_systemds_socket_new_clients_are_refused_at_once(tmp_path_factory: pytest.TempPathFactory):
+    """A new client must not wait for the end of other clients' downloads, only to be cut off then."""
     with running(Server(tmp_path_factory.mktemp("server"), {})) as server, slow_download(server) as finish:
         server.process.terminate()
         wait_until(lambda: is_refused(server), SECONDS, "the port to be closed")
@@ -131,7 +131,7 @@ def test_without_systemds_socket_who_comes_at_the_end_is_refused_at_once(tmp_pat
 
 
 def is_refused(server: Server) -> bool:
-    """Whether nobody listens."""
+    """Whether new connections are refused."""
     try:
         Wire(server).close()
     except ConnectionRefusedError:
