@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""No error of accept(2) goes any further (kci_storage/net/acceptor.py)."""
+"""No error of accept(2) leaves the acceptor (kci_storage/net/acceptor.py)."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ def test_an_error_is_logged_once_a_second(
     now += acceptor.LOG_SECONDS
     assert accepting.accept(Failing(name)) is None
     lines = [record.getMessage() for record in caplog.records if record.name == acceptor.__name__]
-    reason = errno.errorcode[getattr(errno, name)]  # some have two names
+    reason = errno.errorcode[getattr(errno, name)]  # some errors have two names
     assert list(dict.fromkeys(lines)) == [f"event=accept_failed error={reason} times={times}" for times in (1, 1000)]
 
 
 @pytest.mark.parametrize("name", EXHAUSTED)
-def test_where_the_system_has_no_means_there_is_room_and_time_made(name: str):
+def test_without_resources_the_acceptor_makes_room_and_pauses(name: str):
     made: list[bool] = []
     accepting = Acceptor(lambda: made.append(True))
     before = time.monotonic()
@@ -68,7 +68,7 @@ def test_where_the_system_has_no_means_there_is_room_and_time_made(name: str):
 
 
 @pytest.mark.parametrize("name", OF_CONNECTION)
-def test_where_a_connection_is_broken_the_next_one_is_accepted_at_once(name: str):
+def test_after_a_broken_connection_the_next_one_is_accepted_at_once(name: str):
     accepting = Acceptor(lambda: pytest.fail("there is room"))
     accepting.accept(Failing(name))
     assert accepting.paused_until == 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Clients in a hurry share a thread (kci_storage/net/fast_loop.py), and none of them waits for another one."""
+"""Busy clients share a thread (kci_storage/net/fast_loop.py), and none of them waits for another one."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Clients:
         return answer
 
     def take_turns(self) -> set[str]:
-        """Let each client send some requests in turn; the threads that have answered."""
+        """Let each client send some requests in turn; returns the threads that have answered."""
         return {self.ask(wire).headers["X-Thread"] for _ in range(TURNS) for wire in self.wires}
 
     def share_a_thread(self) -> bool:
@@ -81,7 +81,7 @@ def settings(folder: Path, look_seconds: float = 0.5) -> list[str]:
 
 
 @contextmanager
-def in_a_hurry(server: Server) -> Iterator[Clients]:
+def busy_clients(server: Server) -> Iterator[Clients]:
     """Clients that share a thread at the beginning of the block."""
     key, content = f"{new_folder()}/a", b"quick"
     assert put(server, key, content).status_code == 201
@@ -93,15 +93,15 @@ def in_a_hurry(server: Server) -> Iterator[Clients]:
     wait_until_tidy(server)
 
 
-def test_clients_in_a_hurry_share_a_thread(start_server: Callable[..., Server], tmp_path: Path):
-    with in_a_hurry(start_server(server={"workers": 1}, arguments=settings(tmp_path))):
+def test_busy_clients_share_a_thread(start_server: Callable[..., Server], tmp_path: Path):
+    with busy_clients(start_server(server={"workers": 1}, arguments=settings(tmp_path))):
         pass
 
 
 def test_a_thread_that_blocks_unexpectedly_drops_out_of_the_loop(start_server: Callable[..., Server], tmp_path: Path):
     server = start_server(server={"workers": 1}, arguments=settings(tmp_path))
     (tmp_path / "hold").touch()
-    with in_a_hurry(server) as clients:
+    with busy_clients(server) as clients:
         held, *others = clients.wires
         held.send(request("GET", f"/{clients.key}.held"))
         wait_until((tmp_path / "held").exists, SECONDS, "the request that is held up")
@@ -133,9 +133,9 @@ def stop_in_a_head(server: Server, wire: Wire) -> None:
 def test_no_client_waits_for_a_slow_one(
     start_server: Callable[..., Server], tmp_path: Path, be_slow: Callable[[Server, Wire], None]
 ):
-    """Also without the worker's checks for blocking requests."""
+    """This holds without the worker's checks for blocking requests."""
     server = start_server(server={"workers": 1}, arguments=settings(tmp_path, look_seconds=1000))
-    with in_a_hurry(server) as clients:
+    with busy_clients(server) as clients:
         slow = clients.wires.pop()
         be_slow(server, slow)
         wait_until(clients.share_a_thread, SECONDS, "one thread for the others")
@@ -150,7 +150,7 @@ def test_no_client_waits_for_a_cold_object(start_server: Callable[..., Server], 
         with azurite.client(server.document["azure"]["container"]) as container:
             container.upload_blob(key, b"cold")
         rule = proxy.inject(Hold(), key=key)
-        with in_a_hurry(server) as clients:
+        with busy_clients(server) as clients:
             cold = clients.wires.pop()
             cold.send(request("GET", f"/{key}"))
             rule.wait_until_reached()
@@ -162,7 +162,7 @@ def test_no_client_waits_for_a_cold_object(start_server: Callable[..., Server], 
 
 def test_requests_that_come_together_are_answered_in_order(start_server: Callable[..., Server], tmp_path: Path):
     server = start_server(server={"workers": 1}, arguments=settings(tmp_path))
-    with in_a_hurry(server) as clients:
+    with busy_clients(server) as clients:
         for wire in clients.wires:
             wire.send(request("GET", f"/{clients.key}"), request("HEAD", "/none"), request("GET", f"/{clients.key}"))
         for wire in clients.wires:
@@ -174,7 +174,7 @@ def test_requests_that_come_together_are_answered_in_order(start_server: Callabl
 def test_a_closed_connection_is_forgotten(start_server: Callable[..., Server], tmp_path: Path):
     """Some clients close or reset their connection, also during a request; the others stay."""
     server = start_server(server={"workers": 1}, arguments=settings(tmp_path))
-    with in_a_hurry(server) as clients:
+    with busy_clients(server) as clients:
         closed, reset, asking, *clients.wires = clients.wires
         asking.send(request("GET", f"/{clients.key}"))
         asking.reset()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Slow and hostile clients, without a proxy in front: what they cost an innocent one beside them.
+"""Slow and hostile clients without a proxy in front, and how long a well-behaved client waits beside them.
 
-Each attack has more connections than the server has threads. If a thread were tied to each of them, the innocent
-client would wait for seconds, or for ever; its median is printed (``pytest -s``).
+Each attack has more connections than the server has threads. If each of them occupied a thread, the well-behaved
+client would wait for seconds, or for ever. ``pytest -s`` prints its median.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ from tests.support.wire import (
 KIB, MIB = 1024, 1024 * 1024
 WORKERS, THREADS = 2, 2
 ATTACKERS = 4 * WORKERS * THREADS
-LARGE = 32 * MIB  # more than the kernel takes in for a reader that does not read
-MANY = 12 * WORKERS * THREADS  # all of which may have come to the same worker
-DRIP_SECONDS = 0.03  # between two bytes: less than what a thread waits before it counts as waiting for a slow client
+LARGE = 32 * MIB  # more than the kernel's buffers hold
+MANY = 12 * WORKERS * THREADS  # enough, even if the same worker accepts all of them
+DRIP_SECONDS = 0.03  # between two bytes: less than SLOW_SECONDS
 PAUSE_SECONDS = 0.1  # between two requests of a well-behaved client, or two steps of a slow one
-BEARABLE = 0.5  # seconds, at the median, beside what the machine's other load costs
-ATTEMPTS = 4  # measurements, of which one must be bearable: that load comes and goes, and the attack goes on
+BEARABLE = 0.5  # seconds by which the median may grow
+ATTEMPTS = 4  # measurements, of which one must be bearable: the machine's other load comes and goes
 
 Attack = Callable[["Scene", ExitStack], None]
 
@@ -235,7 +235,7 @@ def upload_head(server: Server, key: str, size: int) -> bytes:
         send_requests_without_end,
     ],
 )
-def test_an_innocent_client_does_not_notice(scene: Scene, attack: Attack):
+def test_a_well_behaved_client_is_served_quickly(scene: Scene, attack: Attack):
     before = scene.latencies(20)
     bearable = statistics.median(before) + BEARABLE
     with ExitStack() as stack:
@@ -250,7 +250,7 @@ def test_an_innocent_client_does_not_notice(scene: Scene, attack: Attack):
     wait_until_tidy(scene.server)
 
 
-def test_quick_requests_find_the_thread_that_is_free(scene: Scene):
+def test_quick_requests_use_the_free_thread(scene: Scene):
     """Three of four threads have a slow download; 60 requests at once."""
     with ExitStack() as stack:
         wires = scene.wires(stack, WORKERS * THREADS - 1, receive_buffer=8 * KIB)
@@ -322,7 +322,7 @@ def test_a_head_without_an_end_is_refused(scene: Scene):
 
 
 def test_the_longest_idle_connection_makes_room(start_server: Callable[..., Server]):
-    """More connections than a worker may have: those that wait for nothing are closed, the oldest first."""
+    """When a worker has all its connections, idle ones are closed, the oldest first."""
     server = start_server(server={"workers": 1, "threads": 2, "connections": 8})
     put(server, "a", b"content")
     with ExitStack() as stack:
@@ -337,7 +337,7 @@ def test_the_longest_idle_connection_makes_room(start_server: Callable[..., Serv
 
 
 @pytest.mark.parametrize("ranges", ["", f"bytes=0-{LARGE // 2},{LARGE // 2 + 1}-"], ids=["file", "ranges"])
-def test_a_slow_reader_gets_all(impatient: Scene, ranges: str):
+def test_a_slow_reader_gets_the_whole_file(impatient: Scene, ranges: str):
     """Slower than a third of the kernel's buffer per send_timeout."""
     with Wire(impatient.server, receive_buffer=128 * KIB) as wire:
         wire.send(request("GET", f"/{impatient.large}", {"Range": ranges} if ranges else {}))
@@ -346,7 +346,7 @@ def test_a_slow_reader_gets_all(impatient: Scene, ranges: str):
         received = 0
         for _ in range(20):
             received += len(wire.read(64 * KIB))
-            time.sleep(0.5)  # it is slow
+            time.sleep(0.5)  # the reader is slow
         received += len(wire.read(size - received))
         assert received == size
         assert access(impatient.server, head)["bytes"] == str(size)
@@ -422,9 +422,9 @@ def test_a_slow_client_is_served_while_there_is_room(impatient: Scene):
 
 
 def test_slow_clients_are_shed_when_there_are_too_many(impatient: Scene):
-    """With one slow upload too many, those below the least rate are shed, and one above it is served to its end."""
+    """With one slow upload too many, those below MIN_RATE are shed, and one above it is served to its end."""
     server, folder, before = impatient.server, new_folder(), len(impatient.server.log())
-    piece = 8 * KIB  # so that it is above that rate on the busiest machine
+    piece = 8 * KIB  # above that rate even on a busy machine
 
     def refused() -> list[str]:
         return [line for line in server.log()[before:].splitlines() if "client_disconnected" in line]

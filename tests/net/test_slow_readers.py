@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Many readers of one file, all of them slow: none is cut, and hits go on beside them."""
+"""Many slow readers of one file: none is cut, and hits are served beside them."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from tests.support.wire import SECONDS, Wire, new_folder, put, request, wait_unt
 
 KIB, MIB = 1024, 1024 * 1024
 READERS = 1500
-SEGMENT = 1448  # bytes, as on Ethernet: the kernel's buffers are as small as for clients far away
+SEGMENT = 1448  # bytes, as on Ethernet, so that the kernel's buffers are as small as for remote clients
 ROUNDS = 5
-PIECE = 4 * KIB  # that each takes in a round
+PIECE = 4 * KIB  # bytes that each reads in a round
 
 
 @pytest.fixture
 def descriptors() -> Iterator[None]:
-    """As many as the readers need; skipped where the system has fewer."""
+    """Raise the limit of descriptors to what the readers need; the test is skipped if the system has fewer."""
     before = soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = 3 * READERS
     if hard != resource.RLIM_INFINITY and hard < needed:
@@ -34,9 +34,9 @@ def descriptors() -> Iterator[None]:
 
 
 class Reader:
-    """It takes a part of a body from time to time.
+    """A client that reads a piece from time to time.
 
-    :param content: of the whole body, to compare.
+    :param content: the whole body, to compare.
     """
 
     def __init__(self, sock: socket.socket, content: bytes):
@@ -80,7 +80,7 @@ def reader(server: Server, key: str, content: bytes) -> Iterator[Reader]:
 
 
 def test_none_of_many_slow_readers_is_cut(start_server: Callable[..., Server], descriptors: None):
-    """More than have ever been cut for others; all of them are under way at the same time."""
+    """The readers are more than could once be served, and all of them are served at the same time."""
     server = start_server(server={"workers": 2})
     folder, content = new_folder(), os.urandom(8 * MIB)
     assert put(server, f"{folder}/large", content).status_code == 201
@@ -100,5 +100,5 @@ def test_none_of_many_slow_readers_is_cut(start_server: Callable[..., Server], d
             for slow in readers:
                 slow.take(PIECE)
         hit()
-        readers[0].take(2 * MIB)  # one of them has become quick
+        readers[0].take(2 * MIB)  # one of them reads quickly now
     wait_until_tidy(server)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The pool of threads: when it is crowded, so that the slowest clients have to go."""
+"""The pool of threads: when it is crowded, so that the slowest clients are shed."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ SECONDS = 60
 
 @pytest.fixture
 def done() -> Iterator[threading.Event]:
-    """Ends what the threads of a test do."""
+    """Lets a test's threads end."""
     event = threading.Event()
     yield event
     event.set()
 
 
-def test_a_call_that_waits_for_a_slot_crowds_nobody_out(done: threading.Event) -> None:
+def test_it_is_not_crowded_while_a_call_waits_for_a_slot(done: threading.Event) -> None:
     threads = Threads(1, changed=lambda: None)
     threads.submit(done.wait)
     threads.submit(done.wait)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""TLS without a proxy: everything works as without it, and hostile clients hold up nobody."""
+"""TLS without a proxy: everything works as without TLS, and hostile clients delay no other client."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]
 
 @pytest.fixture(scope="module")
 def server(files: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server that speaks TLS, with few threads."""
+    """A server with TLS and few threads."""
     document = {"server": {"workers": 2, "threads": 2, **files}}
     with running(Server(tmp_path_factory.mktemp("tls"), document)) as server:
         yield server
@@ -84,11 +84,11 @@ class TlsWire(Wire):
         return self.read(1) == b""
 
 
-# What works without works with it
+# As without TLS
 
 
 @pytest.mark.parametrize("size", [0, 1, 16 * 1024, 64 * 1024 + 1, 5 * MIB + 7])
-def test_a_file_comes_and_goes(server: Server, size: int) -> None:
+def test_a_file_is_uploaded_and_downloaded(server: Server, size: int) -> None:
     key, content = f"{new_folder()}/file", os.urandom(size)
     assert put(server, key, content).status_code == 201
     answer = get(server, key)
@@ -136,7 +136,7 @@ def test_a_refused_upload_is_refused_before_it_is_sent(server: Server) -> None:
         assert wire.answer().status == 201
 
 
-def test_curl_is_content(server: Server, files: dict[str, Path], tmp_path: Path) -> None:
+def test_curl_can_upload_and_download(server: Server, files: dict[str, Path], tmp_path: Path) -> None:
     folder, content = new_folder(), os.urandom(2 * MIB)
     (tmp_path / "file").write_bytes(content)
     curl = ["curl", "--silent", "--show-error", "--fail", "--cacert", str(files["certfile"])]
@@ -174,7 +174,7 @@ def test_many_requests_on_a_connection(server: Server) -> None:
 
 
 def test_requests_that_come_at_once(server: Server) -> None:
-    """Bytes decrypted with the first one are not lost, although polling the socket does not tell of them."""
+    """Bytes that were decrypted with the first request are not lost, although polling the socket does not report them."""
     with TlsWire(server) as wire:
         wire.send(*[request("GET", "/v1/health")] * 40)
         for _ in range(40):
@@ -182,7 +182,7 @@ def test_requests_that_come_at_once(server: Server) -> None:
 
 
 class Records:
-    """A connection on which a test chooses where a TLS record ends, and which bytes are sent together."""
+    """A connection on which a test chooses where TLS records end, and which bytes are sent together."""
 
     def __init__(self, sock: socket.socket):
         self._socket = sock
@@ -227,14 +227,14 @@ class Records:
 
 @contextlib.contextmanager
 def records(server: Server) -> Iterator[Records]:
-    """A connection without a TLS handshake."""
+    """A connection, before the TLS handshake."""
     with socket.create_connection(("127.0.0.1", server.port), SECONDS) as sock:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         yield Records(sock)
 
 
-def assert_what_comes_with_a_body_is_a_request(server: Server) -> None:
-    """It was received, but not decrypted, when the body was read, so polling the socket does not tell of it."""
+def assert_a_request_may_come_with_a_body(server: Server) -> None:
+    """The request was received with the body, but not decrypted, and polling the socket does not report it."""
     headers = {**server.headers(), "Content-Length": 5, "Expect": "100-continue"}
     with records(server) as client:
         client.shake_hands()
@@ -244,11 +244,11 @@ def assert_what_comes_with_a_body_is_a_request(server: Server) -> None:
         client.read_until(b"ok")
 
 
-def test_what_comes_with_a_body_is_a_request(server: Server) -> None:
-    assert_what_comes_with_a_body_is_a_request(server)
+def test_a_request_may_come_with_a_body(server: Server) -> None:
+    assert_a_request_may_come_with_a_body(server)
 
 
-def test_a_handshake_byte_by_byte_is_one(server: Server) -> None:
+def test_a_handshake_may_come_byte_by_byte(server: Server) -> None:
     with records(server) as client:
         client.shake_hands(size=1)
         client.tls.write(request("GET", "/v1/health"))
@@ -274,22 +274,22 @@ def test_a_head_that_is_too_long(server: Server) -> None:
         assert wire.answer().status == 431
 
 
-def test_an_end_is_told_from_a_cut(server: Server) -> None:
-    """Without the difference, an attacker in the middle could cut a response unnoticed."""
+def test_a_complete_response_ends_with_close_notify(server: Server) -> None:
+    """Otherwise an attacker on the way could cut a response unnoticed."""
     with TlsWire(server) as wire:
         wire.send(request("GET", "/v1/health", {"Connection": "close"}))
         assert wire.answer().body == b"ok"
         assert wire.ends()
 
 
-def test_a_client_that_says_goodbye_is_let_go(server: Server) -> None:
+def test_a_clients_close_notify_is_answered(server: Server) -> None:
     with TlsWire(server) as wire:
         wire.send(request("GET", "/v1/health"))
         assert wire.answer().body == b"ok"
-        assert wire._socket.unwrap() is not None  # type: ignore[attr-defined]  # close_notify came back
+        assert wire._socket.unwrap() is not None  # type: ignore[attr-defined]  # the server has sent close_notify
 
 
-def test_http_without_tls_is_told_where_it_is(server: Server) -> None:
+def test_plain_http_gets_an_explanation(server: Server) -> None:
     answer = exchange(server, request("GET", "/v1/health"))
     assert (answer.status, answer.body) == (400, b"this port speaks HTTPS\n")
     assert access(server, answer)["status"] == "400"
@@ -335,7 +335,7 @@ def test_handshakes_that_never_end_hold_up_no_other_client(server: Server) -> No
             assert get(server, "v1/health").ok
 
 
-def test_slow_readers_cost_no_threads_and_get_all_of_it(server: Server) -> None:
+def test_slow_readers_cost_no_threads_and_get_the_whole_file(server: Server) -> None:
     key, content = f"{new_folder()}/large", os.urandom(MIB) * 24
     stored_by_another_program(server, key, content)
     with contextlib.ExitStack() as stack:
@@ -353,7 +353,7 @@ def test_slow_readers_cost_no_threads_and_get_all_of_it(server: Server) -> None:
 def test_a_client_that_stalls_within_a_request_is_dropped_and_an_idle_one_is_not(
     start_server: Callable[..., Server], files: dict[str, Path]
 ) -> None:
-    """A browser opens connections in advance, with the handshake."""
+    """Browsers open connections in advance, with the handshake."""
     server = start_server(server={"send_timeout": 2, "threads": 1, **files})
     key, hello = f"{new_folder()}/large", client_hello()
     stored_by_another_program(server, key, os.urandom(MIB) * 24)
@@ -372,16 +372,16 @@ def test_a_client_that_stalls_within_a_request_is_dropped_and_an_idle_one_is_not
         assert uploading.ends()
         for wire in shaking:
             with contextlib.suppress(ConnectionResetError):
-                wire.read(1 << 20)  # to its end
+                wire.read(1 << 20)  # the rest
         waiting.send(request("GET", "/v1/health"))
         assert waiting.answer().body == b"ok"
-    assert_what_comes_with_a_body_is_a_request(server)  # over the main loop, where there is one thread
+    assert_a_request_may_come_with_a_body(server)  # in the main loop, since there is one thread
 
 
 # The certificate
 
 
-def test_a_new_certificate_takes_a_reload(server: Server, files: dict[str, Path], tmp_path: Path) -> None:
+def test_a_reload_applies_a_new_certificate(server: Server, files: dict[str, Path], tmp_path: Path) -> None:
     """The files keep their names, and open connections are kept."""
     with TlsWire(server) as old:
         before = old.certificate
@@ -391,13 +391,13 @@ def test_a_new_certificate_takes_a_reload(server: Server, files: dict[str, Path]
         server.process.send_signal(signal.SIGHUP)
         wait_until(lambda: server.log()[since:].count("event=rules_renewed") == 2, SECONDS, "the reload")
         for _ in range(4):
-            with TlsWire(server) as new:  # which trusts the new one alone
+            with TlsWire(server) as new:  # a client that trusts only the new one
                 assert new.certificate != before
         old.send(request("GET", "/v1/health"))
         assert old.answer().body == b"ok"
 
 
-def test_a_certificate_that_is_not_one_is_refused_in_one_line(files: dict[str, Path], tmp_path: Path) -> None:
+def test_an_invalid_certificate_is_refused_in_one_line(files: dict[str, Path], tmp_path: Path) -> None:
     other = certificate(tmp_path, "other")
     (tmp_path / "broken.pem").write_text("no certificate")
     cases = [

@@ -21,8 +21,8 @@ MODULES = {
 
 WRITERS = {name for name in MODULES if name.startswith("files.")}
 WRITERS |= {"client.part"}  # the client's files are on another machine, and need no durability
-MOST_MODULES = 6  # in the root
-MOST_FILES = 12  # in any other folder
+MAX_MODULES = 6  # in the root
+MAX_FILES = 12  # in any other folder
 
 WRITING_CALLS = {
     "os": {
@@ -100,7 +100,7 @@ FOLDERS = sorted({path.parent for path in PACKAGE.rglob("*.py")})
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_a_folder_is_small_and_says_what_it_is_for(folder):
     modules = [path for path in folder.glob("*.py") if path.name != "__init__.py"]
-    assert len(modules) <= (MOST_MODULES if folder == PACKAGE else MOST_FILES)
+    assert len(modules) <= (MAX_MODULES if folder == PACKAGE else MAX_FILES)
     assert ast.get_docstring(ast.parse((folder / "__init__.py").read_text()))
 
 

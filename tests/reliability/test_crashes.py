@@ -37,7 +37,7 @@ from tests.support.wire import BOUNDARY, FORM_TYPE, SECONDS, Wire, form, get, pa
 
 KEY = "folder/file.txt"
 OLD, NEW = b"old content", b"the new content"
-MOST_STEPS = 300
+MAX_STEPS = 300
 WORKERS = 3
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -217,7 +217,7 @@ scenarios = pytest.mark.parametrize("name", SCENARIOS)
 def kill_everywhere(folder: Path, name: str) -> int:
     """Kill a worker at each step of a scenario; how many steps it has."""
     world, scenario = World(folder), SCENARIOS[name]
-    for number in range(1, MOST_STEPS):
+    for number in range(1, MAX_STEPS):
         scenario.prepare(world)
 
         def act(number: int = number) -> None:
@@ -256,7 +256,7 @@ def check_after_kill(world: World, scenario: Scenario, killed: bool) -> None:
 def fill_everywhere(folder: Path, name: str, for_ever: bool) -> int:
     """Have the cache's disk full at each step of a scenario; how many steps it has."""
     world, scenario = World(folder), SCENARIOS[name]
-    for number in range(1, MOST_STEPS):
+    for number in range(1, MAX_STEPS):
         scenario.prepare(world)
         steps = Steps(world.cache_directory, GROWING, full_at(number, for_ever))
         failed = False

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Clients that are there while something else happens to a server."""
+"""Clients that use a server while a test does something else to it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MIB = 1 << 20
 
 
 class Load:
-    """Clients that send requests without a pause: some on a new connection for each, some on one for all."""
+    """Clients that send requests without a pause: some on a new connection for each request, some on one for all."""
 
     def __init__(self, url: str, content: bytes):
         self._url = url

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""How many connections a worker has, and what becomes of it when the system has no means for one more."""
+"""How many connections a worker has, and what it does when the system has no resources for another one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.support.wire import SECONDS, Wire, new_folder, request
 KIB = 1024
 IDLE = 1300
 
-# gunicorn's settings as they are, but accept() says what a file names, as long as there is one.
+# The server's settings, but accept() fails with the error that a file names, as long as that exists.
 SETTINGS = """
 import errno, os, pathlib
 from kci_storage.server.hooks import *
@@ -56,8 +56,8 @@ def config(connections: int = 0, workers: int = 2, threads: int = 64, fills: int
     return Config(path=Path(), server=server, cache=CacheConfig(max_fills=fills))
 
 
-def test_there_are_descriptors_for_all_of_them():
-    """Descriptors for a socket and a file per connection, and for the worker's other files."""
+def test_there_are_enough_descriptors():
+    """The descriptors suffice for a socket and a file per connection, and for the worker's other files."""
     assert wanted_connections(config().server) == settings.DEFAULT_CONNECTIONS
     assert wanted_connections(config(connections=17).server) == 17
     for descriptors in (1024, 4096, 65536):
@@ -70,7 +70,7 @@ def test_there_are_descriptors_for_all_of_them():
 
 
 def ask(server: Server, path: str = "/v1/health") -> None:
-    """Whether a new client is answered."""
+    """Check that a new client gets an answer."""
     with Wire(server) as wire:
         wire.send(request("GET", path))
         assert wire.answer().status == 200
@@ -87,12 +87,12 @@ def is_readable(wire: Wire) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("workers", "connections", "level"), [(1, 2000, "warning"), (2, 0, "info")], ids=["asked for", "left open"]
+    ("workers", "connections", "level"), [(1, 2000, "warning"), (2, 0, "info")], ids=["configured", "default"]
 )
 def test_with_few_descriptors_there_are_fewer_connections(
     start_server: Callable[..., Server], workers: int, connections: int, level: str
 ):
-    """More idle clients than a worker has descriptors: new ones are answered nevertheless, and nothing fails."""
+    """With more idle clients than a worker has descriptors, new ones are answered, and nothing fails."""
     document = {"workers": workers, "connections": connections}
     server = start_server(server=document, wrapper=["prlimit", "--nofile=1024:1024"])
     [line] = re.findall(rf"level={level} event=connections_lowered .*", server.log())
@@ -108,7 +108,7 @@ def test_with_few_descriptors_there_are_fewer_connections(
 
 
 def test_the_soft_limit_is_raised(start_server: Callable[..., Server]):
-    """All idle clients are kept, in one worker."""
+    """One worker keeps all idle clients."""
     server = start_server(server={"workers": 1}, wrapper=["prlimit", "--nofile=1024:8192"])
     [pid] = server.worker_pids()
     assert resource.prlimit(pid, resource.RLIMIT_NOFILE) == (8192, 8192)
@@ -121,8 +121,8 @@ def test_the_soft_limit_is_raised(start_server: Callable[..., Server]):
 
 
 @pytest.mark.expected_errors("event=accept_failed error=EMFILE")
-def test_a_worker_without_descriptors_lives_on(start_server: Callable[..., Server]):
-    """The oldest idle client makes room, as often as it takes."""
+def test_a_worker_survives_without_descriptors(start_server: Callable[..., Server]):
+    """The oldest idle client is dropped for each new one."""
     server = start_server(server={"workers": 1})
     [pid] = server.worker_pids()
     process = psutil.Process(pid)
@@ -149,7 +149,7 @@ def test_a_worker_without_descriptors_lives_on(start_server: Callable[..., Serve
 @pytest.mark.expected_errors("event=accept_failed error=")
 @pytest.mark.parametrize("name", ["ENFILE", "ENOBUFS", "ENOMEM", "ECONNABORTED", "EPROTO", "ENETDOWN", "EINVAL"])
 def test_an_error_of_accept_does_not_end_a_worker(start_server: Callable[..., Server], tmp_path: Path, name: str):
-    """Errors that cannot be caused for real. Open connections are served meanwhile, and new ones afterwards."""
+    """The errors are simulated. Open connections are served meanwhile, and new ones afterwards."""
     assert hasattr(errno, name)
     (tmp_path / "settings.py").write_text(SETTINGS.format(folder=str(tmp_path)))
     server = start_server(server={"workers": 1}, arguments=["--config", str(tmp_path / "settings.py")])
@@ -184,7 +184,7 @@ def test_no_client_is_cut_for_a_new_one(start_server: Callable[..., Server]):
         late = stack.enter_context(Wire(server))
         late.send(request("GET", "/v1/health"))
         time.sleep(2)
-        assert psutil.Process(server.worker_pids()[0]).num_threads() > connections  # all of them are at work
+        assert psutil.Process(server.worker_pids()[0]).num_threads() > connections  # each connection has a thread
         assert not is_readable(late)
         uploads[0].send(bytes(KIB))
         assert uploads[0].answer().status == 201

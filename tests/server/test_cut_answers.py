@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""An answer that fails after it has begun does not look complete, whatever tells its end."""
+"""A response that fails after it has begun does not look complete, however its end is marked."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.net.test_tls import certificate
 from tests.support.harness import Server, running
 from tests.support.wire import SECONDS
 
-# gunicorn's settings as they are, but a list fails at certain keys.
+# The server's settings, but a list fails at certain keys.
 SETTINGS = """
 import kci_storage.blueprints.listing
 from kci_storage.errors import BackendError
@@ -33,14 +33,14 @@ def post_fork(server, worker):
     begin(server, worker)
     kci_storage.blueprints.listing.text_line = text_line
 """
-KEYS = 1000  # of the first page
+KEYS = 1000  # on the first page
 
 pytestmark = pytest.mark.expected_errors("ZeroDivisionError")
 
 
 @pytest.fixture(scope="module", params=["plain", "tls"])
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server with lists of two pages, of which the second fails at its end."""
+    """A server whose lists have two pages, of which the second fails at its end."""
     folder = tmp_path_factory.mktemp(request.param)
     (folder / "settings.py").write_text(SETTINGS)
     files = certificate(folder, "server") if request.param == "tls" else {}
@@ -58,7 +58,7 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def ask(server: Server, prefix: str, version: str) -> tuple[bytes, bool]:
-    """The received part of a list, and whether the connection ended in good order."""
+    """The received part of a list, and whether the response looked complete."""
     with contextlib.ExitStack() as stack:
         client = stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=SECONDS))
         if server.url.startswith("https"):
@@ -70,27 +70,27 @@ def ask(server: Server, prefix: str, version: str) -> tuple[bytes, bool]:
         try:
             while data := client.recv(1 << 20):
                 received += data
-        except (ConnectionResetError, ssl.SSLEOFError):  # which is what Python makes of a reset in TLS
+        except (ConnectionResetError, ssl.SSLEOFError):  # a reset in TLS
             return received, False
         return received, True
 
 
 @pytest.mark.parametrize("failure", ["backend", "defect"])
-def test_what_ends_with_the_connection_is_reset(server: Server, failure: str) -> None:
+def test_a_failed_response_that_ends_with_the_connection_is_reset(server: Server, failure: str) -> None:
     answer, in_order = ask(server, failure, "HTTP/1.0")
     assert not in_order
     assert b"\r\nContent-Length:" not in answer and b"\r\nTransfer-Encoding:" not in answer
-    assert answer.count(f"{failure}/".encode()) <= KEYS  # of what is reset some may be lost on its way
+    assert answer.count(f"{failure}/".encode()) <= KEYS  # a reset may lose some of them
 
 
 @pytest.mark.parametrize("failure", ["backend", "defect"])
-def test_what_comes_in_chunks_ends_without_the_last_one(server: Server, failure: str) -> None:
+def test_a_failed_chunked_response_lacks_the_last_chunk(server: Server, failure: str) -> None:
     answer, _ = ask(server, failure, "HTTP/1.1")
     assert answer.count(f"{failure}/".encode()) == KEYS
     assert not answer.endswith(b"\r\n0\r\n\r\n")
 
 
-def test_what_is_complete_ends_in_good_order(server: Server) -> None:
+def test_a_complete_response_ends_properly(server: Server) -> None:
     for _ in range(10):
         answer, in_order = ask(server, "whole", "HTTP/1.0")
         assert in_order

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A gunicorn that names something otherwise stops the start with one line (kci_storage/server/gunicorn_parts.py)."""
+"""A gunicorn with other names stops the start with one line (kci_storage/server/gunicorn_parts.py)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kci_storage.server.gunicorn_parts import PARTS, Part
 from tests.support.harness import Server
 
 COPY = Path(gunicorn.__file__).parent
-MOST_PARTS = 30
+MAX_PARTS = 30
 CALLED = [part for part in PARTS if part.parameters]
 
 
@@ -91,37 +91,37 @@ def assert_refused(done: subprocess.CompletedProcess[str], says: str) -> None:
     assert done.stderr.count("\n") == 1 and says in done.stderr
 
 
-def test_an_unchanged_copy_is_taken(packages: Path):
+def test_an_unchanged_copy_is_accepted(packages: Path):
     done = imported(packages)
     assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("part", PARTS, ids=name_of)
-def test_a_name_that_is_another_one_is_refused(packages: Path, part: Part):
+def test_a_renamed_part_is_refused(packages: Path, part: Part):
     rename(packages, part)
     assert_refused(imported(packages), part.name.rpartition(".")[2])
 
 
 @pytest.mark.parametrize("part", CALLED, ids=name_of)
-def test_another_parameter_is_refused(packages: Path, part: Part):
+def test_a_renamed_parameter_is_refused(packages: Path, part: Part):
     name = part.name.partition(".")[2] or "__init__"
     edit_class(packages, part, rf"\bdef {name}\(self\b", f"def {name}(self, more")
     assert_refused(imported(packages), f"{part.name} takes")
 
 
-def test_another_way_of_reading_requests_is_refused(packages: Path):
-    """This server relies on headers' names in capitals."""
+def test_another_parser_is_refused(packages: Path):
+    """This server relies on gunicorn's capital header names."""
     part = next(part for part in PARTS if part.name == "Request.headers")
     edit(packages, part, r"name = name\.upper\(\)", "name = name.title()")
     assert_refused(imported(packages), "parses a request differently")
 
 
 @pytest.mark.parametrize("name", ["Worker.notify", "Request.body"])
-def test_the_server_does_not_start_with_it(tmp_path: Path, packages: Path, name: str):
+def test_the_server_does_not_start_with_a_renamed_part(tmp_path: Path, packages: Path, name: str):
     rename(packages, next(part for part in PARTS if part.name == name))
     done = Server(tmp_path, {}, {"PYTHONPATH": str(packages)}).try_to_start()
     assert_refused(done, name)
 
 
-def test_they_are_few():
-    assert len(PARTS) <= MOST_PARTS
+def test_the_parts_are_few():
+    assert len(PARTS) <= MAX_PARTS

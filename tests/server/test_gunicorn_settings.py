@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""gunicorn's own settings: each does what gunicorn says, or stops the start."""
+"""gunicorn's own settings: each works as gunicorn documents it, or stops the start."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_every_setting_is_in_one_table():
 
 
 @pytest.mark.parametrize("name", [*KEPT, *REFUSED])
-def test_what_is_not_heeded_is_refused(name: str):
+def test_a_setting_without_effect_is_refused(name: str):
     values = {**defaults(), **OWN}
     assert refusal(values, defaults(), OWN) is None
     line = refusal({**values, name: object()}, defaults(), OWN)
@@ -38,17 +38,17 @@ def test_what_is_not_heeded_is_refused(name: str):
 
 
 @pytest.mark.parametrize("name", sorted(KEPT))
-def test_what_gunicorn_would_make_of_it_is_refused_too(name: str):
+def test_gunicorns_own_default_is_refused_where_the_server_has_another(name: str):
     line = refusal({**defaults(), **OWN, name: defaults()[name]}, defaults(), OWN)
     assert line is not None and line.startswith(f"gunicorn's setting {name} ")
 
 
 @pytest.mark.parametrize("name", sorted(WORKING))
-def test_what_works_is_taken(name: str):
+def test_a_supported_setting_is_accepted(name: str):
     assert refusal({**defaults(), **OWN, name: object()}, defaults(), OWN) is None
 
 
-def test_a_setting_of_a_later_gunicorn_is_taken_only_as_it_is():
+def test_a_setting_of_a_later_gunicorn_must_have_its_default():
     assert refusal({"new": 1}, {"new": 1}, {}) is None
     assert (
         refusal({"new": 2}, {"new": 1}, {}) == "gunicorn's setting new is not for this server: it is not known here"
@@ -72,7 +72,7 @@ def test_a_setting_of_a_later_gunicorn_is_taken_only_as_it_is():
     ],
     ids=lambda given: given[0] if isinstance(given, list) else None,
 )
-def test_a_start_with_it_is_refused_in_one_line(tmp_path: Path, arguments: list[str], says: str):
+def test_the_refusal_of_a_start_is_one_line(tmp_path: Path, arguments: list[str], says: str):
     (tmp_path / "cert.pem").touch()
     done = Server(tmp_path, {}, arguments=arguments).try_to_start()
     assert done.returncode == os.EX_CONFIG
@@ -88,8 +88,8 @@ def test_a_hook_that_is_not_called_is_refused(tmp_path: Path):
     assert done.returncode == os.EX_CONFIG and "pre_request is not for this server" in done.stderr
 
 
-def test_what_works_does(start_server: Callable[..., Server], tmp_path: Path):
-    """Another working folder, and all of gunicorn's own messages in a file."""
+def test_supported_settings_have_their_effect(start_server: Callable[..., Server], tmp_path: Path):
+    """A working folder, and a file for gunicorn's messages."""
     (tmp_path / "folder").mkdir()
     arguments = ["--chdir", str(tmp_path / "folder"), "--error-logfile", "messages.log", "--log-level", "debug"]
     server = start_server(server={"workers": 1}, arguments=arguments)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A file of a GiB goes in and out, and the workers' memory stays where it was.
+"""The workers' memory does not grow with a file of a GiB that they receive and send.
 
-``KCI_STORAGE_LARGE_FILE`` is another size, in MiB: with 3,000, say, as many bytes as no 32 bits count.
+``KCI_STORAGE_LARGE_FILE`` is another size, in MiB; 5,000, for example, exceeds 32 bits.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from tests.support.harness import Server
 from tests.support.wire import FORM_TYPE, form, part
 
 MIB = 1024 * 1024
-BLOCKS = int(os.environ.get("KCI_STORAGE_LARGE_FILE", "1024"))  # of a MiB each
-AFTERWARDS, MEANWHILE = 100 * MIB, 200 * MIB  # what a worker may have more; Azure gets blocks of 8 MiB, some at once
+BLOCKS = int(os.environ.get("KCI_STORAGE_LARGE_FILE", "1024"))  # MiB
+AFTERWARDS, MEANWHILE = 100 * MIB, 200 * MIB  # by which a worker may grow; Azure gets several blocks at once
 KEY = "large.img"
-SECONDS = 300  # for which a client waits: the disk has to take all of it, which may be a slow one
+SECONDS = 300  # for which a client waits, since a slow disk may have to write the whole file first
 _FILLING = secrets.token_bytes(MIB)
 
 
@@ -74,7 +74,7 @@ def test_memory_does_not_grow_with_a_file(driver: str, request: pytest.FixtureRe
     transfers = {"upload": upload, "download": download}
     if driver == "azure":
         transfers |= {"cold download": cold_download, "upload by form": upload_by_form}
-    for transfer in transfers.values():  # what a worker needs once, it has
+    for transfer in transfers.values():  # so that what a worker allocates only once is not counted
         transfer(server, 20)
     before = psutil.Process(pid).memory_info().rss
     for name, transfer in transfers.items():
@@ -110,7 +110,7 @@ def upload_by_form(server: Server, blocks: int) -> None:
 def send(
     server: Server, method: str, path: str, headers: dict[str, str], blocks: int, head: bytes = b"", tail: bytes = b""
 ) -> None:
-    """A request whose body is never in memory as a whole."""
+    """Send a request without having its whole body in memory."""
     with contextlib.closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=SECONDS)) as connection:
         connection.putrequest(method, path)
         length = len(head) + blocks * MIB + len(tail)
@@ -139,7 +139,7 @@ def cold_download(server: Server, blocks: int) -> None:
     download(server, blocks)
 
 
-def test_a_request_leaves_nothing_to_the_collector_of_cycles() -> None:
+def test_a_request_leaves_no_reference_cycles() -> None:
     """Collecting cycles would take a twentieth of a hit's time."""
     seen: list[weakref.ref[Exchange]] = []
 

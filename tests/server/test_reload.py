@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""SIGHUP: the configuration is read again, and nobody notices but those whom it concerns."""
+"""SIGHUP: the configuration is read again, and requests that it does not concern go on."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def server(shared: Server) -> Iterator[Server]:
 
 
 def reload(server: Server) -> str:
-    """Reload the configuration; the log's lines about that, once no worker uses the old one."""
+    """Reload the configuration; returns the log's lines about that, once no worker uses the old one."""
     before, old = len(server.log()), set(server.worker_pids())
     server.reload()
     wait_until(lambda: "event=reload" in server.log()[before:], SECONDS, "an answer to SIGHUP")
@@ -51,19 +51,19 @@ def reload(server: Server) -> str:
 
 
 def refused(server: Server, because: str) -> None:
-    """Reload the configuration, which is refused for the given reason."""
+    """Reload the configuration, and check that it is refused for this reason."""
     server.expected_errors.append("event=reload_refused")
     log = reload(server)
     assert "level=error event=reload_refused" in log
     assert because in log
 
 
-def test_users_change_in_the_workers_that_are_there(server: Server) -> None:
+def test_running_workers_apply_changed_users(server: Server) -> None:
     key, workers = f"{new_folder()}/file", server.worker_pids()
     assert put(server, key, b"1").status_code == 201
     server.document["users"] = [{"name": "somebody@example.com", "prefixes": [""]}]
     assert "changed=users new_workers=nothing" in reload(server)
-    for _ in range(6):  # whichever worker it is
+    for _ in range(6):  # any worker may answer
         assert put(server, key, b"2").status_code == 403
     server.document["users"].append({"name": "user@example.com", "prefixes": ["/"]})
     reload(server)
@@ -72,7 +72,7 @@ def test_users_change_in_the_workers_that_are_there(server: Server) -> None:
     assert server.worker_pids() == workers
 
 
-def test_bans_and_limits_change_in_the_workers_that_are_there(server: Server) -> None:
+def test_running_workers_apply_changed_bans_and_limits(server: Server) -> None:
     workers = server.worker_pids()
     assert get(server, "v1/health", BOT).status_code == 200
     server.document["useragent"] = {"ban": ["nastybot"]}
@@ -117,18 +117,18 @@ def test_under_load_no_request_is_lost(server: Server) -> None:
     ],
     ids=["threads", "subnet", "unknown", "driver", "secret", "directory"],
 )
-def test_what_is_not_valid_changes_nothing(server: Server, document: dict[str, object], because: str) -> None:
+def test_an_invalid_configuration_changes_nothing(server: Server, document: dict[str, object], because: str) -> None:
     workers = server.worker_pids()
     for name, value in document.items():
         section = server.document.get(name)
         server.document[name] = {**section, **value} if isinstance(section, dict) else value  # type: ignore[dict-item]
-    server.document.setdefault("useragent", {"ban": ["nastybot"]})  # valid, but it does not come alone
+    server.document.setdefault("useragent", {"ban": ["nastybot"]})  # valid, but not applied with the invalid part
     refused(server, because)
     assert get(server, "v1/health", BOT).status_code == 200
     assert server.worker_pids() == workers
 
 
-def test_after_a_broken_file_a_worker_that_dies_is_replaced_and_a_good_file_counts(server: Server) -> None:
+def test_after_an_invalid_file_workers_are_still_replaced_and_a_valid_file_is_applied(server: Server) -> None:
     server.expected_errors += ["SIGKILL", "event=reload_refused"]
     good = server.config_path.read_text()
     server.config_path.write_text("this is [no TOML")
@@ -147,7 +147,7 @@ def test_after_a_broken_file_a_worker_that_dies_is_replaced_and_a_good_file_coun
         assert get(server, "v1/health", BOT).status_code == 403
 
 
-def test_a_worker_of_later_has_the_latest_rules(server: Server) -> None:
+def test_a_later_worker_has_the_latest_rules(server: Server) -> None:
     server.expected_errors.append("SIGKILL")
     server.document["useragent"] = {"ban": ["nastybot"]}
     reload(server)
@@ -158,7 +158,7 @@ def test_a_worker_of_later_has_the_latest_rules(server: Server) -> None:
     assert get(server, "v1/health", BOT).status_code == 403
 
 
-def test_what_else_has_changed_takes_new_workers(server: Server) -> None:
+def test_other_changes_need_new_workers(server: Server) -> None:
     old = set(server.worker_pids())
     server.document["server"]["cache_control"] = "public, max-age=7"
     assert "changed=server.cache_control new_workers=server.cache_control" in reload(server)
@@ -168,7 +168,7 @@ def test_what_else_has_changed_takes_new_workers(server: Server) -> None:
     assert get(server, key).headers["Cache-Control"] == "public, max-age=7"
 
 
-def test_what_belongs_to_the_master_waits_for_a_restart(server: Server) -> None:
+def test_changes_for_the_master_need_a_restart(server: Server) -> None:
     old = server.worker_pids()
     server.document["server"]["threads"] = 9
     before = len(server.log())
@@ -177,7 +177,7 @@ def test_what_belongs_to_the_master_waits_for_a_restart(server: Server) -> None:
     assert server.worker_pids() == old
 
 
-def test_nothing_new_is_no_news(server: Server) -> None:
+def test_an_unchanged_configuration_keeps_the_workers(server: Server) -> None:
     old = server.worker_pids()
     assert "changed=nothing new_workers=nothing" in reload(server)
     assert server.worker_pids() == old
@@ -192,7 +192,7 @@ def test_changes_are_named_by_their_keys() -> None:
     assert list(master.changes(old, old)) == []
 
 
-def test_the_names_of_what_reloads_are_names() -> None:
+def test_the_reloadable_names_exist() -> None:
     """A misspelt name would make a reload replace the workers."""
     keys = {f"{section}.{name}" for section, cls in SECTIONS.items() for name in settings(cls)}
     assert set(RELOADABLE) <= {*SECTIONS, *keys, "users", "block_subnets"}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A request's environ is as gunicorn would have it, also from a connection's second request on."""
+"""A request's environ is the one that gunicorn would make, also for later requests of a connection."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kci_storage.server.request import MOUNT_VARIABLE, make_environ, wants_to_st
 
 ADDRESS = "192.0.2.1", 12345
 SERVER = "127.0.0.1", 3000
-# Each request's own, what the worker says, and what nothing here asks for.
+# Keys that differ by request, come from the worker, or are not used here.
 LEFT_OUT = {
     "wsgi.errors", "wsgi.input", "wsgi.multithread", "wsgi.multiprocess", "wsgi.file_wrapper", "SERVER_SOFTWARE",
     "gunicorn.socket", "wsgi.early_hints",
@@ -61,12 +61,12 @@ def without(environ: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("server", [SERVER, "/run/socket"], ids=["tcp", "unix"])
 @pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
-def test_each_environ_is_gunicorns(head: bytes, server: Any):
+def test_each_environ_is_as_gunicorn_makes_it(head: bytes, server: Any):
     conn = connection(server=server)
     make_environ(conn, parsed(b"POST /first HTTP/1.1\r\nHost: first\r\nX-First: 1\r\n\r\n"))
     expected = gunicorns(head, conn)
     if server != SERVER and b"Host" not in head:
-        expected["SERVER_NAME"], expected["SERVER_PORT"] = "", "80"  # gunicorn says the socket's path
+        expected["SERVER_NAME"], expected["SERVER_PORT"] = "", "80"  # gunicorn has the socket's path
     for _ in range(2):
         assert without(make_environ(conn, parsed(head))) == expected
 
@@ -88,8 +88,8 @@ def test_an_application_may_be_mounted_below_a_path(monkeypatch: pytest.MonkeyPa
     "header", ["X-Forwarded-Proto: https", "X-Forwarded-Ssl: on", "Script_Name: /a", "Path_Info: /a"]
 )
 @pytest.mark.parametrize("address", [ADDRESS, ""], ids=["tcp", "unix"])
-def test_no_proxy_is_believed_here(address: Any, header: str):
-    """Nor is a client on a Unix socket, whose headers gunicorn itself would trust."""
+def test_forwarded_headers_are_ignored(address: Any, header: str):
+    """Forwarded headers are ignored here, also on a Unix socket, where gunicorn itself would trust them."""
     environ = make_environ(connection(address), parsed(f"GET /x HTTP/1.1\r\n{header}\r\n\r\n".encode()))
     assert (environ["wsgi.url_scheme"], environ["SCRIPT_NAME"], environ["PATH_INFO"]) == ("http", "", "/x")
 
@@ -141,6 +141,6 @@ def test_a_chunked_body_ends_where_the_next_request_begins():
 
 
 def test_lines_can_be_read_of_a_body():
-    """As the bodies of other WSGI servers can (PEP 3333)."""
+    """PEP 3333 requires it of a body."""
     for body in (LengthBody(received(b"a\nbc\nd"), 6), chunked(b"6\r\na\nbc\nd\r\n0\r\n\r\n")[0]):
         assert (body.readline(), list(body), body.is_read) == (b"a\n", [b"bc\n", b"d"], True)

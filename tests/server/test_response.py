@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What an application says becomes what HTTP/1.1 has it (kci_storage/server/response.py)."""
+"""What the server sends for an application's response (RFC 9112; kci_storage/server/response.py)."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def respond(
     return response, client
 
 
-def test_a_body_with_a_length_goes_as_it_is():
+def test_a_body_with_a_length_is_sent_as_it_is():
     response, client = respond([LENGTH, ("X-A", "b")])
     assert client.taken.startswith(b"HTTP/1.1 200 OK\r\nServer: ")
     assert (client.head["Connection"], client.head["X-A"], client.body, response.keep) == (
@@ -62,13 +62,13 @@ def test_a_body_with_a_length_goes_as_it_is():
     )  # fmt: skip
 
 
-def test_a_body_without_one_goes_in_chunks():
+def test_a_body_without_a_length_is_sent_in_chunks():
     response, client = respond([])
     assert (client.head["Transfer-Encoding"], response.keep) == ("chunked", True)
     assert client.body == b"5\r\nhello\r\n0\r\n\r\n"
 
 
-def test_to_an_old_client_it_ends_with_the_connection():
+def test_for_an_old_client_it_ends_with_the_connection():
     response, client = respond([], version=(1, 0))
     assert client.taken.startswith(b"HTTP/1.0 200 OK\r\n")
     assert "Transfer-Encoding" not in client.head
@@ -79,22 +79,22 @@ def test_to_an_old_client_it_ends_with_the_connection():
     ("method", "status", "has_length"),
     [("HEAD", "200 OK", True), ("GET", "204 No Content", False), ("GET", "304 Not Modified", True)],
 )
-def test_some_have_no_body(method: str, status: str, has_length: bool):
+def test_some_responses_have_no_body(method: str, status: str, has_length: bool):
     response, client = respond([LENGTH], method=method, status=status)
     assert (client.body, response.keep, "Content-Length" in client.head) == (b"", True, has_length)
 
 
-def test_no_more_goes_out_than_was_announced():
+def test_no_more_is_sent_than_was_announced():
     response, client = respond([LENGTH], [b"hel", b"lo, world", b"!"])
     assert (client.body, response.keep) == (b"hello", True)
 
 
-def test_the_connection_is_not_kept_when_something_is_missing():
+def test_the_connection_is_closed_after_a_body_that_is_too_short():
     response, client = respond([LENGTH], [b"hel"])
     assert (client.body, response.keep) == (b"hel", False)
 
 
-def test_what_is_between_server_and_client_is_the_servers():
+def test_an_applications_connection_headers_are_dropped():
     own = [("Connection", "upgrade"), ("Date", "never"), ("server", "x"), ("Transfer-Encoding", "gzip"), ("TE", "x")]
     _, client = respond([*own, LENGTH])
     assert client.taken.lower().count(b"\r\ndate: ") == 1
@@ -114,19 +114,19 @@ def test_what_is_between_server_and_client_is_the_servers():
     ],
 )
 def test_a_header_that_would_break_the_response_is_refused(header: tuple[str, str], says: str):
-    for _ in range(2):  # also when it is known
+    for _ in range(2):  # the second time the result is cached
         with pytest.raises(ValueError, match=says) as failure:
             respond([header])
         assert "secret" not in str(failure.value)
 
 
 @pytest.mark.parametrize("status", ["200\r\nX-A: b", "OK", "99 Few", "2000 Many"])
-def test_a_status_that_would_break_it_is_refused(status: str):
+def test_a_status_that_would_break_the_response_is_refused(status: str):
     with pytest.raises(ValueError, match="status"):
         respond([], status=status)
 
 
-def test_it_begins_once():
+def test_a_response_begins_once():
     response = Response(Client(), "GET", (1, 1), keep=True)
     with pytest.raises(AssertionError):
         response.send([b"early"])
@@ -141,7 +141,7 @@ def test_it_begins_once():
         response.start_response("500 Internal Server Error", [], (ValueError, failure, None))
 
 
-def test_a_file_leaves_from_where_it_stands(tmp_path: Path):
+def test_a_file_is_sent_from_its_position(tmp_path: Path):
     path = tmp_path / "file"
     path.write_bytes(b"0123hello")
     with path.open("rb") as file:
@@ -155,7 +155,7 @@ def test_a_file_leaves_from_where_it_stands(tmp_path: Path):
         assert respond([LENGTH], WrappedFile(file), method="HEAD")[1].body == b""
 
 
-def test_what_only_looks_like_a_file_is_read():
+def test_an_object_without_a_descriptor_is_read():
     content = bytes(PIECE_SIZE + 1)
     _, client = respond([("Content-Length", str(len(content)))], WrappedFile(io.BytesIO(content)))
     assert client.body == content

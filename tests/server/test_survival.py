@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Nothing that serves many dies of one: what fails unexpectedly is logged, and slots, loops and threads live on."""
+"""An unexpected failure ends one request at most: it is logged, and slots, loops and threads go on."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LARGE = 32 * MIB
 THREADS = 2
 BOT = {"User-Agent": "NastyBot/1.0"}
 
-# gunicorn's settings as they are, but a worker's function fails as long as a file of its name is there.
+# The server's settings, but a function of the worker fails as long as a file with its name exists.
 SETTINGS = """
 import pathlib
 import kci_storage.net.fast_loop
@@ -43,7 +43,7 @@ def fail(owner, name, reason=ZeroDivisionError):
 
     def failing(*arguments, **more):
         if (folder / name).exists():
-            raise reason("as it is to be")
+            raise reason("made up")
         return function(*arguments, **more)
 
     setattr(owner, name, failing)
@@ -91,7 +91,7 @@ class Scene:
         return answer
 
     def assert_alive(self) -> None:
-        """All slots answer, open connections are kept, and no thread has ended."""
+        """Check that all slots answer, open connections are kept, and no worker has ended."""
         with ExitStack() as stack:
             wires = [stack.enter_context(Wire(self.server)) for _ in range(4 * THREADS)]
             for _ in range(3):
@@ -115,18 +115,18 @@ def scene(start_server: Callable[..., Server], tmp_path: Path) -> Scene:
 
 
 def test_a_request_that_fails_is_logged_with_its_id(scene: Scene):
-    """More often than there are slots."""
+    """There are more failures than slots."""
     with scene.failing("send_to"):
         for number in range(2 * THREADS):
             with Wire(scene.server) as wire:
                 wire.send(request("GET", f"/{scene.small}", {"X-Request-ID": f"failing-{number}"}))
-                assert wire.rest() == b""  # too late for another answer
+                assert wire.rest() == b""  # it is too late for an error response
             wait_until(lambda: scene.logged("request_failed", f"failing-{number}"), SECONDS, "the log")  # noqa: B023
     scene.assert_alive()
 
 
 @pytest.mark.parametrize(("name", "event"), [("_parsed", "request_failed"), ("answer", "fast_loop_failed")])
-def test_whatever_fails_in_a_task_costs_no_slot(scene: Scene, name: str, event: str):
+def test_a_failed_task_costs_no_slot(scene: Scene, name: str, event: str):
     with scene.failing(name):
         for _ in range(2 * THREADS):
             with Wire(scene.server) as wire:
@@ -143,13 +143,13 @@ def test_a_failed_background_send_cuts_only_its_own_client(scene: Scene):
         received = 0
         while data := cut.read(64 * KIB):
             received += len(data)
-            time.sleep(0.2)  # it is slow
+            time.sleep(0.2)  # the reader is slow
         assert received < LARGE
         wait_until(lambda: scene.logged("background_failed", request_id), SECONDS, "the log")
     with Wire(scene.server, receive_buffer=8 * KIB) as late:
         late.send(request("GET", f"/{scene.large}"))
         late.head()
-        time.sleep(1)  # it is slow, too
+        time.sleep(1)  # this reader is slow, too
         assert len(late.read(LARGE)) == LARGE
     scene.assert_alive()
 
@@ -174,14 +174,14 @@ def test_a_connection_that_cannot_be_handed_back_costs_no_slot(scene: Scene):
     scene.assert_alive()
 
 
-def test_the_main_loop_outlives_what_it_does(scene: Scene):
+def test_the_main_loop_survives_a_failure(scene: Scene):
     with scene.failing("_expire"):
         wait_until(lambda: scene.logged("main_loop_failed"), SECONDS, "the failure")
     scene.assert_alive()
 
 
 @pytest.mark.parametrize("name", ["receive", "_sweep"])
-def test_the_fast_loop_outlives_what_it_does(scene: Scene, name: str):
+def test_the_fast_loop_survives_a_failure(scene: Scene, name: str):
     with ExitStack() as stack:
         wires = [stack.enter_context(Wire(scene.server)) for _ in range(4)]
         for _ in range(5):
@@ -196,7 +196,7 @@ def test_the_fast_loop_outlives_what_it_does(scene: Scene, name: str):
 
 
 def test_a_reload_that_fails_is_not_the_last_one(scene: Scene):
-    """A failure in the worker: it keeps the last configuration that it could apply."""
+    """A worker that cannot apply a configuration keeps its last one, and applies the next."""
     server = scene.server
     with scene.failing("usable"):
         server.document["useragent"] = {"ban": ["nastybot"]}
@@ -211,8 +211,8 @@ def test_a_reload_that_fails_is_not_the_last_one(scene: Scene):
     scene.assert_alive()
 
 
-def test_threads_are_those_that_are_wanted(scene: Scene):
-    """The worker has no more of them afterwards than before."""
+def test_failures_leave_no_threads_behind(scene: Scene):
+    """The worker has no more threads afterwards than before."""
     before = psutil.Process(scene.pids[0]).num_threads()
     with scene.failing("answer"):
         for _ in range(10 * THREADS):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The worker's life: how it begins and ends. What it does for clients is in test_hostile_clients.py."""
+"""The beginning and the end of a worker. For its work see test_hostile_clients.py."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.faultproxy import PUT, Hold
 from tests.support.harness import START_SECONDS, STOP_SECONDS, Server, wait_until
 from tests.support.wire import SECONDS, Wire, new_folder, request, wait_until_tidy
 
-# gunicorn's settings as they are, but a worker that is forked later waits before it does anything.
+# The server's settings, but a worker that is forked later waits at first.
 SETTINGS = """
 import pathlib, time
 from kci_storage.server.hooks import *
@@ -32,7 +32,7 @@ def post_fork(server, worker):
 
 
 @pytest.mark.expected_errors("was sent SIGKILL")
-def test_a_worker_that_is_just_being_forked_heeds_a_stop(start_server: Callable[..., Server], tmp_path: Path):
+def test_a_worker_that_is_being_forked_stops(start_server: Callable[..., Server], tmp_path: Path):
     settings, hold = tmp_path / "settings.py", tmp_path / "hold"
     settings.write_text(SETTINGS.format(folder=str(tmp_path)))
     server = start_server(server={"workers": 1}, arguments=["--config", str(settings)])
@@ -48,7 +48,7 @@ def test_a_worker_that_is_just_being_forked_heeds_a_stop(start_server: Callable[
 
 
 def test_a_silent_backend_does_not_hold_up_a_stop(new_bench: Callable[..., Bench]):
-    """A block of an abandoned upload is still being sent there."""
+    """A block of an abandoned upload is still being sent to it."""
     patience = 10 * STOP_SECONDS
     bench = new_bench(server={"workers": 1}, azure={"connect_timeout": patience, "read_timeout": patience})
     key = f"{new_folder()}/a"
