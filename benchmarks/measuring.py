@@ -182,14 +182,14 @@ def _cpu_seconds(process: psutil.Process) -> float:
 
 
 class PrivateMemory:
-    """Watches, during a block, how much memory of its own each of some processes has at most."""
+    """Samples, during a block, the private memory (USS) of each of some processes, and keeps the peaks."""
 
-    INTERVAL = 0.02  # seconds between two looks
+    INTERVAL = 0.02  # seconds between two samples
 
     def __init__(self, pids: Iterable[int]):
         self._processes = [psutil.Process(pid) for pid in pids]
-        self._before = self._look()
-        self._most = list(self._before)
+        self._before = self._sizes()
+        self._peaks = list(self._before)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -200,19 +200,19 @@ class PrivateMemory:
     def __exit__(self, *exc_info: object) -> None:
         self._ended.set()
         self._thread.join()
-        self._keep_most()
+        self._sample()
 
     @property
     def growth(self) -> int:
-        """Bytes by which the process that grew most did."""
-        return max(most - before for most, before in zip(self._most, self._before, strict=True))
+        """The largest growth among the processes, in bytes."""
+        return max(peak - before for peak, before in zip(self._peaks, self._before, strict=True))
 
     def _watch(self) -> None:
         while not self._ended.wait(self.INTERVAL):
-            self._keep_most()
+            self._sample()
 
-    def _keep_most(self) -> None:
-        self._most = [max(pair) for pair in zip(self._most, self._look(), strict=True)]
+    def _sample(self) -> None:
+        self._peaks = [max(pair) for pair in zip(self._peaks, self._sizes(), strict=True)]
 
-    def _look(self) -> list[int]:
+    def _sizes(self) -> list[int]:
         return [process.memory_full_info().uss for process in self._processes]

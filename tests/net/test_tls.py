@@ -174,7 +174,7 @@ def test_many_requests_on_a_connection(server: Server) -> None:
 
 
 def test_requests_that_come_at_once(server: Server) -> None:
-    """Bytes that were decrypted with the first request are not lost, although polling the socket does not report them."""
+    """Bytes decrypted together with the first request are not lost, although polling does not report them."""
     with TlsWire(server) as wire:
         wire.send(*[request("GET", "/v1/health")] * 40)
         for _ in range(40):

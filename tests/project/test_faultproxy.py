@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The fault proxy itself: it does what it is told to, and nothing else. Else the tests that use it show nothing."""
+"""The fault proxy: it does what a test asks of it and nothing else, on which all tests that use it rely."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ CONTENT_BYTES = random.Random(0).randbytes(200_000)  # the same in every process
 
 
 class Backend(BaseHTTPRequestHandler):
-    """Gives the same content for every path, and takes every upload."""
+    """Sends the same content for every path, and accepts every upload."""
 
     protocol_version = "HTTP/1.1"
 
@@ -66,7 +66,7 @@ class Backend(BaseHTTPRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
-    """What serves that."""
+    """The backend's server."""
 
     daemon_threads = True
 
@@ -87,7 +87,7 @@ def proxy() -> Iterator[FaultProxy]:
 
 
 def ask(proxy: FaultProxy, method: str = "GET", key: str = "a/b", **headers: str) -> http.client.HTTPResponse:
-    """The answer's head, on a connection of its own."""
+    """Send a request on a new connection; returns the response's head."""
     connection = http.client.HTTPConnection(urlsplit(proxy.endpoint).netloc, timeout=SECONDS)
     body = CONTENT_BYTES[:70_000] if method == "PUT" else None
     connection.request(method, f"/account/container/{key}", body, headers)
@@ -95,7 +95,7 @@ def ask(proxy: FaultProxy, method: str = "GET", key: str = "a/b", **headers: str
 
 
 def received(answer: http.client.HTTPResponse) -> bytes:
-    """What comes of a body until it ends or breaks."""
+    """The received part of a body, which may be incomplete."""
     try:
         return answer.read()
     except http.client.IncompleteRead as exc:
@@ -144,25 +144,25 @@ def test_bodies_are_damaged(proxy: FaultProxy, fault: Fault, got: bytes) -> None
 @pytest.mark.parametrize(
     ("fault", "length"), [(Cut(1000), 0), (Lie(10), 10), (Lie(-10), -10), (Shrink(10), -10)], ids=repr
 )
-def test_lengths_are_told(proxy: FaultProxy, fault: Fault, length: int) -> None:
+def test_lengths_are_falsified(proxy: FaultProxy, fault: Fault, length: int) -> None:
     proxy.inject(fault)
     assert int(ask(proxy).headers["Content-Length"]) == len(CONTENT_BYTES) + length
 
 
-def test_the_length_of_the_object_is_told(proxy: FaultProxy) -> None:
+def test_the_length_of_the_object_is_falsified(proxy: FaultProxy) -> None:
     proxy.inject(LieOfAll(10))
     answer = ask(proxy, Range="bytes=100-")
     assert answer.headers["Content-Range"] == f"bytes 100-{len(CONTENT_BYTES) - 1}/{len(CONTENT_BYTES) + 10}"
     assert answer.read() == CONTENT_BYTES[100:]
 
 
-def test_a_flipped_byte_is_the_objects_not_the_bodys(proxy: FaultProxy) -> None:
+def test_a_flipped_byte_is_counted_from_the_objects_beginning(proxy: FaultProxy) -> None:
     proxy.inject(Flip(500))
     assert ask(proxy, Range="bytes=400-").read()[100] == CONTENT_BYTES[500] ^ 0xFF
     assert ask(proxy, Range="bytes=501-").read() == CONTENT_BYTES[501:]
 
 
-def test_a_cut_is_a_reset_when_told_so(proxy: FaultProxy) -> None:
+def test_a_cut_may_be_a_reset(proxy: FaultProxy) -> None:
     proxy.inject(Cut(0, reset=True))
     with pytest.raises(ConnectionResetError):
         ask(proxy).read()
@@ -176,7 +176,7 @@ def test_refused(proxy: FaultProxy) -> None:
     assert ask(proxy).read() == CONTENT_BYTES
 
 
-def test_an_answer_of_its_own(proxy: FaultProxy) -> None:
+def test_the_proxys_own_answer(proxy: FaultProxy) -> None:
     proxy.inject(Say(503, "ServerBusy"), kind=PUT)
     answer = ask(proxy, "PUT")
     assert (answer.status, answer.headers["x-ms-error-code"]) == (503, "ServerBusy")
@@ -184,14 +184,14 @@ def test_an_answer_of_its_own(proxy: FaultProxy) -> None:
     assert ask(proxy).status == 200
 
 
-def test_whom_a_fault_befalls(proxy: FaultProxy) -> None:
+def test_which_requests_get_a_fault(proxy: FaultProxy) -> None:
     rule = proxy.inject(Say(404, "BlobNotFound"), key="a", skip=1, times=2)
     statuses = [ask(proxy, key=key).status for key in ("a", "b", "a", "a", "a")]
     assert statuses == [200, 200, 404, 404, 200]
     assert rule.hits == 2
 
 
-def test_what_stalls_goes_on_when_it_is_released(proxy: FaultProxy) -> None:
+def test_a_stalled_body_goes_on_when_it_is_released(proxy: FaultProxy) -> None:
     rule = proxy.inject(Stall(50_001))
     answer = ask(proxy)
     rule.wait_until_reached()
@@ -201,7 +201,7 @@ def test_what_stalls_goes_on_when_it_is_released(proxy: FaultProxy) -> None:
     assert answer.read() == CONTENT_BYTES[50_001:]
 
 
-def test_what_stalls_is_a_place_in_the_object(proxy: FaultProxy) -> None:
+def test_a_stall_is_at_an_offset_in_the_object(proxy: FaultProxy) -> None:
     rule = proxy.inject(Stall(500), times=1)
     assert ask(proxy, Range="bytes=501-").read() == CONTENT_BYTES[501:]
     answer = ask(proxy, Range="bytes=400-")
@@ -211,7 +211,7 @@ def test_what_stalls_is_a_place_in_the_object(proxy: FaultProxy) -> None:
     assert answer.read() == CONTENT_BYTES[500:]
 
 
-def test_what_is_held_has_not_reached_the_backend(proxy: FaultProxy) -> None:
+def test_a_held_request_has_not_reached_the_backend(proxy: FaultProxy) -> None:
     rule = proxy.inject(Hold())
     answers: list[bytes] = []
     asking = threading.Thread(target=lambda: answers.append(ask(proxy).read()))

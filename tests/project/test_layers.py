@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What `make check` cannot say of the code: which modules write files, and how large things may be."""
+"""Rules that `make check` cannot express: which modules write files, and how large things may be."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MODULES = {
 }
 
 WRITERS = {name for name in MODULES if name.startswith("files.")}
-WRITERS |= {"client.part"}  # the client's files are on another machine, and need no durability
+WRITERS |= {"client.part"}  # files on the client's machine need no durability
 MAX_MODULES = 6  # in the root
 MAX_FILES = 12  # in any other folder
 
@@ -86,7 +86,7 @@ def test_writing_is_recognised(code):
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))
-def test_what_is_public_is_documented(name):
+def test_public_names_are_documented(name):
     tree = parsed(name)
     assert ast.get_docstring(tree), f"{name} does not say what it is"
     for node in tree.body:
@@ -98,19 +98,19 @@ FOLDERS = sorted({path.parent for path in PACKAGE.rglob("*.py")})
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
-def test_a_folder_is_small_and_says_what_it_is_for(folder):
+def test_a_folder_is_small_and_has_a_docstring(folder):
     modules = [path for path in folder.glob("*.py") if path.name != "__init__.py"]
     assert len(modules) <= (MAX_MODULES if folder == PACKAGE else MAX_FILES)
     assert ast.get_docstring(ast.parse((folder / "__init__.py").read_text()))
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))
-def test_no_part_is_left_out(name):
+def test_nothing_is_left_unimplemented(name):
     assert "NotImplementedError" not in MODULES[name].read_text()
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))
-def test_what_mypy_or_ruff_is_not_to_see_has_its_reason_behind_it(name):
+def test_every_suppression_has_a_reason(name):
     silenced = [line for line in MODULES[name].read_text().splitlines() if SILENCED.search(line)]
     assert [line for line in silenced if not WITH_REASON.search(line)] == []
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What the tests' own guard does about processes that outlive them: a run of pytest in a run of pytest."""
+"""The guard of the tests kills processes that outlive them: shown by a run of pytest within a run of pytest."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.harness import wait_until
 
 ROOT = Path(kci_storage.__file__).parent.parent
 SECONDS = 120
-QUICK = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # but for those that are named
+QUICK = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # only plugins named by -p
 FEW = "import tests.support.leftovers\ntests.support.leftovers.GRACE_SECONDS = 1\n"
 
 TESTS = """
@@ -50,7 +50,7 @@ def test_is_killed(tmp_path):
 
 @pytest.fixture
 def pid_file(tmp_path: Path) -> Path:
-    """Where the inner tests write down what they have started; beside it are those tests."""
+    """The file in which the inner tests note the process that they start; the tests are beside it."""
     path = tmp_path / "pid"
     (tmp_path / "conftest.py").write_text(FEW)
     (tmp_path / "test_inner.py").write_text(TESTS.format(pids=str(path)))
@@ -77,7 +77,7 @@ def lives(pid_file: Path) -> bool:
 
 @pytest.fixture
 def killed_at_the_end(pid_file: Path) -> Iterator[None]:
-    """Were the guard broken, its test would leave a process behind."""
+    """If the guard did not work, its test would leave a process behind."""
     yield
     if lives(pid_file):
         os.kill(int(pid_file.read_text()), signal.SIGKILL)
@@ -97,12 +97,12 @@ def test_a_run_that_leaves_a_process_fails_and_names_it(pid_file, test, argument
     assert not lives(pid_file)
 
 
-def test_the_test_that_has_started_it_is_named(pid_file):
+def test_the_test_that_started_the_process_is_named(pid_file):
     assert "started by test_inner.py::test_leaves_it (call)" in run(pid_file, "test_leaves_it").stdout
 
 
 @ways
-def test_a_run_that_leaves_none_passes(pid_file, arguments):
+def test_a_run_that_leaves_no_process_passes(pid_file, arguments):
     result = run(pid_file, "test_ends_it", *arguments)
     assert result.returncode == pytest.ExitCode.OK, result.stdout
     assert "1 passed" in result.stdout.splitlines()[-1]
@@ -116,4 +116,4 @@ def test_a_run_that_is_killed_leaves_nothing(pid_file, number, arguments):
         wait_until(lambda: pid_file.exists() and pid_file.read_text(), SECONDS, "the inner test")
         assert lives(pid_file)
         inner.send_signal(number)
-    wait_until(lambda: not lives(pid_file), SECONDS, "the end of what the run has started")
+    wait_until(lambda: not lives(pid_file), SECONDS, "the end of the run's processes")

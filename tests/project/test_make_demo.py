@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""``make demo``, with a small folder, and whether it would notice."""
+"""``make demo`` with a small folder, and that it notices differences."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tools import demo
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder with what real ones have: levels, an empty file, odd names, a link, a file of several MiB."""
+    """A folder like real ones: subfolders, an empty file, odd names, a link, a file of several MiB."""
     folder = tmp_path / "input"
     (folder / "lib/modules/6.1.0+x").mkdir(parents=True)
     (folder / "empty").touch()
@@ -28,7 +28,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def in_reach(azurite: Azurite) -> None:
-    """Skipped without Azurite."""
+    """Skips the tests without Azurite."""
 
 
 def test_every_file_goes_both_ways(folder, monkeypatch, capsys):
@@ -41,7 +41,7 @@ def test_every_file_goes_both_ways(folder, monkeypatch, capsys):
     assert "every file came back as it went" in printed
 
 
-def test_a_file_that_comes_back_otherwise_is_noticed(folder, tmp_path, capsys):
+def test_a_file_that_comes_back_changed_is_noticed(folder, tmp_path, capsys):
     files = demo.regular_files(folder)
     (tmp_path / "work").mkdir()
     files[0] = dataclasses.replace(files[0], sha256="0" * 64)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""``make run``: from an empty folder to a server, and lines that work when pasted. The README has the same lines."""
+"""``make run``: an empty folder becomes a server, and the printed lines work. The README has the same lines."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ Start = Callable[..., subprocess.Popen[str]]
 
 @pytest.fixture
 def port() -> Iterator[int]:
-    """A free port, kept free for this test."""
+    """A free port, reserved for this test."""
     with reserve_port() as reserved:
         yield reserved.getsockname()[1]
 
 
 @pytest.fixture
 def start(tmp_path: Path, port: int) -> Iterator[Start]:
-    """Starts what ``make run`` starts, in an empty folder."""
+    """Starts the program of ``make run`` in an empty folder."""
     started: list[subprocess.Popen[str]] = []
 
     def run(**environ: str) -> subprocess.Popen[str]:
@@ -93,8 +93,8 @@ README_BLOCK = re.search(
 )[1]
 
 
-def test_the_readmes_lines_work_as_they_stand_and_leave_the_readers_files_alone(start, tmp_path, port):
-    """They are pasted one by one into one shell, in the folder of the checkout, which has files of the same names."""
+def test_the_readmes_lines_work_and_do_not_touch_the_readers_files(start, tmp_path, port):
+    """They are pasted into one shell, in a checkout's folder that has files of the same names."""
     (tmp_path / ".venv/bin").mkdir(parents=True)
     (tmp_path / ".venv/bin/kci-storage").symlink_to(Path(sys.executable).parent / "kci-storage")
     for name in ("form.txt", "put.txt", "demo"):
@@ -108,12 +108,12 @@ def test_the_readmes_lines_work_as_they_stand_and_leave_the_readers_files_alone(
 
 
 def _without_token(lines: list[str], port: int) -> list[list[str]]:
-    """The words of each line, with neither the token nor the port in them."""
+    """The words of each line, without the token and the port."""
     plain = (re.sub(r"Bearer [^'\"]+", "Bearer", line).replace(f":{port}", "") for line in lines)
     return [shlex.split(line) for line in plain]
 
 
-def test_every_new_configuration_has_a_secret_of_its_own(start, tmp_path):
+def test_every_new_configuration_has_another_secret(start, tmp_path):
     secrets = set()
     for name in ("first", "second"):
         start(KCI_STORAGE_CONFIG=f"{name}.toml", KCI_STORAGE_PORT="0").wait(60)
@@ -121,7 +121,7 @@ def test_every_new_configuration_has_a_secret_of_its_own(start, tmp_path):
     assert len(secrets) == 2
 
 
-def test_a_configuration_that_is_there_is_used_as_it_is(start, tmp_path, port):
+def test_an_existing_configuration_is_used_as_it_is(start, tmp_path, port):
     users = [{"name": "nobody"}, {"name": "builder@example.com", "prefixes": ["/builds/v6*"]}]
     text = toml({"driver": "local", "jwt_secret": "s" * 32, "server": {"bind": "0.0.0.0:1"}, "users": users})
     (tmp_path / "config.toml").write_text(text)

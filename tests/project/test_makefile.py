@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""``make`` alone, and what the README says about its targets."""
+"""``make`` alone, and its targets in the README."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_make_alone_prints_every_target_with_its_help():
     assert {name for _, name, _ in lines} == TARGETS
 
 
-def test_every_target_that_is_no_file_has_help():
+def test_every_phony_target_has_help():
     (phony,) = re.findall(r"^\.PHONY: (.*)$", MAKEFILE, flags=re.MULTILINE)
     assert set(phony.split()) == TARGETS
 
@@ -31,8 +31,8 @@ def test_the_readme_names_every_target_and_no_other():
     assert set(re.findall(r"`make ([a-z-]+)[` ]", (ROOT / "README.md").read_text())) == TARGETS
 
 
-def test_commits_are_checked_as_in_ci_and_nothing_is_fetched_for_it():
-    """The hooks are of this project and run what make runs; hooks of others would be cloned from elsewhere."""
+def test_commits_are_checked_as_in_ci_without_downloads():
+    """The hooks are this project's own and run make's commands; hooks of others would be cloned from elsewhere."""
     repositories = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
     assert [repository["repo"] for repository in repositories] == ["local"]
     (hook,) = repositories[0]["hooks"]

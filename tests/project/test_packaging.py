@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What ``pip install .`` gives."""
+"""The result of ``pip install .``."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ FETCHED = {".venv", ".tools", "build", "node_modules"}
 
 
 def sources() -> list[Path]:
-    """The files of this project that are Python or shell."""
+    """The project's Python and shell files."""
     found = (path.relative_to(ROOT) for pattern in SOURCES for path in ROOT.rglob(pattern))
     return sorted(path for path in found if not FETCHED & set(path.parts))
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The shell tools behind make: what they say when something is missing."""
+"""The shell scripts behind make: their messages when something is missing."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def script(path: Path, body: str) -> Path:
 
 @pytest.fixture
 def bare_path(tmp_path: Path) -> str:
-    """A PATH with the commonest commands only."""
+    """A PATH with only the most common commands."""
     folder = tmp_path / "bin"
     folder.mkdir()
     for name in ("sh", "dirname", "mkdir", "rm", "id"):
@@ -63,7 +63,7 @@ def test_a_python_without_pip_where_there_is_no_apt_names_the_package(tmp_path, 
     )
 
 
-def test_a_package_that_is_nowhere_is_one_line_more(tmp_path):
+def test_a_package_that_does_not_exist_adds_one_line(tmp_path):
     if not shutil.which("apt-get"):
         pytest.skip("apt-get is not installed")
     result = run(TOOLS / "apt-download.sh", tmp_path, "native", "no-such-package-at-all")
@@ -71,7 +71,7 @@ def test_a_package_that_is_nowhere_is_one_line_more(tmp_path):
     assert "apt-download: cannot download no-such-package-at-all for " in result.stderr
 
 
-def test_no_node_and_no_pip_is_told(tmp_path, bare_path):
+def test_without_node_and_pip_the_message_says_what_to_install(tmp_path, bare_path):
     (tmp_path / "venv/bin").mkdir(parents=True)
     script(tmp_path / "venv/bin/python", "exit 0")
     result = run(TOOLS / "azurite.sh", tmp_path / "tools", tmp_path / "venv", PATH=bare_path)
@@ -83,7 +83,7 @@ def test_no_node_and_no_pip_is_told(tmp_path, bare_path):
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """A copy of what the environment depends on, and an environment that is newer."""
+    """A copy of the files on which the environment depends, with an environment that is newer."""
     for name in ("Makefile", "setup.cfg", "setup.py", "tools"):
         source = TOOLS.parent / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
