@@ -40,7 +40,8 @@ def get(path: str, environ: dict[str, Any], start_response: Callable[..., Any]) 
         ("ETag", f'"{size}"'),
     ]
     start_response("206 Partial Content" if "HTTP_RANGE" in environ else "200 OK", headers)
-    return environ["wsgi.file_wrapper"](file, BLOCK)
+    body: Iterable[bytes] = environ["wsgi.file_wrapper"](file, BLOCK)
+    return body
 
 
 def byte_range(header: str | None, size: int) -> tuple[int, int]:

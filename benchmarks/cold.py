@@ -35,8 +35,13 @@ _numbers = itertools.count()
 class System(Protocol):
     """What stands before Azurite, or Azurite itself."""
 
-    port: int
-    pid: int | None  # None: its CPU seconds are not asked for
+    @property
+    def port(self) -> int:
+        """The port on which it listens."""
+
+    @property
+    def pid(self) -> int | None:
+        """The first of its processes; None: its CPU time is not measured."""
 
     def path(self, key: str) -> str:
         """A key's path."""
@@ -47,18 +52,19 @@ class System(Protocol):
 
 def workloads(stage: Stage) -> Iterator[Workload]:
     """Of this group."""
-    scale, caches, azurite = stage.scale, _caches(stage), {"Azurite": Direct(*stage.backend)}
+    scale, caches = stage.scale, _caches(stage)
+    everything: dict[str, System] = {**caches, "Azurite": Direct(*stage.backend)}
     small = _store(stage)
     load_of = _Load(stage)
-    load_of.check({**caches, **azurite})
+    load_of.check(everything)
     one, both = [MEDIUM], (TOTAL, FIRST_BYTE)
-    turns = load_of.turns({**caches, **azurite}, one, 1, scale.medium)
+    turns = load_of.turns(everything, one, 1, scale.medium)
     yield Workload("cold", f"{size_text(scale.medium)}, one client", both, turns)
     turns = load_of.turns(caches, one * CLIENTS, CLIENTS, scale.medium)
     yield Workload("cold", f"{size_text(scale.medium)}, {CLIENTS} clients", both, turns)
     turns = load_of.turns(caches, [CROWDED] * CROWD, CROWD, scale.crowded)
     yield Workload("cold", f"{size_text(scale.crowded)}, {CROWD} clients", both, turns)
-    turns = load_of.turns({**caches, **azurite}, small, CONNECTIONS, SMALL, rate=True)
+    turns = load_of.turns(everything, small, CONNECTIONS, SMALL, rate=True)
     yield Workload("cold", f"{len(small)} files of {size_text(SMALL)}", (RATE,), turns)
     turns = {OURS: lambda: load_of.memory(caches[OURS])}
     yield Workload("cold", f"{size_text(scale.followed)}, {FOLLOWERS} clients", (MEMORY,), turns)
@@ -109,15 +115,15 @@ class Ours:
         for key in keys:
             digest = hashlib.sha512(key.encode()).hexdigest()
             files = partial((self._cache.directory / digest[:2]).glob, f"{digest}.*")
-            wait_until(lambda files=files: not _are_written(files()), FILL_SECONDS, f"the end of the fill of {key}")
+            wait_until(partial(_are_complete, files), FILL_SECONDS, f"the end of the fill of {key}")
             for path in files():
                 if path.suffix == CONTENT and not self._cache.evict(path, last_use(path.stat())):
                     raise BenchError(f"{key} cannot be evicted")
 
 
-def _are_written(files: Iterable[Path]) -> bool:
-    """Whether somebody is at work on an entry that has these files."""
-    return any(path.suffix in (PART, FILL) for path in files)
+def _are_complete(files: Callable[[], Iterable[Path]]) -> bool:
+    """Whether no fill works on the entry that has these files."""
+    return not any(path.suffix in (PART, FILL) for path in files())
 
 
 class NginxCache:

@@ -267,7 +267,7 @@ def report_hits(arguments: argparse.Namespace, directory: Path, folder: Path) ->
             for phase, *pair in paired_windows(server, arguments):
                 pairs[phase].append((pair[0], pair[1]))
             logged += re.findall(r"event=(?:swept|evicted)\b.*", server.log())
-    rows = {}
+    rows: dict[str, dict[str, float]] = {}
     for phase, found in pairs.items():
         if found:
             busy, idle = zip(*found, strict=True)

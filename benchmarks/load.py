@@ -50,6 +50,7 @@ def wrk(port: int, connections: int, seconds: int, folder: Path, script: str, *a
     path = folder / script
     path.write_text((SCRIPTS / "summary.lua").read_text() + (SCRIPTS / script).read_text())
     target = ["--timeout", 30, "--script", path, f"http://127.0.0.1:{port}", "--", *args]
+    summary: dict[str, Any] = {}
     for duration in (seconds, 5 * seconds, 30 * seconds):
         summary = _summary("--threads", 2, "--connections", connections, "--duration", duration, *target)
         if summary["requests"] or _errors(summary):
@@ -63,7 +64,8 @@ def _summary(*options: object) -> dict[str, Any]:
     found = [line.removeprefix("SUMMARY ") for line in output.splitlines() if line.startswith("SUMMARY ")]
     if not found:
         raise BenchError(f"wrk did not say what it counted: {output.strip()}")
-    return json.loads(found[0])
+    summary: dict[str, Any] = json.loads(found[0])
+    return summary
 
 
 def _errors(summary: Mapping[str, Any]) -> bool:

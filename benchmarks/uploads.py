@@ -9,6 +9,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from benchmarks import load
@@ -52,9 +53,9 @@ class _Local:
 
     def large_turns(self, ours: Callable[[], float]) -> dict[str, Callable[[], Sample]]:
         """Our way to upload beside the yardsticks', which know only PUT."""
-        turns = {OURS: lambda: self._large(Ours(self._server), ours)}
+        turns: dict[str, Callable[[], Sample]] = {OURS: partial(self._large, Ours(self._server), ours)}
         for name, target in self._yardsticks.items():
-            turns[name] = lambda target=target: self._large(target, lambda: self._plain_put(target))
+            turns[name] = partial(self._large, target, partial(self._plain_put, target))
         return turns
 
     def form(self) -> float:
@@ -85,9 +86,9 @@ class _Local:
 
     def small_turns(self, method: str) -> dict[str, Callable[[], Sample]]:
         """Many files on several connections."""
-        turns = {OURS: lambda: self._small(Ours(self._server), method)}
+        turns: dict[str, Callable[[], Sample]] = {OURS: partial(self._small, Ours(self._server), method)}
         for name, target in self._yardsticks.items():
-            turns[name] = lambda target=target: self._small(target, "PUT")
+            turns[name] = partial(self._small, target, "PUT")
         return turns
 
     def _small(self, target: Target, method: str) -> Sample:

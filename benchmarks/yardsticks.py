@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -59,32 +59,37 @@ class Program:
 
 @contextlib.contextmanager
 def running(
-    name: str, command: Sequence[object], port: int, log: Path, cwd: Path = ROOT, **environ: str
+    name: str,
+    command: Sequence[object],
+    port: int,
+    log: Path,
+    cwd: Path = ROOT,
+    environ: Mapping[str, str] | None = None,
 ) -> Iterator[Program]:
     """Start a program, wait until it listens, and end it and all that it has started at the end of the block."""
     with log.open("ab") as output:
         process = subprocess.Popen(
             [str(word) for word in command],
             cwd=cwd,
-            env={**os.environ, **environ},
+            env={**os.environ, **(environ or {})},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
         )
     try:
-        _wait_until_it_listens(process, port, log)
+        _wait_until_it_listens(name, process, port, log)
         yield Program(name, port, process)
     finally:
         _end(process)
 
 
-def _wait_until_it_listens(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
+def _wait_until_it_listens(name: str, process: subprocess.Popen[bytes], port: int, log: Path) -> None:
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
             return
         time.sleep(0.02)
-    raise BenchError(f"{process.args[0]} did not start: {log.read_text(errors='replace').strip()}")
+    raise BenchError(f"{name} did not start: {log.read_text(errors='replace').strip()}")
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -141,7 +146,7 @@ def bare_gunicorn(name: str, worker_class: str, folder: Path, files: Path, fsync
         )
         command = [sys.executable, "-m", "gunicorn", "--config", settings, "benchmarks.bare:app"]
         environ = {"BENCH_FILES": str(files), "BENCH_FSYNC": "1" if fsync else ""}
-        with running(name, command, port, folder / "log", **environ) as program:
+        with running(name, command, port, folder / "log", environ=environ) as program:
             yield program
 
 

@@ -177,7 +177,8 @@ def session() -> requests.Session:
     """This client's connections."""
     if not hasattr(_local, "session"):
         _local.session = requests.Session()
-    return _local.session
+    found: requests.Session = _local.session
+    return found
 
 
 def upload(server: Server, file: File) -> str | None:

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 from kci_storage.access import tokens
@@ -77,7 +78,7 @@ def check_bind(config: Config) -> None:
             raise ConfigError(f"cannot listen on {config.server.bind}: {exc.strerror}; {hint}") from None
 
 
-def _resolve(config: Config, address: tuple[str, int]) -> tuple:
+def _resolve(config: Config, address: tuple[str, int]) -> tuple[Any, ...]:
     try:
         return socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0]
     except OSError as exc:

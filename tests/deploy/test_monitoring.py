@@ -7,14 +7,10 @@ series that exist.
 
 from __future__ import annotations
 
-import contextlib
-import json
 import re
-import shutil
 import struct
 import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,23 +18,27 @@ import requests
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-import kci_storage
 from kci_storage.errors import TABLE
+from tests.deploy.prometheus import (
+    DASHBOARD,
+    PROMETHEUS,
+    ROOT,
+    RULE_FILES,
+    Scraper,
+    panels,
+    program,
+    running_prometheus,
+    substituted,
+)
 from tests.support.azurite import Azurite
 from tests.support.cold import Bench, cold_bench
 from tests.support.faultproxy import CONTENT, Say
-from tests.support.harness import START_SECONDS, STOP_SECONDS, reserve_port, wait_until
+from tests.support.harness import START_SECONDS, wait_until
 from tests.support.wire import SECONDS, Wire, get, new_folder, put, request
 
-ROOT = Path(kci_storage.__file__).parent.parent
-PROMETHEUS = ROOT / "deploy/prometheus"
-RULE_FILES = ("kci-storage.recording.yml", "kci-storage.alerts.yml")
 TEST_FILES = sorted(path.name for path in PROMETHEUS.glob("*.test.yml"))
-DASHBOARD = json.loads((ROOT / "deploy/grafana/kci-storage.json").read_text())
 DOCUMENT = (ROOT / "docs/monitoring.md").read_text()
 
-INTERVAL = "2s"  # between two scrapes; on a loaded machine some fail
-ANSWERED_SECONDS = 90  # within which every query must have given a series
 RESULTS = {row.label for row in TABLE.values()} | {"ok", "hit", "miss", "stale"}
 
 _GROUPING = re.compile(r"\b(?:by|without|on|ignoring|group_left|group_right)\s*\([^)]*\)")
@@ -56,26 +56,10 @@ ALERTS = {rule["alert"]: rule for rule in rules() if "alert" in rule}
 RECORDED = {rule["record"]: rule for rule in rules() if "record" in rule}
 
 
-def panels() -> list[dict[str, Any]]:
-    """All panels with content."""
-    return [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
-
-
 def queries() -> list[tuple[str, str]]:
     """Every query of the dashboard as Grafana sends it, and the legend of its series."""
     targets = [target for panel in panels() for target in panel["targets"]]
     return [(substituted(target["expr"]), target["legendFormat"]) for target in targets]
-
-
-def substituted(query: str, rate_interval: str = "5m") -> str:
-    """A query with the dashboard's variables replaced as for all servers.
-
-    >>> substituted('rate(a{job="$job",instance=~"$instance"}[$__rate_interval])')
-    'rate(a{job="kci-storage",instance=~".*"}[5m])'
-    """
-    for name, value in (("$job", "kci-storage"), ("$instance", ".*"), ("$__rate_interval", rate_interval)):
-        query = query.replace(name, value)
-    return query
 
 
 def selectors(expression: str) -> set[str]:
@@ -85,14 +69,6 @@ def selectors(expression: str) -> set[str]:
     ['a_total{b=~"x|y"}', 'c:d:e']
     """
     return set(_SELECTOR.findall(_GROUPING.sub("", expression))) - _OPERATORS
-
-
-def program(name: str) -> str:
-    """The path of a program of Prometheus; the test is skipped where it is not installed."""
-    found = shutil.which(name)
-    if found is None:
-        pytest.skip(f"{name} is not installed (Debian: prometheus)")
-    return found
 
 
 def promtool(*arguments: str) -> None:
@@ -221,48 +197,6 @@ def test_the_tool_for_the_pictures_draws_every_kind_of_panel():
 # A real Prometheus over a real server
 
 
-class Scraper:
-    """A running Prometheus."""
-
-    def __init__(self, url: str):
-        self.url = url
-
-    def ask(self, path: str, **parameters: str) -> Any:
-        """The data of an answer of the API; a query that Prometheus cannot parse raises."""
-        response = requests.get(f"{self.url}/api/v1/{path}", params=parameters, timeout=SECONDS)
-        answer = response.json()
-        assert answer["status"] == "success", f"{parameters}: {answer['error']}"
-        return answer["data"]
-
-    def labels(self, query: str) -> list[dict[str, str]]:
-        """The labels of each series in a query's current result."""
-        return [series["metric"] for series in self.ask("query", query=query)["result"]]
-
-    def wait_for_scrapes(self, count: int) -> None:
-        """Wait until this many more have succeeded."""
-        before = self._scrapes()
-        wait_until(lambda: self._scrapes() >= before + count, START_SECONDS, "scrapes")
-
-    def _scrapes(self) -> int:
-        counts = self.ask("query", query="sum_over_time(up[1h])")["result"]
-        return int(counts[0]["value"][1]) if counts else 0
-
-    def without_answer(self, asked: set[str]) -> set[str]:
-        """The queries that give no series within :data:`ANSWERED_SECONDS`.
-
-        After a scrape that came too late, on a loaded machine, all of them give none for a moment.
-        """
-        left = set(asked)
-
-        def all_answered() -> bool:
-            left.difference_update([query for query in left if self.labels(query)])
-            return not left
-
-        with contextlib.suppress(AssertionError):
-            wait_until(all_answered, ANSWERED_SECONDS, "series")
-        return left
-
-
 @pytest.fixture(scope="module")
 def bench(azurite: Azurite, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     """A server on which all kinds of events have happened."""
@@ -300,46 +234,6 @@ def cause_everything(bench: Bench) -> None:
         assert put(server, f"{folder}/contested", b"second").status_code == 409
         first.send(b"-done")
         first.answer()
-
-
-@contextlib.contextmanager
-def running_prometheus(folder: Path, port: int, interval: str = INTERVAL) -> Iterator[Scraper]:
-    """Prometheus as deployed, except for the server's address and the intervals."""
-    for name in RULE_FILES:
-        shutil.copy(PROMETHEUS / name, folder)
-    (folder / "prometheus.yml").write_text(configuration(port, interval))
-    with contextlib.closing(reserve_port()) as reserved:
-        address = f"127.0.0.1:{reserved.getsockname()[1]}"
-        command = [program("prometheus"), f"--config.file={folder}/prometheus.yml", f"--web.listen-address={address}"]
-        with (folder / "log").open("wb") as log:
-            process = subprocess.Popen([*command, f"--storage.tsdb.path={folder}/data"], stdout=log, stderr=log)
-        try:
-            wait_until(lambda: _is_ready(process, folder, address), START_SECONDS, "Prometheus' start")
-            yield Scraper(f"http://{address}")
-        finally:
-            process.terminate()
-            process.wait(STOP_SECONDS)
-
-
-def configuration(port: int, interval: str) -> str:
-    """The deployed configuration, with the server's address and the intervals of the test."""
-    text = (PROMETHEUS / "prometheus.yml").read_text()
-    for old, new in (
-        ("scrape_interval: 15s", f"scrape_interval: {interval}"),
-        ("evaluation_interval: 15s", f"evaluation_interval: {interval}"),
-        ("scrape_timeout: 10s", f"scrape_timeout: {interval}"),
-        ('targets: ["127.0.0.1:3000"]', f'targets: ["127.0.0.1:{port}"]'),
-    ):
-        assert text.count(old) == 1, old
-        text = text.replace(old, new)
-    return text
-
-
-def _is_ready(process: subprocess.Popen[bytes], folder: Path, address: str) -> bool:
-    assert process.poll() is None, (folder / "log").read_text()
-    with contextlib.suppress(requests.RequestException):
-        return requests.get(f"http://{address}/-/ready", timeout=5).ok
-    return False
 
 
 def test_every_rule_is_evaluated_without_an_error(prometheus: Scraper):

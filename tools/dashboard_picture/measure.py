@@ -14,7 +14,7 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import traffic  # noqa: E402
 
-from tests.deploy.test_monitoring import DASHBOARD, Scraper, panels, running_prometheus, substituted  # noqa: E402
+from tests.deploy.prometheus import DASHBOARD, Scraper, panels, running_prometheus, substituted  # noqa: E402
 from tests.support.azurite import running_azurite  # noqa: E402
 from tests.support.cold import cold_bench  # noqa: E402
 

@@ -29,7 +29,7 @@ ROOT = HERE.parents[1]
 sys.path[:0] = [str(ROOT), str(HERE), str(HERE.parent)]
 
 import measure  # noqa: E402
-from playwright.sync_api import Page  # noqa: E402
+from playwright.sync_api import FloatRect, Page  # noqa: E402
 from screenshots import with_a_palette  # noqa: E402
 
 from tests.support.chromium import running_chromium  # noqa: E402
@@ -127,7 +127,7 @@ def take(page: Page, folder: Path) -> None:
     whole = page.locator("#dashboard").bounding_box()
     assert whole is not None, "the dashboard is visible"
     for name, bottom in (("dashboard", third["y"]), ("dashboard-whole", whole["height"])):
-        clip = {"x": 0, "y": 0, "width": WIDTH, "height": bottom}
+        clip: FloatRect = {"x": 0, "y": 0, "width": WIDTH, "height": bottom}
         path = folder / f"{name}.png"
         path.write_bytes(with_a_palette(page.screenshot(clip=clip, full_page=True, animations="disabled")))
         print(f"dashboard-picture: {path}, {path.stat().st_size >> 10} KiB", flush=True)
