@@ -4,7 +4,7 @@
     python -m benchmarks [hits] [uploads] [archives] [cold] [slow]
 
 Without a name, all groups run. Environment: ``BENCH_ONLY`` names groups too, with commas; ``BENCH_QUICK=1`` is a
-short run; ``BENCH_DIR`` is a folder on the disk to be used; ``BENCH_OUT`` is where bench.json and bench.svg go.
+short run; ``BENCH_DIR`` is a folder on the disk to use; ``BENCH_OUT`` is the folder for bench.json and bench.svg.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ GROUPS = {
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the groups, print the table, write the files; the exit code.
+    """Run the groups, print the table, write the files; returns the exit code.
 
-    What was measured is shown even if the bench does not come to its end, but the files are written only then.
+    If the bench fails, the figures until then are printed, but no file is written.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str]) -> int:
         with stage(scale) as found:
             rows = run(groups, found)
         write(rows, found)
-    except (BenchError, pytest.skip.Exception) as exc:  # the tests' Azurite is what skips
+    except (BenchError, pytest.skip.Exception) as exc:  # skip: the tests' helper has found no Azurite
         print(f"bench: {exc}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -54,14 +54,14 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _interrupt(signum: int, frame: object) -> None:
-    """Have all that was started be ended, once: the impatient must not interrupt that."""
+    """End everything that was started. Further signals are ignored, so that they do not interrupt that."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
 def chosen(arguments: Sequence[str]) -> list[str]:
-    """The groups to run, in their own order.
+    """The groups to run, in the order of :data:`GROUPS`.
 
     :raises BenchError: there is no such group.
     """
@@ -72,7 +72,10 @@ def chosen(arguments: Sequence[str]) -> list[str]:
 
 
 def chosen_scale() -> Scale:
-    """How large the run is to be."""
+    """The size of the run.
+
+    :raises BenchError: there is no such scale.
+    """
     name = os.environ.get("BENCH_SCALE") or ("quick" if os.environ.get("BENCH_QUICK") else "full")
     if name not in SCALES:
         raise BenchError(f"BENCH_SCALE is one of {', '.join(SCALES)}, not {name}")
@@ -80,7 +83,7 @@ def chosen_scale() -> Scale:
 
 
 def run(groups: Iterable[str], found: Stage) -> list[Row]:
-    """All rows of some groups, which are printed, too."""
+    """Run some groups, and print their rows; returns these."""
     rows: list[Row] = []
     try:
         for workload in (workload for group in groups for workload in GROUPS[group](found)):
@@ -92,7 +95,7 @@ def run(groups: Iterable[str], found: Stage) -> list[Row]:
 
 
 def write(rows: Sequence[Row], found: Stage) -> None:
-    """bench.json and bench.svg."""
+    """Write bench.json and bench.svg."""
     folder = Path(os.environ.get("BENCH_OUT") or "build/bench")
     folder.mkdir(parents=True, exist_ok=True)
     figures = report.document(rows, found.scale, found.left_out)

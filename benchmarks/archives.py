@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Archives: many small files to Azurite as one request, beside the same files one by one."""
+"""Archives: many small files to Azurite in one request, beside the same files one by one."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from benchmarks.measuring import OURS, TIME, BenchError, Sample, Workload, cpu_s
 from benchmarks.scale import KIB
 from benchmarks.stage import Stage
 
-THREADS = 64  # of the SDK's user; as many files of an archive does the server upload at a time
-MADE_UP = 45 * KIB  # bytes of a device tree that is made up, as the real ones have on average
+THREADS = 64  # that use the SDK; the server uploads as many files of an archive at a time
+MADE_UP = 45 * KIB  # bytes of a random device tree: the average of real ones
 TREES_VARIABLE = "BENCH_TREES"
-DEMO = Path(__file__).resolve().parent.parent / ".tools/demo/unpacked"  # what `make demo` has downloaded
+DEMO = Path(__file__).resolve().parent.parent / ".tools/demo/unpacked"  # downloaded by `make demo`
 _numbers = itertools.count()
 
 
 def workloads(stage: Stage) -> Iterator[Workload]:
-    """Of this group."""
+    """The workloads of this group."""
     archive = _Archive(stage)
     kind = "device trees" if archive.real else "made-up device trees"
     yield Workload(
@@ -40,7 +40,7 @@ def workloads(stage: Stage) -> Iterator[Workload]:
 
 
 class _Archive:
-    """Device trees, packed and not."""
+    """Device trees, as files and packed."""
 
     def __init__(self, stage: Stage):
         self._stage = stage
@@ -50,7 +50,7 @@ class _Archive:
         self.paths = self._repeated(found or self._made_up())
 
     def _made_up(self) -> list[Path]:
-        """Device trees for who has none: as large, and as well to be compressed."""
+        """Random device trees, where no real ones exist; of the same size, and compressible to the same degree."""
         folder = self._stage.new_folder("trees")
         words = [random.randbytes(8) for _ in range(1000)]
         for number in range(min(self._stage.scale.trees, 100)):
@@ -58,7 +58,7 @@ class _Archive:
         return sorted(folder.iterdir())
 
     def _repeated(self, found: list[Path]) -> dict[str, Path]:
-        """As many as are wanted, by name; a kernel has fewer, which then come several times."""
+        """The wanted number of files, by name. A kernel has fewer, so they are repeated."""
         rounds = ((number, path) for number in itertools.count() for path in found)
         wanted = itertools.islice(rounds, self._stage.scale.trees)
         return {f"{number}/{path.parent.name}/{path.name}": path for number, path in wanted}
@@ -72,7 +72,7 @@ class _Archive:
         return packed
 
     def ours(self) -> Sample:
-        """All of them as one archive."""
+        """Upload all of them as one archive."""
         form = ["--form", f"archive=@{self._packed}"]
         self._stage.settle()
         prefix, pid = self._prefix(), self._server.process.pid
@@ -82,7 +82,7 @@ class _Archive:
         return self._checked(prefix, Sample((seconds,), len(self.paths), cpu_seconds(pid) - before))
 
     def sdk(self) -> Sample:
-        """Each by itself, by the SDK alone in this process, with a connection for each thread."""
+        """Upload each of them by the SDK, in this process, with one connection per thread."""
         self._stage.settle()
         prefix = self._prefix()
         before, started = time.process_time(), time.monotonic()
@@ -112,7 +112,10 @@ class _Archive:
         return f"archives-{next(_numbers)}"
 
     def _checked(self, prefix: str, sample: Sample) -> Sample:
-        """Everything is there, and as large as it should be."""
+        """Check that all files are stored, with their sizes.
+
+        :raises BenchError: they are not.
+        """
         with self._stage.azurite.client(self._stage.container) as container:
             found = {blob.name: blob.size for blob in container.list_blobs(f"{prefix}/")}
         if found != {f"{prefix}/{name}": path.stat().st_size for name, path in self.paths.items()}:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The floor of this kind of server: a function that opens a file and hands it to gunicorn, and nothing else.
+"""The lower limit for this kind of server: a function that opens a file, hands it to gunicorn, and does nothing else.
 
 It answers ``GET`` with one range or a condition, and ``PUT``, below the folder that ``BENCH_FILES`` names. With
-``BENCH_FSYNC``, a file is on the disk before the answer is sent. It checks nothing, counts nothing and is not fit for
-use.
+``BENCH_FSYNC``, a file is synced before the answer is sent. It checks nothing and counts nothing, so it must not be
+used as a server.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable
 
 
 def get(path: str, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-    """A file, or a range of it."""
+    """Send a file, or a range of it."""
     if "HTTP_IF_NONE_MATCH" in environ:
         start_response("304 Not Modified", [("ETag", environ["HTTP_IF_NONE_MATCH"])])
         return []
@@ -45,7 +45,7 @@ def get(path: str, environ: dict[str, Any], start_response: Callable[..., Any]) 
 
 
 def byte_range(header: str | None, size: int) -> tuple[int, int]:
-    """The first and the last byte.
+    """The offsets of the first and the last byte.
 
     >>> byte_range("bytes=10-19", 100), byte_range(None, 100)
     ((10, 19), (0, 99))
@@ -57,7 +57,7 @@ def byte_range(header: str | None, size: int) -> tuple[int, int]:
 
 
 def put(path: str, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-    """Store the body, first under another name."""
+    """Store the body, under a temporary name at first."""
     body, temporary = environ["wsgi.input"], path + ".new"
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(temporary, "wb", buffering=0) as file:
@@ -73,7 +73,7 @@ def put(path: str, environ: dict[str, Any], start_response: Callable[..., Any]) 
 
 
 def fsync_folder(path: str) -> None:
-    """Have the names in a folder on the disk."""
+    """Sync a folder, so that the names in it are on the disk."""
     folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)

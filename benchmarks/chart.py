@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The ratios as a picture: one line for each workload, one mark for each yardstick, on a logarithmic scale."""
+"""The ratios as a drawing: one line per workload, one mark per yardstick, on a logarithmic scale."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from html import escape
 
 from benchmarks.measuring import Row
 
-COLOURS = {  # which can be told apart by those who see few
+COLOURS = {  # distinguishable for people with colour blindness
     "gunicorn": "#0072b2",
     "gunicorn, fsync": "#003f66",
     "our worker": "#56b4e9",
@@ -25,7 +25,7 @@ TICKS = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)
 
 
 def svg(rows: Iterable[Row]) -> str:
-    """A drawing of all rows that have a yardstick."""
+    """A drawing of all rows that have a yardstick, as SVG."""
     compared = [row for row in rows if row.ratios]
     systems = [system for system in COLOURS if any(system in row.ratios for row in compared)]
     height = TOP + LINE * len(compared) + 30
@@ -47,7 +47,7 @@ def svg(rows: Iterable[Row]) -> str:
 
 
 def _ticks(rows: Iterable[Row]) -> Sequence[float]:
-    """Those that enclose all ratios."""
+    """The ticks that enclose all ratios."""
     ratios = [ratio for row in rows for ratio in row.ratios.values()] or [1.0]
     low = max([tick for tick in TICKS if tick <= min(ratios)], default=TICKS[0])
     high = min([tick for tick in TICKS if tick >= max(ratios)], default=TICKS[-1])
@@ -55,7 +55,7 @@ def _ticks(rows: Iterable[Row]) -> Sequence[float]:
 
 
 def position(ratio: float, ticks: Sequence[float]) -> float:
-    """How many pixels from the left; what is beyond the ends is put there.
+    """The distance of a ratio from the left, in pixels; one beyond the ends is drawn at the end.
 
     >>> position(1, (0.5, 1, 2)) == LABELS + WIDTH / 2, position(9, (0.5, 1, 2)) == LABELS + WIDTH
     (True, True)

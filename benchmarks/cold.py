@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Objects that no cache has yet: through us, nginx and Varnish, and straight from Azurite."""
+"""Objects that are in no cache: through our server, nginx and Varnish, and directly from Azurite."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _numbers = itertools.count()
 
 
 class System(Protocol):
-    """What stands before Azurite, or Azurite itself."""
+    """A cache in front of Azurite, or Azurite itself."""
 
     @property
     def port(self) -> int:
@@ -47,11 +47,11 @@ class System(Protocol):
         """A key's path."""
 
     def forget(self, keys: Sequence[str]) -> None:
-        """Have objects be cold again."""
+        """Make the objects cold again."""
 
 
 def workloads(stage: Stage) -> Iterator[Workload]:
-    """Of this group."""
+    """The workloads of this group."""
     scale, caches = stage.scale, _caches(stage)
     everything: dict[str, System] = {**caches, "Azurite": Direct(*stage.backend)}
     small = _store(stage)
@@ -71,7 +71,7 @@ def workloads(stage: Stage) -> Iterator[Workload]:
 
 
 def _caches(stage: Stage) -> dict[str, System]:
-    """In the order of their turns."""
+    """The caches, in the order of their turns."""
     caches: dict[str, System] = {OURS: Ours(stage.azure_server)}
     for name, buffers in (("nginx", ""), ("nginx, tuned", LARGE_BUFFERS)):
         folder = stage.new_folder(f"cache-{name}".replace(", ", "-"))
@@ -83,7 +83,7 @@ def _caches(stage: Stage) -> dict[str, System]:
 
 
 def _store(stage: Stage) -> list[str]:
-    """Put objects into Azurite, through our server, so that they have digests; the keys of the small ones."""
+    """Store the objects in Azurite through our server, which adds digests; returns the keys of the small ones."""
     scale = stage.scale
     small = [f"cold/small/{number:04}.bin" for number in range(scale.cold_files)]
     sizes = {MEDIUM: scale.medium, CROWDED: scale.crowded, FOLLOWED: scale.followed, **dict.fromkeys(small, SMALL)}
@@ -127,7 +127,7 @@ def _are_complete(files: Callable[[], Iterable[Path]]) -> bool:
 
 
 class NginxCache:
-    """nginx: every round asks under a name of its own, which nginx leaves out when it asks Azurite."""
+    """nginx. Each round requests its own URLs, by a query that nginx does not pass on to Azurite."""
 
     def __init__(self, program: Program, directory: Path):
         self.port = program.port
@@ -140,14 +140,14 @@ class NginxCache:
         return f"/{key}?{self._round}"
 
     def forget(self, keys: Sequence[str]) -> None:
-        """Ask under another name from now on; the files are removed, for their room."""
+        """Use another query from now on; the files are removed to free their space."""
         self._round = next(_numbers)
         for folder in self._directory.iterdir():
             shutil.rmtree(folder, ignore_errors=True)
 
 
 class Varnish:
-    """Varnish, whose configuration lets us purge."""
+    """Varnish, whose configuration allows purging."""
 
     def __init__(self, program: Program):
         self.port = program.port
@@ -159,7 +159,7 @@ class Varnish:
         return f"/{key}?{self._round}"
 
     def forget(self, keys: Sequence[str]) -> None:
-        """Purge; and ask under another name, to be sure."""
+        """Purge the objects, and use another query, to be sure."""
         for key in keys:
             if load.ask(self.port, "PURGE", self.path(key)).status != 200:
                 raise BenchError("Varnish does not purge")
@@ -167,7 +167,7 @@ class Varnish:
 
 
 class Direct:
-    """Azurite itself: the time below which nobody can come who has an empty cache."""
+    """Azurite itself: no server with an empty cache can be faster."""
 
     pid = None
 
@@ -180,7 +180,7 @@ class Direct:
         return f"{self._prefix}/{key}"
 
     def forget(self, keys: Sequence[str]) -> None:
-        """It has no cache."""
+        """Do nothing: it has no cache."""
 
 
 # The loads
@@ -191,7 +191,10 @@ class _Load:
         self._stage = stage
 
     def check(self, systems: Mapping[str, System]) -> None:
-        """Whether each gives the right bytes, cold and then from its cache."""
+        """Check that each system sends the right bytes, cold and then from its cache.
+
+        :raises BenchError: one does not.
+        """
         expected = (self._stage.folder / "source" / MEDIUM).read_bytes()
         for name, system in systems.items():
             system.forget([MEDIUM])
@@ -201,9 +204,10 @@ class _Load:
     def turns(
         self, systems: Mapping[str, System], keys: Sequence[str], connections: int, size: int, rate: bool = False
     ) -> dict[str, Callable[[], Sample]]:
-        """Each system's turn to give cold objects, all of one size, to so many connections.
+        """Each system's turn to send cold objects of one size.
 
-        :param rate: measure requests a second, not the seconds of each.
+        :param connections: how many clients download at a time.
+        :param rate: measure requests per second, not the seconds of each.
         """
         return {name: partial(self._turn, system, keys, connections, size, rate) for name, system in systems.items()}
 
@@ -213,17 +217,17 @@ class _Load:
         before = cpu_seconds(system.pid) if system.pid else 0
         downloads, seconds = load.crowd(system.port, [system.path(key) for key in keys], connections, size)
         used = cpu_seconds(system.pid) - before if system.pid else None
-        # Of a crowd, who comes late may find a small object there; but somebody was first.
+        # The last clients of a crowd may hit a small object, but each object must have been missed once.
         if sum(download.cache.lower() != "hit" for download in downloads) < len(set(keys)):
             raise BenchError(f"an object was not cold: {downloads[0]}")
         first_byte = statistics.median(download.first_byte for download in downloads)
         return Sample((len(keys) / seconds,) if rate else (seconds, first_byte), len(keys), used)
 
     def memory(self, ours: System) -> Sample:
-        """How much more memory a worker has at most while a crowd follows a fill."""
+        """By how much a worker's memory grows at most while a crowd follows a fill."""
         scale = self._stage.scale
         self._turn(ours, [CROWDED] * FOLLOWERS, FOLLOWERS, scale.crowded, rate=False)  # starts all threads
         with PrivateMemory(self._stage.azure_server.worker_pids()) as memory:
             sample = self._turn(ours, [FOLLOWED] * FOLLOWERS, FOLLOWERS, scale.followed, rate=False)
-        ours.forget([FOLLOWED])  # the filler may still publish when its followers have everything
+        ours.forget([FOLLOWED])  # the fill may still be published when its followers have finished
         return Sample((memory.growth / MIB,), FOLLOWERS, sample.cpu_seconds)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Downloads of what is there: from the cache, and from a folder."""
+"""Downloads of stored files: from the cache, and from a folder."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ SMALL, MEBIBYTE, LARGE = "hits/small", "hits/mebibyte", "hits/large.bin"
 
 
 class Target(Protocol):
-    """What can be loaded."""
+    """A server under load."""
 
     port: int
 
     @property
     def pid(self) -> int:
-        """The first of its processes."""
+        """The process ID of its first process."""
 
 
 class Ours:
@@ -43,7 +43,7 @@ class Ours:
 
 
 def workloads(stage: Stage) -> Iterator[Workload]:
-    """Of this group."""
+    """The workloads of this group."""
     keys = _store(stage)
     local = _Load(stage, _targets(stage, stage.local_server))
     cached = _Load(stage, _targets(stage, _filled(stage, keys)))
@@ -58,21 +58,21 @@ def workloads(stage: Stage) -> Iterator[Workload]:
 
 
 def rules(stage: Stage) -> Workload:
-    """Hits on a server with every rule, on one without, and on another one without: they differ by chance alone."""
+    """Hits with every rule, without rules, and again without rules; the last two differ by chance alone."""
     keys = _store_kind(stage, SMALL, stage.scale.small_files, 4 * KIB)
     targets = {**_rules(stage), "default rules again": Ours(stage.second_local_server)}
     return _Load(stage, targets).many(f"{size_text(4 * KIB)}, every rule on", keys, 4 * KIB)
 
 
 def _targets(stage: Stage, server: Server) -> dict[str, Target]:
-    """A server of ours and the yardsticks, in the order of their turns."""
+    """One of our servers and the yardsticks, in the order of their turns."""
     bare: dict[str, Target] = {"gunicorn": stage.gunicorn, "our worker": stage.worker}
     nginx = {"nginx": stage.nginx} if stage.nginx else {}
     return {OURS: Ours(server), **bare, **nginx}
 
 
 def _rules(stage: Stage) -> dict[str, Target]:
-    """Our server with all that it can look at before it lets a request in, and as it is without configuration."""
+    """Our server with every rule of access control, and with its default configuration."""
     return {OURS: Ours(stage.guarded_server), "default rules": Ours(stage.local_server)}
 
 
@@ -80,7 +80,7 @@ def _rules(stage: Stage) -> dict[str, Target]:
 
 
 def _store(stage: Stage) -> dict[str, list[str]]:
-    """Put files into the folder that all serve; the keys by kind."""
+    """Store files in the folder that all servers share; returns the keys by kind."""
     scale = stage.scale
     return {
         SMALL: _store_kind(stage, SMALL, scale.small_files, 4 * KIB),
@@ -100,7 +100,7 @@ def _store_files(stage: Stage, keys: list[str], size: int) -> list[str]:
 
 
 def random_file(path: Path, size: int) -> None:
-    """A file with bytes that are not like any other's."""
+    """Write a file of random content."""
     path.parent.mkdir(parents=True, exist_ok=True)
     block = os.urandom(min(size, MIB))
     with path.open("wb") as file:
@@ -109,7 +109,7 @@ def random_file(path: Path, size: int) -> None:
 
 
 def _filled(stage: Stage, keys: Mapping[str, Sequence[str]]) -> Server:
-    """The server on Azurite with the same files, whose copies are in its cache."""
+    """The server with Azurite as its backend, with the same files in its cache."""
     server = stage.azure_server
     stage.progress("storing the files")
     put_all(server, (key for found in keys.values() for key in found), stage.files)
@@ -117,7 +117,7 @@ def _filled(stage: Stage, keys: Mapping[str, Sequence[str]]) -> Server:
 
 
 def put_all(server: Server, keys: Iterable[str], folder: Path) -> None:
-    """Store the files of a folder through one of our servers."""
+    """Upload a folder's files to one of our servers."""
 
     def put(key: str) -> None:
         load.curl(f"{server.url}/{key}", "--upload-file", folder / key, *authorization(server), status=201)
@@ -127,7 +127,7 @@ def put_all(server: Server, keys: Iterable[str], folder: Path) -> None:
 
 
 def authorization(server: Server) -> list[str]:
-    """curl's options for a request that may write."""
+    """curl's options for a request with a valid token."""
     return ["--header", f"Authorization: {server.headers()['Authorization']}"]
 
 
@@ -135,7 +135,7 @@ def authorization(server: Server) -> list[str]:
 
 
 class _Load:
-    """Puts a load on each of some targets."""
+    """Puts a load on each of some servers."""
 
     def __init__(self, stage: Stage, targets: Mapping[str, Target]):
         self._stage = stage
@@ -149,14 +149,14 @@ class _Load:
         return Workload("hits", title, measures, turns)
 
     def many(self, title: str, keys: Sequence[str], size: int) -> Workload:
-        """Whole objects of one size."""
+        """Downloads of whole objects of one size."""
         for target in self._targets.values():
             self._check(target, f"/{keys[-1]}", {}, 200, (self._stage.files / keys[-1]).read_bytes())
         requests = self._requests(f"/{key}" for key in keys)
         return self._workload(title, lambda _, target: self._wrk(target, requests, size))
 
     def unchanged(self, title: str, keys: Sequence[str]) -> Workload:
-        """Conditional requests of clients that have everything."""
+        """Conditional requests that are answered with 304."""
         requests = {name: self._conditions(target, keys) for name, target in self._targets.items()}
         return self._workload(title, lambda name, target: self._wrk(target, requests[name], 0))
 
@@ -166,7 +166,7 @@ class _Load:
         return self._requests(f"/{key}\tIf-None-Match\t{tag}" for key, tag in tags.items())
 
     def ranges(self, title: str, key: str) -> Workload:
-        """Parts of a large file, anywhere in it."""
+        """Downloads of random parts of a large file."""
         chance = random.Random(1)
         starts = [chance.randrange(self._scale.large - MIB) for _ in range(RANGES)]
         with (self._stage.files / key).open("rb") as file:
@@ -178,7 +178,7 @@ class _Load:
         return self._workload(title, lambda _, target: self._wrk(target, requests, MIB))
 
     def one(self, title: str, key: str) -> Workload:
-        """A large file, by one client."""
+        """Downloads of a large file by one client."""
         return self._workload(title, lambda _, target: self._curl(target, key), (TIME,))
 
     def _curl(self, target: Target, key: str) -> Sample:
@@ -193,14 +193,17 @@ class _Load:
         return Sample((rate.per_second, 1000 * rate.p99), rate.requests, cpu_seconds(target.pid) - before)
 
     def _requests(self, lines: Iterable[str]) -> Path:
-        """The file that get.lua reads."""
+        """Write the file that get.lua reads."""
         path = self._stage.folder / f"requests-{next(_numbers)}.txt"
         path.write_text("\n".join(lines) + "\n")
         return path
 
     @staticmethod
     def _check(target: Target, path: str, headers: Mapping[str, str], status: int, body: bytes) -> None:
-        """What wrk cannot see: whether the bytes are the right ones."""
+        """Check the bytes, which wrk does not see.
+
+        :raises BenchError: they are wrong.
+        """
         answer = load.ask(target.port, "GET", path, headers)
         if (answer.status, answer.body) != (status, body):
             raise BenchError(f"port {target.port}: GET {path} gave {answer.status} and {len(answer.body)} bytes")

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Housekeeping of a large cache: how long it takes, what memory it needs, and what hits notice of it.
+"""Housekeeping of a large cache: its time, its memory, and its effect on hits.
 
 ``python -m benchmarks.housekeeping --entries 1000000``
 
-A cache of that many entries is made (sparse, so that it needs little more than inodes: two for each entry, and about
-5 KiB of disk), walked, swept and evicted from, each in a fresh process. Then a server is started on it with a limit
-of files that it exceeds; it sweeps and evicts, and a moderate load of hits (wrk) is measured meanwhile, in short
-windows; between every two of them housekeeping is suspended for another one. With one worker, so that every hit is
-answered by the process whose housekeeping it is.
+The bench makes a cache of that many entries. They are sparse, and need little more than inodes: two for each entry,
+and about 5 KiB of disk. The cache is counted, swept and evicted from, each in a fresh process. Then a server is
+started on it with a limit of files that it exceeds. While it sweeps and evicts, a moderate load of hits (wrk) is
+measured in short windows; between every two of them, housekeeping is suspended for another window. There is one
+worker, so that every hit is answered by the process whose housekeeping runs.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ from kci_storage.drivers.base import ObjectInfo
 from tests.support.harness import Server
 
 SIZE = 64 * 1024  # bytes of an object; its content is a hole
-HOT = 500  # the entries that hits ask for
+HOT = 500  # entries that are requested
 PROCESSES = os.cpu_count() or 1
 MIB = 1024 * 1024
 HOUR, MONTH = 3600, 30 * 24 * 3600  # seconds
-# Nobody listens there: a hit asks no backend.
+# No server listens there, since a hit sends no request to the backend.
 NO_BACKEND = {"account": "nobody", "key": "bm9uZQ==", "endpoint": "http://127.0.0.1:9/nobody", "container": "none"}
 
 LOAD = """
@@ -69,12 +69,12 @@ end
 
 
 def key_of(number: int) -> str:
-    """The key of one entry."""
+    """The key of an entry."""
     return f"scale/{number % 1000:03d}/file-{number:07d}.bin"
 
 
 def make_cache(directory: Path, entries: int) -> Cache:
-    """Make the entries that are missing, with several processes; the cache."""
+    """Make the missing entries, in several processes; returns the cache."""
     cache = Cache(directory)
     for folder in FOLDERS:
         (directory / folder).mkdir(exist_ok=True)
@@ -86,9 +86,9 @@ def make_cache(directory: Path, entries: int) -> Cache:
 
 
 def make_entries(directory: Path, first: int, stop: int) -> int:
-    """Make the entries of these numbers, unless they are there; how many were made.
+    """Make the entries with these numbers, unless they exist; returns how many were made.
 
-    They are written straight to their places: a cache that comes by uploads is flushed to the disk file by file.
+    They are written directly into the cache's folder, since a cache that is filled by uploads syncs each file.
     """
     now, sha256 = time.time(), hashlib.sha256(bytes(SIZE)).hexdigest()
     info = ObjectInfo("KEY", SIZE, "0x8DD0123456789AB", int(now) - MONTH, "text/plain", sha256, bytes(16))
@@ -97,7 +97,10 @@ def make_entries(directory: Path, first: int, stop: int) -> int:
 
 
 def make_entry(directory: Path, number: int, template: str, now: float) -> bool:
-    """Make one entry, used an hour to a month ago, the hot ones a minute; whether it was missing."""
+    """Make an entry unless it exists; returns whether it was made.
+
+    It was last used an hour to a month ago; a hot one, two minutes ago.
+    """
     key, generation = key_of(number), f"{number:016x}"
     digest = hashlib.sha512(key.encode()).hexdigest()
     stem = f"{directory}/{digest[:2]}/{digest}"
@@ -115,12 +118,12 @@ def make_entry(directory: Path, number: int, template: str, now: float) -> bool:
     return True
 
 
-# What each task costs, with nothing else going on in its process
+# The cost of each task, in a process of its own
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a task took."""
+    """The cost of a task."""
 
     task: str
     seconds: float
@@ -129,7 +132,7 @@ class Cost:
 
 
 def measure_task(task: str, directory: Path, entries: int, files: int) -> None:
-    """In a process of its own: do a task, and print its cost as JSON."""
+    """In a fresh process: do a task, and print its cost as JSON."""
     cache = Cache(directory)
     work: Callable[[], object] = {
         "look at the limits": evictor(cache, entries + 1).over,
@@ -144,22 +147,22 @@ def measure_task(task: str, directory: Path, entries: int, files: int) -> None:
 
 
 def evictor(cache: Cache, max_files: int) -> Evictor:
-    """What looks at a limit in files alone."""
+    """An evictor with a limit of files alone."""
     return Evictor(cache, limits_of(cache, max_files))
 
 
 def limits_of(cache: Cache, max_files: int) -> CacheConfig:
-    """A limit in files alone."""
+    """The configuration with a limit of files alone."""
     return CacheConfig(cache.directory, max_files=max_files, low_disk_percent=0, recover_disk_percent=0)
 
 
 def peak_memory() -> int:
-    """The most memory that this process has had, in bytes."""
+    """The peak memory of this process, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def cost_of(task: str, directory: Path, entries: int, files: int) -> Cost:
-    """Do a task in a fresh process."""
+    """Do a task in a fresh process; returns its cost."""
     command = [sys.executable, "-m", "benchmarks.housekeeping", "--task", task, "--directory", str(directory)]
     command += ["--entries", str(entries), "--evict", str(files)]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -168,7 +171,7 @@ def cost_of(task: str, directory: Path, entries: int, files: int) -> Cost:
     return cost
 
 
-# What hits notice
+# The effect on hits
 
 
 @dataclass(frozen=True)
@@ -184,7 +187,7 @@ class Window:
 
 @contextlib.contextmanager
 def serving(folder: Path, cache: Cache, max_files: int, workers: int) -> Iterator[tuple[Server, float]]:
-    """A server on the cache, and the seconds from its start to its first hit."""
+    """A server with this cache, and the seconds from its start to its first hit."""
     limits = {"max_files": max_files, "low_disk_percent": 0.0, "recover_disk_percent": 0.0, "interval": 1.0}
     cached = {"directory": cache.directory, **limits}
     document = {"driver": "azure", "azure": NO_BACKEND, "cache": cached, "server": {"workers": workers}}
@@ -203,7 +206,7 @@ def serving(folder: Path, cache: Cache, max_files: int, workers: int) -> Iterato
 
 
 def wait_for_hit(server: Server) -> None:
-    """Back when the server has answered with a copy."""
+    """Wait until the server has answered with a copy."""
     while True:
         with contextlib.suppress(OSError, http.client.HTTPException):
             connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
@@ -214,7 +217,7 @@ def wait_for_hit(server: Server) -> None:
 
 
 def load(server: Server, seconds: int, connections: int) -> Window:
-    """Hits, each connection resting 5 to 15 ms after each."""
+    """Put a load of hits on the server; each connection pauses for 5 to 15 ms after each."""
     script, paths = server.folder / "load.lua", server.folder / "paths"
     script.write_text(LOAD)
     paths.write_text("".join(f"/{key_of(number)}\n" for number in range(HOT)))
@@ -224,7 +227,7 @@ def load(server: Server, seconds: int, connections: int) -> Window:
 
 
 def job_of(server: Server) -> psutil.Process | None:
-    """The process that sweeps or evicts now."""
+    """The process that sweeps or evicts now; None: there is none."""
     for process in psutil.Process(server.process.pid).children(recursive=True):
         with contextlib.suppress(psutil.Error):
             if "kci_storage.files.jobs" in process.cmdline():
@@ -233,20 +236,20 @@ def job_of(server: Server) -> psutil.Process | None:
 
 
 def paired_windows(server: Server, arguments: argparse.Namespace) -> Iterator[tuple[str, Window, Window]]:
-    """While the server sweeps and then evicts, and it is at its limits: hits while it does, and while that pauses.
+    """The load of hits while the server sweeps and evicts, and while that is suspended, until it is at its limits.
 
-    One after the other, since what else happens on the machine changes from minute to minute.
+    The windows alternate, since the machine's other load changes from minute to minute.
 
-    :returns: what was done, the hits meanwhile, and those while it paused.
+    :returns: the task, the hits meanwhile, and the hits while it was suspended.
     """
-    load(server, arguments.window, arguments.connections)  # each worker knows the records then
+    load(server, arguments.window, arguments.connections)  # so that each worker has read the records
     while "event=evicted" not in server.log():
         phase = "evict" if "event=swept" in server.log() else "sweep"
         job = job_of(server)
         if job is None:
             time.sleep(0.01)
             continue
-        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended meanwhile
             busy = load(server, arguments.window, arguments.connections)
             job.suspend()
             idle = load(server, arguments.window, arguments.connections)
@@ -276,7 +279,7 @@ def report_hits(arguments: argparse.Namespace, directory: Path, folder: Path) ->
 
 
 def summary(measured: Sequence[Window]) -> dict[str, float]:
-    """Medians over the windows."""
+    """The medians over the windows."""
     names = ("p50", "p99", "max")
     numbers = {name: statistics.median(getattr(window, name) for window in measured) for name in names}
     requests = sum(window.requests for window in measured)
@@ -291,14 +294,14 @@ def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command's arguments."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.housekeeping", description=__doc__)
     parser.add_argument("--entries", type=int, default=100_000, help="of the cache")
-    parser.add_argument("--evict", type=int, default=0, help="how many to evict; else a tenth")
-    parser.add_argument("--directory", type=Path, help="of the cache, which stays; else a temporary one")
+    parser.add_argument("--evict", type=int, default=0, help="how many to evict; 0: a tenth")
+    parser.add_argument("--directory", type=Path, help="of the cache, which is kept; by default a temporary one")
     parser.add_argument("--rounds", type=int, default=3, help="of the server's start, sweep and eviction")
-    parser.add_argument("--hits-only", action="store_true", help="leave out the tasks on their own")
+    parser.add_argument("--hits-only", action="store_true", help="without the tasks in processes of their own")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--connections", type=int, default=8)
     parser.add_argument("--window", type=int, default=1, help="seconds of load that are measured as one")
-    parser.add_argument("--json", type=Path, help="where to write the figures, too")
+    parser.add_argument("--json", type=Path, help="a file to write the figures to as well")
     parser.add_argument("--task", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     arguments.evict = arguments.evict or arguments.entries // 10
@@ -333,7 +336,7 @@ def measure(arguments: argparse.Namespace, directory: Path, folder: Path) -> dic
 
 
 def print_table(figures: dict[str, Any]) -> None:
-    """The figures for people."""
+    """Print the figures as a table."""
     print(f"{figures['entries']:,} entries, {figures['evicted']:,} to evict")
     print(f"{'task':20}{'seconds':>10}{'CPU s':>10}{'MiB':>8}")
     for cost in figures["tasks"]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The clients: wrk for many requests, curl for large ones, and a crowd of readers. All check what they got."""
+"""The clients: wrk for many requests, curl for large ones, and a crowd of readers. All check the responses."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks.measuring import BenchError
 
 SCRIPTS = Path(__file__).parent / "wrk"
-HEAD_ROOM = 2048  # bytes that a response may have beside its body
+HEAD_ROOM = 2048  # bytes that a response's head may have
 TIMEOUT = 120  # seconds without a byte after which a client gives up
 
 
@@ -26,7 +26,7 @@ TIMEOUT = 120  # seconds without a byte after which a client gives up
 
 @dataclass(frozen=True)
 class Rate:
-    """What wrk counted."""
+    """wrk's results."""
 
     requests: int
     seconds: float
@@ -34,17 +34,17 @@ class Rate:
 
     @property
     def per_second(self) -> float:
-        """Requests."""
+        """Requests per second."""
         return self.requests / self.seconds
 
 
 def wrk(port: int, connections: int, seconds: int, folder: Path, script: str, *args: object, body: int) -> Rate:
     """Load a server on this machine.
 
-    :param folder: where the script that wrk gets may lie.
-    :param script: the name of one of ours.
-    :param seconds: for how long; for longer if there was no answer in that time, as with a disk that is very slow.
-    :param body: how many bytes the body of each response has; 0: it is small.
+    :param folder: for the script that wrk gets.
+    :param script: the name of one in :data:`SCRIPTS`.
+    :param seconds: for how long; longer if no response came in that time, as with a very slow disk.
+    :param body: the size of each response's body, in bytes; 0: small.
     :raises BenchError: a response is an error, or has another size.
     """
     path = folder / script
@@ -59,11 +59,11 @@ def wrk(port: int, connections: int, seconds: int, folder: Path, script: str, *a
 
 
 def _summary(*options: object) -> dict[str, Any]:
-    """What wrk has counted."""
+    """wrk's summary."""
     output = _output(["wrk", *options])
     found = [line.removeprefix("SUMMARY ") for line in output.splitlines() if line.startswith("SUMMARY ")]
     if not found:
-        raise BenchError(f"wrk did not say what it counted: {output.strip()}")
+        raise BenchError(f"wrk printed no summary: {output.strip()}")
     summary: dict[str, Any] = json.loads(found[0])
     return summary
 
@@ -74,10 +74,10 @@ def _errors(summary: Mapping[str, Any]) -> bool:
 
 def _checked_rate(summary: Mapping[str, Any], connections: int, body: int) -> Rate:
     requests = summary["requests"]
-    # What was under way at the end is counted in bytes, but not in requests.
-    most = (requests + connections) * (body + HEAD_ROOM)
-    if _errors(summary) or not requests or not requests * body <= summary["bytes"] <= most:
-        raise BenchError(f"wrk got something else than {body} bytes each time: {dict(summary)}")
+    # Responses that were incomplete at the end are counted in bytes, but not in requests.
+    limit = (requests + connections) * (body + HEAD_ROOM)
+    if _errors(summary) or not requests or not requests * body <= summary["bytes"] <= limit:
+        raise BenchError(f"wrk did not get {body} bytes each time: {dict(summary)}")
     return Rate(requests, summary["seconds"], summary["p99"])
 
 
@@ -92,20 +92,20 @@ def _output(command: Sequence[object]) -> str:
 
 
 def curl(url: str, *options: object, status: int = 200, downloaded: int | None = None) -> float:
-    """One request; how many seconds it took.
+    """Send one request; returns how many seconds it took.
 
-    :param downloaded: how many bytes its body has to have.
-    :raises BenchError: another status, or size.
+    :param downloaded: how many bytes its body must have.
+    :raises BenchError: the status or the size is another one.
     """
-    told = "%{http_code} %{size_download} %{time_total}"
-    output = _output(["curl", "-sS", "-o", "/dev/null", "-w", told, *options, url])
+    report = "%{http_code} %{size_download} %{time_total}"
+    output = _output(["curl", "-sS", "-o", "/dev/null", "-w", report, *options, url])
     found_status, found_size, seconds = output.split()
     if int(found_status) != status or downloaded not in (None, int(found_size)):
         raise BenchError(f"{url}: {found_status} with {found_size} bytes, not {status} with {downloaded}")
     return float(seconds)
 
 
-# One request, looked at
+# One request
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class Answer:
 
 
 def ask(port: int, method: str, path: str, headers: Mapping[str, str] | None = None) -> Answer:
-    """One request on a connection of its own."""
+    """Send one request on a new connection."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT)
     try:
         connection.request(method, path, headers=dict(headers or {}))
@@ -133,19 +133,19 @@ def ask(port: int, method: str, path: str, headers: Mapping[str, str] | None = N
 
 @dataclass
 class Download:
-    """What one reader got."""
+    """One reader's download."""
 
     started: float  # seconds, on the monotonic clock
     status: int = 0
-    length: int = 0  # bytes, as the head says
+    length: int = 0  # bytes, by Content-Length
     received: int = 0  # bytes of the body
-    cache: str = ""  # what X-Cache says
+    cache: str = ""  # the value of X-Cache
     first_byte: float = 0  # seconds from the request to the body's first byte
-    seconds: float = 0  # until its last
+    seconds: float = 0  # from the request to the body's last byte
 
     @property
     def complete(self) -> bool:
-        """Whether nothing is to come."""
+        """Whether the whole body has been received."""
         return bool(self.status) and self.received >= self.length
 
 
@@ -156,7 +156,7 @@ class Reader:
     being what limits them.
     """
 
-    _buffer = bytearray(1 << 20)  # never written to, but its length counts
+    _buffer = bytearray(1 << 20)  # never written to; only its length matters
 
     def __init__(self, port: int, paths: Iterator[str]):
         self.sock = socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT)
@@ -165,7 +165,7 @@ class Reader:
         self._head = b""
 
     def ask(self) -> bool:
-        """Send the next request; False: there is none."""
+        """Send the next request; False: none is left."""
         path = next(self._paths, None)
         if path is None:
             return False
@@ -175,7 +175,7 @@ class Reader:
         return True
 
     def take(self) -> bool:
-        """Take what has come; whether that was the end of the response.
+        """Receive what has come; whether that was the response's end.
 
         :raises BenchError: the connection was closed before.
         """
@@ -194,7 +194,7 @@ class Reader:
         return size
 
     def _take_head(self, download: Download) -> int:
-        """How many bytes of the body came with it."""
+        """Receive a part of the head; returns how many bytes of the body came with it."""
         data = self.sock.recv(4096)
         if not data:
             raise BenchError("the connection was closed without an answer")
@@ -211,11 +211,11 @@ class Reader:
 
 
 def crowd(port: int, paths: Sequence[str], connections: int, size: int) -> tuple[list[Download], float]:
-    """So many connections download paths, each the next one that is left, as fast as they come.
+    """Download paths on several connections, each of which takes the next path that is left.
 
-    :param size: what each must have, in bytes.
-    :returns: what came, and how many seconds all of it took.
-    :raises BenchError: something else came.
+    :param size: of each body, in bytes.
+    :returns: the downloads, and how many seconds all of them took.
+    :raises BenchError: a response is an error, or has another size.
     """
     waiting = iter(paths)
     readers = [Reader(port, waiting) for _ in range(connections)]

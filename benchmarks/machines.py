@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Hits of three servers, directly and through the balancer of ``deploy/``: ``python -m benchmarks.machines``.
+"""Hits on three servers, directly and through the balancer of ``deploy/``: ``python -m benchmarks.machines``.
 
-All of it runs on one machine, so that the rates say little of three; the CPU time for a request says what each would
-need. docs/scaling.md shows what is printed here.
+All of them run on one machine, so the rates say little about three machines; the CPU time per request does.
+docs/scaling.md has the output.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ SIZES = {"4 KiB": 4096, "1 MiB": MIB}  # bytes
 
 @dataclass(frozen=True)
 class Sample:
-    """What one turn of one system gave."""
+    """The result of one system's turn."""
 
     rate: Rate
-    server_ms: float  # CPU time of all servers for a request, in milliseconds
-    balancer_ms: float  # and of nginx
+    server_ms: float  # CPU time of all servers per request, in milliseconds
+    balancer_ms: float  # CPU time of nginx per request, in milliseconds
 
 
 class Turns:
@@ -49,7 +49,7 @@ class Turns:
             wait_until_tidy(server)
 
     def systems(self) -> dict[str, Callable[[], Sample]]:
-        """A turn of each."""
+        """A function for each system's turn."""
         direct, balanced = self._machines.servers[0].port, self._machines.balancer.port
         hot = [key for key in self._keys if self._machines.owner(key) is self._machines.servers[0]][:1]
         return {

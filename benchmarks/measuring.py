@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What is measured: systems run in turns, their times, their CPU seconds, and what to make of them."""
+"""Measuring: systems run in turns, their times and CPU seconds, and the comparison with ours."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OURS = "ours"  # the system that all others are compared with
 
 
 class BenchError(Exception):
-    """The run cannot go on, or what it measured would be wrong. The message is for the user, in one line."""
+    """The run cannot go on, or its figures would be wrong. The message is one line for the user."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Measure:
     """One figure of a workload."""
 
     unit: str
-    name: str = ""  # where a workload has several
+    name: str = ""  # if a workload has several measures
     more_is_better: bool = False
 
 
@@ -35,16 +35,16 @@ P99 = Measure("ms", "p99")
 
 @dataclass(frozen=True)
 class Sample:
-    """What one turn gave."""
+    """The result of one turn."""
 
     values: tuple[float, ...]  # one for each of the workload's measures
-    operations: float = 1  # how many requests it was
-    cpu_seconds: float | None = None  # of the system's processes, user and system; None: it has none of its own
+    operations: float = 1  # how many requests were answered
+    cpu_seconds: float | None = None  # of the system's processes, user and system; None: not measured
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A load, and what puts it on each system."""
+    """A load, and the function that puts it on each system."""
 
     group: str
     title: str
@@ -64,17 +64,17 @@ class Row:
 
     @property
     def title(self) -> str:
-        """What is measured under which load."""
+        """The workload and the measure."""
         return f"{self.workload}: {self.measure.name}" if self.measure.name else self.workload
 
     @property
     def medians(self) -> dict[str, float]:
-        """By system."""
+        """The median by system."""
         return {system: statistics.median(values) for system, values in self.values.items()}
 
     @property
     def cpu_medians(self) -> dict[str, float]:
-        """By system: milliseconds for one operation."""
+        """The median CPU time per operation by system, in milliseconds."""
         return {system: statistics.median(values) for system, values in self.cpu_ms.items()}
 
     @property
@@ -84,12 +84,12 @@ class Row:
 
     @property
     def cpu_ratios(self) -> dict[str, float]:
-        """By yardstick: the CPU time that it needs as a share of ours."""
+        """By yardstick: its CPU time as a share of ours."""
         return ratios(self.cpu_medians, more_is_better=False)
 
 
 def ratios(medians: Mapping[str, float], more_is_better: bool) -> dict[str, float]:
-    """How we compare with each of the others. What is too little to be measured is compared with nothing."""
+    """Our speed as a share of each other system's. Values of 0 are not compared."""
     ours = medians.get(OURS)
     if not ours:
         return {}
@@ -108,22 +108,22 @@ def ratio(ours: float, other: float, more_is_better: bool) -> float:
 
 
 def run(workload: Workload, rounds: int, progress: Callable[[str], None]) -> list[Row]:
-    """Give each system its turn, then each its next: what else the machine does then falls on all of them alike.
+    """Give each system its turn, in several rounds, so that the machine's other load affects all of them alike.
 
-    Each round begins with another one: on a virtual machine who comes first gets memory that its host has to find,
-    the others what the one before has just freed. For 1 GiB that was a second of processor time.
+    Each round begins with another system. On a virtual machine the first one gets memory that the host has to find
+    first, the others memory that the one before has just freed. For 1 GiB that was a second of processor time.
     """
     samples: dict[str, list[Sample]] = {system: [] for system in workload.turns}
     for number in range(1, rounds + 1):
         for system in rotated(list(workload.turns), number - 1):
             sample = workload.turns[system]()
             samples[system].append(sample)
-            progress(f"{workload.group}: {workload.title}, {number} of {rounds}: {system} {_told(workload, sample)}")
+            progress(f"{workload.group}: {workload.title}, {number} of {rounds}: {system} {_shown(workload, sample)}")
     return list(_rows(workload, samples))
 
 
 def rotated(names: list[str], places: int) -> list[str]:
-    """The names in their order, but beginning so many places further on.
+    """The names in their order, beginning ``places`` further on.
 
     >>> rotated(["a", "b", "c"], 4)
     ['b', 'c', 'a']
@@ -132,7 +132,7 @@ def rotated(names: list[str], places: int) -> list[str]:
     return names[start:] + names[:start]
 
 
-def _told(workload: Workload, sample: Sample) -> str:
+def _shown(workload: Workload, sample: Sample) -> str:
     pairs = zip(workload.measures, sample.values, strict=True)
     return ", ".join(" ".join((measure.name, number(value), measure.unit)).strip() for measure, value in pairs)
 
@@ -149,7 +149,7 @@ def _rows(workload: Workload, samples: Mapping[str, list[Sample]]) -> Iterator[R
 
 
 def number(value: float) -> str:
-    """A figure with three digits that count.
+    """A figure with three significant digits.
 
     >>> number(7712.4), number(45.67), number(1.234), number(0.01234), number(0)
     ('7,712', '45.7', '1.23', '0.0123', '0')
@@ -164,13 +164,13 @@ def number(value: float) -> str:
 
 
 def family(pid: int) -> list[psutil.Process]:
-    """A process and all that it has started."""
+    """A process and all its descendants."""
     root = psutil.Process(pid)
     return [root, *root.children(recursive=True)]
 
 
 def cpu_seconds(pid: int) -> float:
-    """What a family of processes has used so far, user and system, in seconds; its dead members' too."""
+    """The CPU time of a process and its descendants so far, user and system, in seconds; ended ones included."""
     return sum(_cpu_seconds(process) for process in family(pid))
 
 

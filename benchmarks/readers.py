@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Many slow readers of one file, in a process of their own, which must be cheap beside what it loads.
+"""Many slow readers of one file, in a process of their own, which must use little CPU beside the server under load.
 
 Started as ``python -m benchmarks.readers PORT PATH COUNT RATE``.
 
-Each takes RATE bytes a second, a second's worth in two visits. What it leaves waits at the sender, since the window
-of each connection is no larger than one visit's bytes. Its segments are as short as on Ethernet, so that the sender's
-buffers are as large as for clients far away: over the loopback's own they would hold megabytes.
+Each reads RATE bytes per second, in two visits. The rest waits at the sender, since the window of each connection is
+no larger than one visit's bytes. The segments are as short as on Ethernet, so that the sender's buffers are as large
+as for remote clients; the loopback's own would hold megabytes.
 
-A line on standard input is answered by one with how many readers have their response's head, how many were cut, and
-how many bytes all have taken. At the end of the input, the readers close their connections.
+Each line on standard input is answered with one line: how many readers have their response's head, how many were cut,
+and how many bytes all of them have read. At the end of the input, the readers close their connections.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ import time
 from collections.abc import Sequence
 
 VISITS = 2  # of each reader in a second
-SLICES = 20  # of the time between two visits: in each, as many readers have their turn
+SLICES = 20  # of the readers; the time between two visits is divided alike
 SEGMENT = 1448  # bytes
 TIMEOUT = 120  # seconds for a connection
 
 
 class Reader:
-    """A connection that takes a file slowly, and throws it away in the kernel (``MSG_TRUNC``, tcp(7)).
+    """A connection that reads a file slowly, and drops it in the kernel (``MSG_TRUNC``, tcp(7)).
 
-    :param quota: bytes that it takes in one visit.
+    :param quota: bytes that it reads in one visit.
     """
 
-    _buffer = bytearray(1 << 20)  # never written to, but its length counts
+    _buffer = bytearray(1 << 20)  # never written to; only its length matters
 
     def __init__(self, port: int, path: str, quota: int):
         self.sock = socket.socket()
@@ -45,7 +45,7 @@ class Reader:
         self._quota = quota
 
     def visit(self) -> int:
-        """Take what has come, but no more than the quota; how many bytes."""
+        """Read what has come, at most the quota; returns how many bytes."""
         try:
             return self._take()
         except BlockingIOError:
@@ -72,14 +72,14 @@ class Crowd:
         self._turn = 0
 
     def visit_slice(self) -> None:
-        """The turn of some."""
+        """Visit the next slice of the readers."""
         for reader in self._readers[self._turn :: SLICES]:
             if not reader.cut:
                 self._taken += reader.visit()
         self._turn = (self._turn + 1) % SLICES
 
-    def told(self) -> str:
-        """Readers with a response, readers that were cut, bytes."""
+    def figures(self) -> str:
+        """The line of figures: readers with a response, readers that were cut, bytes."""
         answered = sum(reader.answered for reader in self._readers)
         return f"{answered} {sum(reader.cut for reader in self._readers)} {self._taken}"
 
@@ -92,11 +92,11 @@ def main(arguments: Sequence[str]) -> None:
     with selectors.DefaultSelector() as selector:
         selector.register(sys.stdin, selectors.EVENT_READ)
         while True:
-            due = max(due + 1 / VISITS / SLICES, time.monotonic() - 1)  # it does not make up for what it missed
+            due = max(due + 1 / VISITS / SLICES, time.monotonic() - 1)  # missed visits are not made up for
             if selector.select(max(0.0, due - time.monotonic())):
                 if not sys.stdin.readline():
                     return
-                print(crowd.told(), flush=True)
+                print(crowd.figures(), flush=True)
             crowd.visit_slice()
 
 

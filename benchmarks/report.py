@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What came out: as a table for people, and as JSON."""
+"""The figures: as a table, and as JSON."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from benchmarks.measuring import Row, number
 from benchmarks.scale import Scale
 from benchmarks.yardsticks import MissingProgram, find
 
-PROGRAMS = {  # how they tell their versions, and the Debian packages they are in
+PROGRAMS = {  # the option that prints the version, and the Debian package
     "nginx": ("-v", "nginx"),
     "varnishd": ("-V", "varnish"),
     "wrk": ("-v", "wrk"),
@@ -29,11 +29,11 @@ PACKAGES = ("gunicorn", "flask", "werkzeug", "azure-storage-blob")
 
 
 def table(rows: Sequence[Row], scale: Scale, left_out: Iterable[str] = ()) -> str:
-    """All figures, one table for each group and one for the CPU time."""
+    """All figures: one table per group, and one for the CPU time."""
     runs = f"{scale.rounds} interleaved runs" if scale.rounds > 1 else "one run"
     head = f"{scale.name} scale, medians of {runs}; in brackets: our speed as a share of theirs"
-    told = "(of the CPU time: theirs as a share of ours; so above 1, we are better)"
-    parts = [head, told, *(f"left out: {reason}" for reason in left_out)]
+    note = "(of the CPU time: theirs as a share of ours; so above 1, we are better)"
+    parts = [head, note, *(f"left out: {reason}" for reason in left_out)]
     for group, found in itertools.groupby(rows, key=lambda row: row.group):
         members = list(found)
         parts += ["", *_lines(_group_cells(group, members)), "", *_lines(_cpu_cells(group, members))]
@@ -58,7 +58,7 @@ def _figures(systems: Iterable[str], medians: Mapping[str, float], ratios: Mappi
 
 
 def _cpu_cells(group: str, rows: Sequence[Row]) -> Iterator[list[str]]:
-    """What stays comparable on a machine that is busy with other things, too: the CPU time of the servers."""
+    """The CPU time of the servers, which stays comparable on a machine with other load."""
     used = [row for row in rows if row.cpu_ms]
     systems = [system for system in _systems(used) if any(system in row.cpu_ms for row in used)]
     yield [f"{group}: CPU time of one", "", *systems]
@@ -83,7 +83,7 @@ def _lines(cells: Iterable[list[str]]) -> Iterator[str]:
 
 
 def document(rows: Iterable[Row], scale: Scale, left_out: Sequence[str] = ()) -> dict[str, Any]:
-    """All figures and what they were measured on, for JSON."""
+    """All figures, and the machine and the programs, for JSON."""
     return {
         "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "scale": asdict(scale),
@@ -121,9 +121,9 @@ def _machine() -> dict[str, Any]:
 def _versions() -> Iterator[tuple[str, str]]:
     for program, (option, package) in PROGRAMS.items():
         try:
-            told = subprocess.run([find(program, package), option], capture_output=True, text=True)
+            shown = subprocess.run([find(program, package), option], capture_output=True, text=True)
         except MissingProgram:
             continue
-        yield program, (told.stdout + told.stderr).partition("\n")[0].strip()
+        yield program, (shown.stdout + shown.stderr).partition("\n")[0].strip()
     for package in PACKAGES:
         yield package, version(package)

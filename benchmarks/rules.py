@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What the rules about who may come in cost a hit.
+"""The cost of the rules of access control for a hit.
 
     python -m benchmarks.rules [--turns 15] [--seconds 2]
 
-Three servers have their turns one after the other: with every rule, without any, and again without. Each turn's pairs
-are compared, so that what else the machine does falls on both alike. The last two differ by chance alone, which says
-how far a figure can be trusted.
+Three servers take turns: with every rule, without any, and again without. The values of each turn are compared as
+pairs, so that the machine's other load affects both alike. The last two servers differ by chance alone, which shows
+how reliable a figure is.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ DEFAULT, AGAIN = "default rules", "default rules again"
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Measure, and print the comparison; the exit code."""
+    """Measure, and print the comparison; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.rules")
     parser.add_argument("--turns", type=int, default=15, help="of each server, two or more")
     parser.add_argument("--seconds", type=int, default=2, help="of each turn")
     options = parser.parse_args(arguments)
-    small_files = SCALES["full"].small_files  # and of nothing else is there need
+    small_files = SCALES["full"].small_files  # all other sizes are those of the tiny scale
     tiny = SCALES["tiny"]
     scale = dataclasses.replace(tiny, rounds=options.turns, seconds=options.seconds, small_files=small_files)
     try:

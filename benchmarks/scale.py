@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""How large a run is."""
+"""The size of a run."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ class Scale:
     """The sizes of one run. Sizes of objects are in bytes, times in seconds."""
 
     name: str
-    rounds: int  # how often each system's turn comes
+    rounds: int  # how many turns each system has
     seconds: int  # for which wrk loads a system in each turn
-    large: int  # the file that is downloaded and uploaded, and in which ranges lie
+    large: int  # the file that is downloaded, whole and in ranges, and uploaded
     medium: int  # uploads to Azurite, and cold objects
-    crowded: int  # the cold object that a crowd asks for at once
-    followed: int  # the cold object that a crowd follows while memory is watched
+    crowded: int  # the cold object that a crowd requests at once
+    followed: int  # the cold object that a crowd follows while memory is measured
     small_files: int  # of 4 KiB; hits are spread over them
     mebibyte_files: int
     cold_files: int  # of 16 KiB, each fetched once
     trees: int  # device trees in an archive
-    readers: tuple[int, ...]  # slow ones, at the same time
+    readers: tuple[int, ...]  # how many slow readers there are at the same time
 
     @property
     def disk(self) -> int:
-        """Bytes of disk that a run needs at most: files, uploads, copies in caches, and what Azurite has."""
+        """Bytes of disk that a run needs at most: files, uploads, copies in caches, and Azurite's data."""
         trees = (3 * self.rounds + 2) * self.trees * 64 * KIB
         return 6 * self.large + 3 * self.followed + (2 * self.rounds + 4) * self.medium + trees + 256 * MIB
 
@@ -43,7 +43,7 @@ SCALES = {
 
 
 def size_text(size: int) -> str:
-    """A size as people say it.
+    """A size in its largest whole unit.
 
     >>> size_text(4096), size_text(256 * MIB), size_text(GIB)
     ('4 KiB', '256 MiB', '1 GiB')

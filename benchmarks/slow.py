@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Many slow readers of one file, and a hit beside them."""
+"""Many slow readers of one file, and hits beside them."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from benchmarks.measuring import OURS, BenchError, Measure, Sample, Workload, cp
 from benchmarks.scale import GIB, KIB, MIB, size_text
 from benchmarks.stage import Stage
 
-RATE = 64 * KIB  # bytes a second that each reader takes
-PROBES = 4  # connections over which hits are asked for in turn, so that each worker has some
+RATE = 64 * KIB  # bytes that each reader reads per second
+PROBES = 4  # connections that request hits in turn, so that each worker has some
 PAUSE = 0.01  # seconds between two hits
-SETTLING_SECONDS = 10  # at most, before a measurement: buffers are filled, and paces are known
+SETTLING_SECONDS = 10  # at most, before a measurement, for buffers to fill and paces to settle
 START_SECONDS = 120  # until all readers have an answer
 LARGE, SMALL = "slow/large.bin", "slow/small.bin"
 
 
 def workloads(stage: Stage) -> Iterator[Workload]:
-    """Of this group."""
+    """The workloads of this group."""
     random_file(stage.files / LARGE, stage.scale.large)
     random_file(stage.files / SMALL, 4 * KIB)
     targets: dict[str, Target] = {OURS: Ours(stage.local_server)}
@@ -41,7 +41,7 @@ def workloads(stage: Stage) -> Iterator[Workload]:
 
 
 def _turn(target: Target, count: int, seconds: int) -> Sample:
-    """One operation is a GiB that the readers took. The hits come after it, so that they cost it nothing."""
+    """One operation is a GiB that the readers have read. The hits follow, so that they are not in its CPU time."""
     with _Readers(target.port, count) as readers:
         readers.wait_until_answered()
         time.sleep(min(SETTLING_SECONDS, seconds))
@@ -56,7 +56,7 @@ def _turn(target: Target, count: int, seconds: int) -> Sample:
 
 
 def _latencies(port: int, seconds: float) -> list[float]:
-    """Seconds that each of many hits took, to its last byte."""
+    """The seconds that each of many hits took, to its last byte."""
     paths = itertools.repeat(f"/{SMALL}")
     probes = [load.Reader(port, paths) for _ in range(PROBES)]
     latencies = []
@@ -92,24 +92,27 @@ class _Readers:
         self._process.wait()
 
     def wait_until_answered(self) -> None:
-        """:raises BenchError: that takes too long."""
+        """Wait until all readers have a response.
+
+        :raises BenchError: that takes too long.
+        """
         deadline = time.monotonic() + START_SECONDS
-        while self._told()[0] < self._count:
+        while self._figures()[0] < self._count:
             if time.monotonic() > deadline:
-                raise BenchError(f"{self._told()[0]} of {self._count} slow readers have an answer")
+                raise BenchError(f"{self._figures()[0]} of {self._count} slow readers have an answer")
             time.sleep(0.1)
 
     def taken(self) -> int:
-        """How many bytes all of them have taken so far.
+        """How many bytes all readers have read so far.
 
         :raises BenchError: one of them was cut.
         """
-        answered, cut, taken = self._told()
+        answered, cut, taken = self._figures()
         if cut or answered < self._count:
             raise BenchError(f"{cut} of {self._count} slow readers were cut")
         return taken
 
-    def _told(self) -> tuple[int, int, int]:
+    def _figures(self) -> tuple[int, int, int]:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         try:

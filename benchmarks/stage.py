@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What runs during a bench: started when it is first needed, ended with the bench."""
+"""The servers of a bench: each is started when it is first needed, and ended with the bench."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from tests.support.harness import Server, unexpected
 class Stage:
     """A scratch folder with servers.
 
-    :param folder: empty; its disk is what is measured, too.
-    :param stack: ends what is started.
+    :param folder: empty; on the disk that is measured.
+    :param stack: ends the servers.
     """
 
     def __init__(self, scale: Scale, folder: Path, stack: ExitStack):
@@ -38,34 +38,34 @@ class Stage:
         self.files = self.new_folder("files")  # the local driver's, nginx's and gunicorn's
 
     def new_folder(self, name: str) -> Path:
-        """A new folder in the scratch folder."""
+        """Make a folder in the scratch folder."""
         path = self.folder / name
         path.mkdir()
         return path
 
     def progress(self, text: str) -> None:
-        """Tell the user how far it is."""
+        """Print the progress on standard error."""
         print(f"bench: {text}", file=sys.stderr, flush=True)
 
     def settle(self) -> None:
-        """Have the disk write what it still has to, so that no system pays for another's files."""
+        """Sync the disk, so that no system's figures include another one's files."""
         subprocess.run(["sync", "--file-system", self.folder], check=True)
 
     # Ours
 
     @cached_property
     def local_server(self) -> Server:
-        """The server on the local driver, over :attr:`files`."""
+        """The server with the local driver, on :attr:`files`."""
         return self._server("local", {"driver": "local", "local": {"storage_path": self.files}})
 
     @cached_property
     def second_local_server(self) -> Server:
-        """Another one, over the same files."""
+        """Another one, on the same files."""
         return self._server("local-too", {"driver": "local", "local": {"storage_path": self.files}})
 
     @cached_property
     def guarded_server(self) -> Server:
-        """The same with every rule about who may come in, of which none refuses anybody."""
+        """Another one with every rule of access control, none of which refuses a request here."""
         rules = {
             "useragent": {"ban": ["NastyBot"]},
             "block_subnets": [f"198.51.{number}.0/24" for number in range(100)] + ["2001:db8::/32"],
@@ -76,13 +76,13 @@ class Stage:
 
     @cached_property
     def azure_server(self) -> Server:
-        """The server on Azurite."""
+        """The server with Azurite as its backend."""
         azure = {"account": self.azurite.account, "key": self.azurite.key, "endpoint": self.azurite.endpoint}
         return self._server("azure", {"driver": "azure", "azure": {**azure, "container": self.container}})
 
     def _server(self, name: str, document: dict[str, object]) -> Server:
         self.progress(f"starting the server: {name}")
-        # Evicting when a disk is nearly full is not what is measured.
+        # Nothing is evicted because the disk is nearly full.
         cache = {"low_disk_percent": 0, "recover_disk_percent": 0}
         document |= {"server": {"workers": yardsticks.WORKERS, "threads": yardsticks.THREADS}, "cache": cache}
         return self._stack.enter_context(_running(Server(self.new_folder(f"server-{name}"), document)))
@@ -91,13 +91,13 @@ class Stage:
 
     @cached_property
     def azurite(self) -> Azurite:
-        """The backend of all that caches."""
+        """The backend of all caches."""
         self.progress("starting Azurite")
         return self._stack.enter_context(running_azurite(self.new_folder("azurite")))
 
     @cached_property
     def container(self) -> str:
-        """A container whose blobs everybody may read: nginx and Varnish cannot sign requests."""
+        """A container with public blobs, since nginx and Varnish cannot sign requests."""
         name = self.azurite.new_container()
         with self.azurite.client(name) as container:
             container.set_container_access_policy(signed_identifiers={}, public_access="blob")
@@ -105,7 +105,7 @@ class Stage:
 
     @property
     def backend(self) -> tuple[str, str]:
-        """Azurite's host and port, and what comes before a key in a path there."""
+        """Azurite's host and port, and the path prefix of the container."""
         url = urlsplit(self.azurite.endpoint)
         return url.netloc, f"{url.path}/{self.container}"
 
@@ -113,17 +113,17 @@ class Stage:
 
     @cached_property
     def gunicorn(self) -> Program:
-        """gunicorn's own threaded worker with a bare function."""
+        """gunicorn's own threaded worker with the bare function."""
         return self._bare("gunicorn", "gthread")
 
     @cached_property
     def worker(self) -> Program:
-        """Our worker with the same function."""
+        """Our worker with the bare function."""
         return self._bare("our worker", "kci_storage.server.worker.Worker")
 
     @cached_property
     def durable_gunicorn(self) -> Program:
-        """gunicorn's own threaded worker with a bare function that waits for the disk."""
+        """gunicorn's own threaded worker with the bare function, which syncs files."""
         return self._bare("gunicorn, fsync", "gthread", fsync=True)
 
     def _bare(self, name: str, worker_class: str, fsync: bool = False) -> Program:
@@ -132,20 +132,20 @@ class Stage:
 
     @cached_property
     def nginx(self) -> Program | None:
-        """nginx over the same files; None: it is not installed."""
+        """nginx with the same files; None: it is not installed."""
         return self._optional(lambda: yardsticks.nginx_files(self.new_folder("nginx"), self.files))
 
     def nginx_cache(self, folder: Path, buffers: str) -> Program | None:
-        """nginx as a cache over Azurite."""
+        """nginx as a cache in front of Azurite."""
         return self._optional(lambda: yardsticks.nginx_cache(folder, *self.backend, buffers))
 
     def varnish(self) -> Program | None:
-        """Varnish over Azurite."""
+        """Varnish in front of Azurite."""
         size = 3 * self.scale.medium + 64 * MIB
         return self._optional(lambda: yardsticks.varnish(self.new_folder("varnish"), *self.backend, size))
 
     def _optional(self, start: Callable[[], AbstractContextManager[Program]]) -> Program | None:
-        """A yardstick that may be missing, which is told once."""
+        """Start a yardstick; None: it is not installed, which is reported once."""
         try:
             return self._stack.enter_context(start())
         except MissingProgram as exc:
@@ -161,16 +161,16 @@ def _running(server: Server) -> Iterator[Server]:
         server.start()
         yield server
     except BaseException:
-        with contextlib.suppress(AssertionError):  # it is killed if it does not end by itself
+        with contextlib.suppress(AssertionError):  # it is killed if it does not end
             server.stop(yardsticks.STOP_SECONDS)
         raise
     _close(server)
 
 
 def _close(server: Server) -> None:
-    """Stop a server, whose figures count only if all was well.
+    """Stop a server, whose figures are valid only if it is clean.
 
-    :raises BenchError: it was not. The folder with the log will be gone, so that the message has what counts.
+    :raises BenchError: it is not. The folder with the log will be removed, so the message has the important lines.
     """
     try:
         server.close()
@@ -181,9 +181,9 @@ def _close(server: Server) -> None:
 
 @contextlib.contextmanager
 def stage(scale: Scale) -> Iterator[Stage]:
-    """A stage in a new folder, which is gone at the end of the block.
+    """A stage in a new folder, which is removed at the end of the block.
 
-    :raises BenchError: a program that makes the load is missing, or there is not enough room on the disk.
+    :raises BenchError: a load generator is missing, or there is not enough room on the disk.
     """
     for program in ("wrk", "curl"):
         find(program, program)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Uploads: large and small ones to local disk, and large ones to Azurite."""
+"""Uploads: large and small files to the local disk, and large ones to Azurite."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _numbers = itertools.count()
 
 
 def workloads(stage: Stage) -> Iterator[Workload]:
-    """Of this group."""
+    """The workloads of this group."""
     local = _Local(stage)
     large, medium, small = size_text(stage.scale.large), size_text(stage.scale.medium), size_text(SMALL)
     yield Workload("uploads", f"form of {large}", (TIME,), local.large_turns(local.form))
@@ -38,7 +38,7 @@ def workloads(stage: Stage) -> Iterator[Workload]:
 
 
 class _Local:
-    """Uploads into the folder of the local driver, nginx and gunicorn."""
+    """Uploads to the local driver, nginx and gunicorn, in the same folder."""
 
     def __init__(self, stage: Stage):
         self._stage = stage
@@ -52,18 +52,18 @@ class _Local:
     # Large files
 
     def large_turns(self, ours: Callable[[], float]) -> dict[str, Callable[[], Sample]]:
-        """Our way to upload beside the yardsticks', which know only PUT."""
+        """Uploads of a large file, to our server by ``ours``, to the yardsticks by PUT."""
         turns: dict[str, Callable[[], Sample]] = {OURS: partial(self._large, Ours(self._server), ours)}
         for name, target in self._yardsticks.items():
             turns[name] = partial(self._large, target, partial(self._plain_put, target))
         return turns
 
     def form(self) -> float:
-        """Seconds for a form as KernelCI's uploader sends it."""
+        """Upload a form as KernelCI's uploader does; returns the seconds."""
         return send_form(self._server, "uploads", self._source)
 
     def put(self) -> float:
-        """Seconds for a raw body."""
+        """Upload a raw body; returns the seconds."""
         url = f"{self._server.url}/uploads/{self._source.name}"
         return load.curl(url, "--upload-file", self._source, *authorization(self._server), status=201)
 
@@ -78,14 +78,14 @@ class _Local:
         sample = Sample((seconds,), cpu_seconds=cpu_seconds(target.pid) - before)
         stored = self._stage.files / "uploads" / self._source.name
         if not filecmp.cmp(stored, self._source, shallow=False):
-            raise BenchError(f"port {target.port} has stored something else than was sent")
+            raise BenchError(f"port {target.port} has stored another content than was sent")
         stored.unlink()
         return sample
 
     # Small files
 
     def small_turns(self, method: str) -> dict[str, Callable[[], Sample]]:
-        """Many files on several connections."""
+        """Uploads of many small files on several connections."""
         turns: dict[str, Callable[[], Sample]] = {OURS: partial(self._small, Ours(self._server), method)}
         for name, target in self._yardsticks.items():
             turns[name] = partial(self._small, target, "PUT")
@@ -100,29 +100,29 @@ class _Local:
         rate = load.wrk(target.port, CONNECTIONS, scale.seconds, folder, "upload.lua", *arguments, body=0)
         sample = Sample((rate.per_second,), rate.requests, cpu_seconds(target.pid) - before)
         check_stored(self._stage.files / prefix, rate.requests)
-        # wrk leaves in the middle of some requests, whose files may still come.
+        # wrk ends in the middle of some requests, whose files may still be written.
         shutil.rmtree(self._stage.files / prefix, ignore_errors=True)
         return sample
 
 
-def check_stored(folder: Path, least: int) -> None:
-    """Whether every upload that was answered is there. Others may be on their way, under other names.
+def check_stored(folder: Path, minimum: int) -> None:
+    """Check that every acknowledged upload is stored. Others may still be running, under temporary names.
 
     :raises BenchError: one is missing, or has another size.
     """
     sizes = [file.stat().st_size for file in os.scandir(folder) if file.name.endswith(".bin")]
-    if len(sizes) < least or set(sizes) != {SMALL}:
-        raise BenchError(f"{folder} has {len(sizes)} files of {set(sizes)} bytes, not {least} of {SMALL}")
+    if len(sizes) < minimum or set(sizes) != {SMALL}:
+        raise BenchError(f"{folder} has {len(sizes)} files of {set(sizes)} bytes, not {minimum} of {SMALL}")
 
 
 def send_form(server: Server, folder: str, path: Path) -> float:
-    """Seconds for a form with one file."""
+    """Upload a form with one file; returns the seconds."""
     form = ["--form", f"path={folder}", "--form", f"file0=@{path}"]
     return load.curl(f"{server.url}/upload", *form, *authorization(server))
 
 
 class _Azure:
-    """Uploads to Azurite, through the server and by the SDK alone."""
+    """Uploads to Azurite, through the server and by the SDK."""
 
     def __init__(self, stage: Stage):
         self._stage = stage
@@ -132,7 +132,7 @@ class _Azure:
         self._container = stage.azurite.client(stage.container)
 
     def form(self) -> Sample:
-        """Through the server."""
+        """Upload through the server."""
         self._stage.settle()
         pid = self._server.process.pid
         before = cpu_seconds(pid)
@@ -140,7 +140,7 @@ class _Azure:
         return self._checked(Sample((seconds,), cpu_seconds=cpu_seconds(pid) - before))
 
     def sdk(self) -> Sample:
-        """The SDK's own way, from the file, in this process."""
+        """Upload by the SDK, from the file, in this process."""
         self._stage.settle()
         before, started = time.process_time(), time.monotonic()
         with self._source.open("rb") as file:
@@ -153,7 +153,10 @@ class _Azure:
         return f"uploads/{self._source.name}"
 
     def _checked(self, sample: Sample) -> Sample:
-        """What was stored is as large as it should be; it is deleted."""
+        """Check the size of the stored file, and delete it.
+
+        :raises BenchError: it is another one.
+        """
         with self._container.get_blob_client(self._key) as blob:
             size = blob.get_blob_properties().size
         if size != self._stage.scale.medium:

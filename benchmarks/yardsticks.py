@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The programs that the server is compared with: each started on a free port, in a folder of its own."""
+"""The programs for comparison: each is started on a free port, in its own folder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.deploy.nginx import main_configuration
 from tests.support.harness import reserve_port
 
 START_SECONDS, STOP_SECONDS = 60, 10
-WORKERS, THREADS, KEEPALIVE = 2, 64, 75  # processes, threads in each, seconds: as the server itself
+WORKERS, THREADS, KEEPALIVE = 2, 64, 75  # processes, threads in each, seconds: the server's own
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -34,9 +34,9 @@ class MissingProgram(BenchError):
 def find(program: str, package: str) -> str:
     """The path of a program.
 
-    :raises MissingProgram: it is not there.
+    :raises MissingProgram: it is not installed.
     """
-    # Debian puts what is only for root in folders that are not in everybody's PATH.
+    # Debian installs some programs in folders that are only in root's PATH.
     path = shutil.which(program, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
     if path is None:
         raise MissingProgram(program, package)
@@ -53,7 +53,7 @@ class Program:
 
     @property
     def pid(self) -> int:
-        """The first of its processes."""
+        """The process ID of its first process."""
         return self._process.pid
 
 
@@ -66,7 +66,7 @@ def running(
     cwd: Path = ROOT,
     environ: Mapping[str, str] | None = None,
 ) -> Iterator[Program]:
-    """Start a program, wait until it listens, and end it and all that it has started at the end of the block."""
+    """Start a program, wait until it listens, and end it and its descendants at the end of the block."""
     with log.open("ab") as output:
         process = subprocess.Popen(
             [str(word) for word in command],
@@ -93,7 +93,7 @@ def _wait_until_it_listens(name: str, process: subprocess.Popen[bytes], port: in
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """SIGTERM; after a while, SIGKILL to whoever of its family is left."""
+    """Send SIGTERM; after a while, SIGKILL to the processes that are left."""
     with contextlib.suppress(psutil.NoSuchProcess):
         members = family(process.pid)
         process.terminate()
@@ -105,12 +105,12 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 @contextlib.contextmanager
 def _free_port() -> Iterator[int]:
-    """A port that nobody else gets while the block runs, and which a program may bind."""
+    """A port that is reserved during the block, and which a program may bind."""
     with reserve_port() as reserved:
         yield reserved.getsockname()[1]
 
 
-# gunicorn with a function
+# gunicorn with the bare function
 
 
 _GUNICORN = """
@@ -126,9 +126,9 @@ accesslog = "{folder}/access.log"
 
 @contextlib.contextmanager
 def bare_gunicorn(name: str, worker_class: str, folder: Path, files: Path, fsync: bool = False) -> Iterator[Program]:
-    """gunicorn, set as the server sets it, with a function that does nothing else than open a file.
+    """gunicorn with the server's settings, and with the bare function.
 
-    :param fsync: whether it has what it stores on the disk before it answers.
+    :param fsync: whether files are synced before the answer is sent.
     """
     with _free_port() as port:
         shared = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
@@ -219,7 +219,7 @@ def _nginx(name: str, folder: Path, http: str, server: str) -> Iterator[Program]
 
 @contextlib.contextmanager
 def nginx_files(folder: Path, files: Path) -> Iterator[Program]:
-    """nginx over a folder: plain files, and PUT by WebDAV."""
+    """nginx with a folder: plain files, and PUT by WebDAV."""
     with _nginx("nginx", folder, "", _FILES.format(files=files)) as program:
         yield program
 
@@ -228,8 +228,8 @@ def nginx_files(folder: Path, files: Path) -> Iterator[Program]:
 def nginx_cache(folder: Path, host: str, prefix: str, buffers: str = "") -> Iterator[Program]:
     """nginx as a cache in front of a host.
 
-    :param prefix: comes before each path there.
-    :param buffers: settings beside nginx's defaults.
+    :param prefix: of each path at the host.
+    :param buffers: settings in addition to nginx's defaults.
     """
     http = _CACHE.format(folder=folder, host=host, buffers=buffers)
     with _nginx("nginx", folder, http, _CACHED.format(prefix=prefix, host=host)) as program:
@@ -270,7 +270,7 @@ sub vcl_backend_response {{
 def varnish(folder: Path, host: str, prefix: str, size: int) -> Iterator[Program]:
     """Varnish in front of a host.
 
-    :param size: bytes that it may keep, in a file in ``folder``.
+    :param size: bytes that it may store, in a file in ``folder``.
     """
     with _free_port() as port:
         address, _, backend_port = host.partition(":")
