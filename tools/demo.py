@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What ``make demo`` does: real input through a real server, both ways, and nothing may differ.
+"""``make demo``: real files go through a real server and back, and are compared.
 
     demo.py [FOLDER]
 
-Every regular file of a folder (without one, of Debian's kernel package for arm64: the image, about a thousand device
-trees, thousands of modules) is uploaded through HTTP forms by parallel clients to a server over Azurite. Then it is
-restarted with an empty cache, every file is downloaded twice, cold and warm, and compared by SHA-256.
+Parallel clients upload every regular file of a folder by HTTP forms to a server with Azurite as its backend. Then the
+server is restarted with an empty cache, and every file is downloaded twice, cold and warm, and compared by SHA-256.
+The default is Debian's kernel package for arm64: the image, about a thousand device trees, thousands of modules.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ _local = threading.local()
 
 
 def main() -> int:
-    """Run the demonstration; 0 when every file came back as it went."""
+    """Run the demonstration; returns 0 if every file came back unchanged."""
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else kernel_package(ROOT / ".tools" / "demo")
     files = regular_files(folder)
     if not files:
-        print(f"demo: {folder}: no files there", file=sys.stderr)
+        print(f"demo: {folder} has no files", file=sys.stderr)
         return 1
     print(f"demo: {len(files)} files of {folder}, {CLIENTS} parallel clients", flush=True)
     with tempfile.TemporaryDirectory(prefix="kci-storage-demo-") as work:
@@ -57,7 +57,7 @@ def main() -> int:
 
 
 def kernel_package(folder: Path) -> Path:
-    """The unpacked kernel package; downloaded where it is not there yet."""
+    """The folder of the unpacked kernel package, which is downloaded if necessary."""
     unpacked = folder / "unpacked"
     if not unpacked.exists():
         package = download_kernel(folder)
@@ -68,20 +68,20 @@ def kernel_package(folder: Path) -> Path:
 
 
 def download_kernel(folder: Path) -> Path:
-    """The kernel package for arm64; where the system's apt sources have none, this machine's own."""
+    """Download the kernel package for arm64, or, if the apt sources have none, for this machine; returns its file."""
     for architecture, name in KERNELS:
         print(f"demo: downloading {name}", flush=True)
         try:
-            # This one only depends on the package of the present version.
+            # This package only depends on that of the current version.
             depends = subprocess.check_output(["dpkg-deb", "-f", download(folder, architecture, name), "Depends"])
             return download(folder, architecture, re.split(r"[ ,(]", depends.decode())[0])
         except subprocess.CalledProcessError:
             continue
-    raise SystemExit("demo: no kernel package could be downloaded; name a folder of your own: make demo DEMO_DIR=…")
+    raise SystemExit("demo: no kernel package could be downloaded; name another folder: make demo DEMO_DIR=…")
 
 
 def download(folder: Path, architecture: str, package: str) -> Path:
-    """One Debian package's file."""
+    """Download a Debian package; returns its file."""
     subprocess.run([ROOT / "tools" / "apt-download.sh", folder, architecture, package], check=True)
     return max(folder.glob(f"{package}_*.deb"), key=lambda path: path.stat().st_mtime)
 
@@ -97,13 +97,13 @@ class File:
 
 
 def regular_files(folder: Path) -> list[File]:
-    """Every file of a folder and those below it, but for links and devices."""
+    """Every regular file of a folder and its subfolders, without links and devices."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
     return [describe(folder, path) for path in paths]
 
 
 def describe(folder: Path, path: Path) -> File:
-    """What must come back."""
+    """The properties of a file, to compare."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256")
         return File(path, f"demo/{path.relative_to(folder)}", file.tell(), digest.hexdigest())
@@ -114,18 +114,18 @@ def describe(folder: Path, path: Path) -> File:
 
 @dataclass
 class Pass:
-    """What came of sending all files one way."""
+    """The result of sending all files in one direction."""
 
     name: str
     files: int = 0
     size: int = 0  # bytes
     seconds: float = 0
     problems: list[str] = field(default_factory=list)
-    served: dict[str, int] = field(default_factory=dict)  # downloads by the cache's answer: hit, miss …
+    served: dict[str, int] = field(default_factory=dict)  # downloads by cache result: hit, miss …
 
 
 def run(files: list[File], work: Path) -> list[Pass]:
-    """Upload; restart with an empty cache; download twice."""
+    """Upload all files, restart with an empty cache, and download them twice."""
     folders = [work / name for name in ("azurite", "server")]
     for folder in folders:
         folder.mkdir()
@@ -142,16 +142,19 @@ def run(files: list[File], work: Path) -> list[Pass]:
 
 
 def server_over(azurite: Azurite, folder: Path) -> Server:
-    """A server that keeps its objects in a new container."""
+    """A server with a new container of Azurite."""
     azure = {"account": azurite.account, "key": azurite.key, "endpoint": azurite.endpoint}
     return Server(folder, {"driver": "azure", "azure": {**azure, "container": azurite.new_container()}})
 
 
 def transfer(name: str, files: list[File], send: Callable[[File], str | None]) -> Pass:
-    """Give every file to ``send``, which says what went wrong, by parallel clients."""
+    """Call a function for every file, by parallel clients.
+
+    :param send: returns what went wrong, or None.
+    """
     result = Pass(name)
     start = time.monotonic()
-    interval = 0.1 if sys.stderr.isatty() else 10  # seconds between two looks of the bar
+    interval = 0.1 if sys.stderr.isatty() else 10  # seconds between two updates of the bar
     total = sum(file.size for file in files)
     with (
         ThreadPoolExecutor(CLIENTS) as clients,
@@ -166,7 +169,7 @@ def transfer(name: str, files: list[File], send: Callable[[File], str | None]) -
 
 
 def attempt(send: Callable[[File], str | None], file: File) -> str | None:
-    """A failed request is one file's problem, not the end."""
+    """Send a file; a failed request is a problem of this file alone."""
     try:
         return send(file)
     except (requests.RequestException, OSError) as exc:
@@ -174,7 +177,7 @@ def attempt(send: Callable[[File], str | None], file: File) -> str | None:
 
 
 def session() -> requests.Session:
-    """This client's connections."""
+    """The session of the calling thread."""
     if not hasattr(_local, "session"):
         _local.session = requests.Session()
     found: requests.Session = _local.session
@@ -182,7 +185,7 @@ def session() -> requests.Session:
 
 
 def upload(server: Server, file: File) -> str | None:
-    """Send one file as a form, as KernelCI's own clients do."""
+    """Upload a file by a form, as KernelCI's own clients do; returns what went wrong, or None."""
     folder, _, name = file.key.rpartition("/")
     with file.path.open("rb") as content:
         response = session().post(
@@ -199,7 +202,7 @@ def upload(server: Server, file: File) -> str | None:
 
 
 def fetch(server: Server, file: File) -> str | None:
-    """Get one file and compare it."""
+    """Download a file, and compare it; returns what is wrong, or None."""
     digest, size = hashlib.sha256(), 0
     with session().get(f"{server.url}/{quote(file.key)}", stream=True, timeout=TIMEOUT) as response:
         if response.status_code != 200:
@@ -211,14 +214,14 @@ def fetch(server: Server, file: File) -> str | None:
 
 
 def difference(file: File, key: str, size: int, sha256: str) -> str | None:
-    """What came back, where it is not what it should be."""
+    """The difference between a file and the one that came back; None: there is none."""
     if (key, size, sha256) == (file.key, file.size, file.sha256):
         return None
     return f"expected {file.size} bytes with SHA-256 {file.sha256}, got {key}, {size} bytes with {sha256}"
 
 
 def served(server: Server) -> dict[str, int]:
-    """How many downloads were answered from where, since the server's start, over all its workers."""
+    """The number of downloads by cache result, of all workers since the server's start."""
     text = requests.get(f"{server.url}/metrics", timeout=TIMEOUT).text
     found = re.findall(r'^kci_storage_cache_requests_total\{result="(\w+)"\} (\S+)$', text, flags=re.MULTILINE)
     return {result: round(float(count)) for result, count in found}
@@ -228,7 +231,7 @@ def served(server: Server) -> dict[str, int]:
 
 
 def report(passes: Iterable[Pass]) -> int:
-    """Print the figures; the exit code."""
+    """Print the figures; returns the exit code."""
     print(f"\n{'':13} {'files':>7} {'MiB':>9} {'seconds':>8} {'files/s':>8} {'MiB/s':>7}  cache")
     problems = []
     for item in passes:

@@ -1,11 +1,11 @@
 #!/bin/sh
 # SPDX-License-Identifier: LGPL-2.1-or-later
-# Make the virtual environment, or bring it up to date, with this project installed in it:
+# Make or update the virtual environment, with this project installed in it:
 #
 #     environment.sh FOLDER [EXTRA,…]
 #
-# Debian's python3 alone has neither pip nor what makes environments with it (python3-venv). Then pip is taken from
-# Debian's package of it, unpacked beside, so that this needs no root either. PYTHON names another Python.
+# Debian's python3 alone has neither pip nor python3-venv, which would install it. Then pip is taken from Debian's
+# package, which is unpacked into a folder, so root is not needed. PYTHON names another Python.
 set -eu
 
 python=${PYTHON:-python3}
@@ -46,6 +46,6 @@ add_pip() {
 
 check_python
 "$folder/bin/python" -m pip --version >/dev/null 2>&1 || create
-# The log of pip is its own business, but for errors and what it is waiting for.
+# pip prints only its errors.
 echo "environment: installing the packages into $folder" >&2
 "$folder/bin/python" -m pip install --quiet --disable-pip-version-check --use-pep517 --editable "$project$extras"

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What ``make image-test`` does: build the container's image, and try it.
+"""``make image-test``: builds the container's image, and tests it.
 
     image.py [BASE]
 
-Without a base one is made of Debian's packages, so that no registry of images is needed: only Debian's mirror and
-PyPI, by the machine's own configuration. Podman keeps all in .tools/image-test, and needs no daemon.
+The default base is made of Debian's packages. So no registry of images is needed, only Debian's mirror and PyPI, as
+configured on this machine. Podman keeps everything in .tools/image-test, and needs no daemon.
 
 Run as root, with the Debian packages podman, runc, iptables, netavark and mmdebstrap.
 """
@@ -27,10 +27,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ROOT / ".tools" / "image-test"
 PACKAGES = {"podman": "podman", "runc": "runc", "iptables": "iptables", "mmdebstrap": "mmdebstrap"}  # by program
-RELEASE = "trixie"  # of Debian; its Python is the 3.13 that the Dockerfile asks for
+RELEASE = "trixie"  # of Debian; it has Python 3.13, as the Dockerfile expects
 BASE, IMAGE = "localhost/kci-storage-base", "localhost/kci-storage"
 AUTHORITIES = Path("/etc/ssl/certs/ca-certificates.crt")
-SECONDS = 60  # for anything that should take a few at most
+SECONDS = 60  # the time-out of every wait; each should take a few
 BIND = "0.0.0.0:3000"
 CONFIGURATION = f"""\
 driver = "local"
@@ -45,7 +45,7 @@ directory = "/var/cache/kci-storage"
 
 
 def main() -> int:
-    """Build, try, and say what was seen."""
+    """Build and test the image; returns the exit code."""
     if missing := [package for program, package in PACKAGES.items() if shutil.which(program) is None]:
         print(f"image-test: apt-get install {' '.join(missing)}", file=sys.stderr)
         return 1
@@ -61,27 +61,27 @@ def main() -> int:
 
 
 def say(text: str) -> None:
-    """Tell how far it is."""
+    """Print the progress."""
     print(f"image-test: {text}", flush=True)
 
 
 class Podman:
-    """Podman with a store of its own, for machines without systemd and with whatever limits they have."""
+    """Podman with its own store, also on machines without systemd and with low resource limits."""
 
     def __init__(self, folder: Path):
         self._settings = folder / "containers.conf"
-        self._settings.write_text("[containers]\ndefault_ulimits = []\n")  # a sandbox cannot raise its own
+        self._settings.write_text("[containers]\ndefault_ulimits = []\n")  # which a sandbox could not raise
         places = [f"--root={KEPT}/storage", f"--runroot={KEPT}/run"]
         options = ["--runtime=runc", "--cgroup-manager=cgroupfs", "--storage-opt=overlay.skip_mount_home=true"]
         self._command = ["podman", *places, *options]
 
     def try_it(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """Run a command of podman's; what it says and its exit code."""
+        """Run a command of podman; returns its output and exit code."""
         environ = {**os.environ, "CONTAINERS_CONF": str(self._settings)}
         return subprocess.run([*self._command, *arguments], env=environ, capture_output=True, text=True, cwd=ROOT)
 
     def __call__(self, *arguments: str) -> str:
-        """What a command says; it has to succeed."""
+        """Run a command of podman, which must succeed; returns its output."""
         done = self.try_it(*arguments)
         if done.returncode:
             raise SystemExit(f"image-test: podman {' '.join(arguments)}\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
@@ -92,7 +92,7 @@ class Podman:
 
 
 def made_base(podman: Podman, folder: Path) -> str:
-    """The name of an image of Debian with Python, made now or before. It trusts whom this machine trusts."""
+    """The name of a base image of Debian with Python, made if necessary. It trusts what this machine trusts."""
     if podman.try_it("image", "exists", BASE).returncode:
         say(f"making a base of Debian {RELEASE}'s packages, once")
         bootstrap = ["mmdebstrap", "--quiet", "--variant=minbase", "--include=python3-venv,ca-certificates"]
@@ -105,7 +105,7 @@ def made_base(podman: Podman, folder: Path) -> str:
 
 
 def build(podman: Podman, base: str) -> None:
-    """Build the image from the Dockerfile as it is. pip has the configuration that it has outside."""
+    """Build the image from the unchanged Dockerfile. pip has the same configuration as on this machine."""
     begun = time.monotonic()
     secret = ["--secret=id=pip,src=/etc/pip.conf"] if Path("/etc/pip.conf").exists() else []
     options = ["--isolation=chroot", "--network=host", "--format=docker", f"--build-arg=BASE={base}", *secret]
@@ -116,11 +116,11 @@ def build(podman: Podman, base: str) -> None:
     say(f"built in {time.monotonic() - begun:.0f} s: {size} MB, of which the base is {of_base} MB")
 
 
-# What it has to do
+# The tests
 
 
 class Container:
-    """A started one."""
+    """A running container."""
 
     def __init__(self, podman: Podman, name: str):
         self._podman = podman
@@ -128,29 +128,29 @@ class Container:
         self.port = int(podman("port", name, "3000/tcp").rpartition(":")[2])
 
     def exec(self, *command: str) -> str:
-        """What a command in it says."""
+        """Run a command in the container; returns its output."""
         return self._podman("exec", self.name, *command)
 
     def wait_until_healthy(self) -> None:
-        """Wait for the image's own health check to succeed."""
+        """Wait until the image's own health check succeeds."""
         deadline = time.monotonic() + SECONDS
         while self._podman.try_it("healthcheck", "run", self.name).returncode:
             if time.monotonic() > deadline:
                 raise SystemExit(f"image-test: not healthy\n{self._podman('logs', self.name)}")
 
     def connect(self) -> http.client.HTTPConnection:
-        """A connection to it, from outside."""
+        """A connection to the server, from outside."""
         return http.client.HTTPConnection("127.0.0.1", self.port, timeout=SECONDS)
 
     def put(self, key: str, body: object) -> int:
-        """Upload something; the status. An iterator is sent in chunks."""
+        """Upload a body; returns the status. An iterator is sent in chunks."""
         headers = {"Authorization": f"Bearer {self.exec('kci-storage', 'token', 'me@example.com')}"}
         with contextlib.closing(self.connect()) as connection:
             connection.request("PUT", f"/{key}", body, headers)  # type: ignore[arg-type]
             return connection.getresponse().status
 
     def get(self, key: str) -> bytes:
-        """Download something."""
+        """Download a file."""
         with contextlib.closing(self.connect()) as connection:
             connection.request("GET", f"/{key}")
             return connection.getresponse().read()
@@ -158,7 +158,7 @@ class Container:
 
 @contextlib.contextmanager
 def started(podman: Podman, folder: Path, configuration: str = CONFIGURATION) -> Iterator[Container]:
-    """A container as the Dockerfile's head says, on a file system that nothing can be written to but its volumes."""
+    """A container as in the comment at the Dockerfile's beginning; only its volumes are writable."""
     (folder / "config.toml").write_text(configuration)
     mounts = [f"--volume={folder}/config.toml:/etc/kci-storage/config.toml:ro"]
     mounts += [f"--volume=kci-{place}:/var/{place}/kci-storage" for place in ("cache", "lib")]
@@ -171,13 +171,13 @@ def started(podman: Podman, folder: Path, configuration: str = CONFIGURATION) ->
 
 
 def expect(what: str, found: object, wanted: object) -> None:
-    """End all with what was found, if it is another than what was wanted."""
+    """End the program with a message if a value is not the expected one."""
     if found != wanted:
         raise SystemExit(f"image-test: {what}: {found!r}, not {wanted!r}")
 
 
-def runs_as_nobody_special(podman: Podman, folder: Path) -> None:
-    """Neither as root, nor with any of root's abilities, nor by a name that Kubernetes does not understand."""
+def runs_without_privileges(podman: Podman, folder: Path) -> None:
+    """The user is not root, has no capabilities, and is a number, as Kubernetes needs it."""
     with started(podman, folder) as container:
         container.wait_until_healthy()
         status = dict(line.split(":", 1) for line in container.exec("cat", "/proc/1/status").splitlines())
@@ -187,8 +187,8 @@ def runs_as_nobody_special(podman: Podman, folder: Path) -> None:
     expect("the image's user", podman("image", "inspect", "--format={{.Config.User}}", IMAGE), "3000:3000")
 
 
-def takes_and_gives_files(podman: Podman, folder: Path) -> None:
-    """Large and small, in its volumes, also after a restart."""
+def stores_files(podman: Podman, folder: Path) -> None:
+    """Large and small files are stored in the volumes, also after a restart."""
     content = {"try/small": b"content", "try/large": os.urandom(32 << 20)}
     with started(podman, folder) as container:
         container.wait_until_healthy()
@@ -202,7 +202,7 @@ def takes_and_gives_files(podman: Podman, folder: Path) -> None:
 
 
 def ends_in_order(podman: Podman, folder: Path) -> None:
-    """SIGTERM, as of ``docker stop``, ends it with 0, when the upload that was running has ended."""
+    """After SIGTERM, as by ``docker stop``, the container ends with 0 once the running upload has ended."""
     is_running, may_end, statuses = threading.Event(), threading.Event(), []
 
     def body() -> Iterator[bytes]:
@@ -217,7 +217,7 @@ def ends_in_order(podman: Podman, folder: Path) -> None:
         upload.start()
         is_running.wait(SECONDS)
         podman("kill", "--signal=TERM", container.name)
-        expect("what waits for the upload", inspect(podman, container)["Status"], "running")
+        expect("the container during the upload", inspect(podman, container)["Status"], "running")
         may_end.set()
         upload.join()
         podman("wait", container.name)
@@ -226,7 +226,7 @@ def ends_in_order(podman: Podman, folder: Path) -> None:
 
 
 def reloads_on_sighup(podman: Podman, folder: Path) -> None:
-    """Other users may write, after a signal, in the same container."""
+    """After SIGHUP, the same container applies other users."""
     with started(podman, folder) as container:
         container.wait_until_healthy()
         expect("an upload's status before", container.put("try/before", b"content"), http.client.CREATED)
@@ -235,12 +235,12 @@ def reloads_on_sighup(podman: Podman, folder: Path) -> None:
         podman("kill", "--signal=HUP", container.name)
         deadline = time.monotonic() + SECONDS
         while (status := container.put("try/after", b"content")) != http.client.FORBIDDEN:
-            expect("an upload's status meanwhile", status in (http.client.CREATED, http.client.OK), True)
-            expect("that it is in time", time.monotonic() < deadline, True)
+            expect("an upload's status until then", status in (http.client.CREATED, http.client.OK), True)
+            expect("applied in time", time.monotonic() < deadline, True)
 
 
 def refuses_a_broken_configuration(podman: Podman, folder: Path) -> None:
-    """It ends with 78 and one line that says what is wrong."""
+    """The container ends with 78 and one line that says what is wrong."""
     (folder / "config.toml").write_text(CONFIGURATION.replace(BIND, "nowhere"))
     mount = f"--volume={folder}/config.toml:/etc/kci-storage/config.toml:ro"
     done = podman.try_it("run", "--rm", mount, IMAGE)
@@ -256,8 +256,8 @@ def inspect(podman: Podman, container: Container) -> dict[str, object]:
 
 
 TRIALS = (
-    runs_as_nobody_special,
-    takes_and_gives_files,
+    runs_without_privileges,
+    stores_files,
     reloads_on_sighup,
     ends_in_order,
     refuses_a_broken_configuration,

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What ``make run`` does once the environment is there: a configuration, the server, and lines to paste.
+"""``make run``, once the environment exists: a configuration, the server, and lines to paste.
 
-Without a configuration file, one is written: the local driver and a fresh secret. The lines are printed when the
-server answers; Ctrl-C or SIGTERM ends it.
+If there is no configuration file, one is written, with the local driver and a new secret. The lines are printed when
+the server answers; Ctrl-C or SIGTERM ends it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from kci_storage.config.reading import CONFIG_VARIABLE, DEFAULT_FILE, load
 from kci_storage.config.settings import Config, ConfigError
 
 FIRST_CONFIG = """\
-# Written by `make run`. Every key, with its default and help, stands in config.toml.sample.
+# Written by `make run`. Every key, with its default and help, is in config.toml.sample.
 driver = "local"
 jwt_secret = "{secret}"
 """
@@ -34,7 +34,7 @@ EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
 def main() -> int:
-    """Run until the server ends; its exit code."""
+    """Run until the server ends; returns its exit code."""
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         path = Path(os.environ.get(CONFIG_VARIABLE) or DEFAULT_FILE)
@@ -52,7 +52,7 @@ def _interrupt(number: int, frame: object) -> None:
 
 
 def write_first_config(path: Path) -> None:
-    """A configuration for a trial, readable by its owner alone, where there is none."""
+    """Write a configuration to try the server, readable by its owner alone, unless the file exists."""
     with contextlib.suppress(FileExistsError):
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with open(descriptor, "w", encoding="utf-8") as file:
@@ -61,7 +61,7 @@ def write_first_config(path: Path) -> None:
 
 
 def check_bind(config: Config) -> None:
-    """See whether the address is free: gunicorn would retry for some seconds and say less.
+    """Check that the address is free. gunicorn would retry for some seconds, with a less helpful message.
 
     :raises ConfigError: it is not free.
     """
@@ -86,7 +86,7 @@ def _resolve(config: Config, address: tuple[str, int]) -> tuple[Any, ...]:
 
 
 def serve(config: Config) -> int:
-    """Start the server, print the lines when it answers, and wait for its end."""
+    """Start the server, print the lines when it answers, and wait for its end; returns its exit code."""
     environ = {**os.environ, CONFIG_VARIABLE: str(config.path)}
     with subprocess.Popen([sys.executable, "-m", "kci_storage.cli", "serve"], env=environ) as server:
         try:
@@ -107,7 +107,7 @@ def _wait_for_the_end(server: subprocess.Popen[bytes]) -> int:
 
 
 def wait_for_health(config: Config, server: subprocess.Popen[bytes]) -> bool:
-    """Whether the server answers within a minute; False as soon as it ends."""
+    """Whether the server answers within a minute; False at once if it ends."""
     deadline = time.monotonic() + START_SECONDS
     while server.poll() is None and time.monotonic() < deadline:
         with contextlib.suppress(OSError):
@@ -118,9 +118,9 @@ def wait_for_health(config: Config, server: subprocess.Popen[bytes]) -> bool:
 
 
 def is_healthy(bind: str) -> bool:
-    """Ask for ``/v1/health``.
+    """Whether ``/v1/health`` answers with 200.
 
-    :raises OSError: nothing answers.
+    :raises OSError: the server does not answer.
     """
     with _connect(bind) as connection:
         connection.sendall(b"GET /v1/health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
@@ -138,7 +138,7 @@ def _connect(bind: str) -> socket.socket:
 
 
 def base_url(address: tuple[str, int]) -> str:
-    """The URL under which this machine reaches a server that listens on host and port.
+    """The URL for this machine of a server that listens on host and port.
 
     >>> base_url(("0.0.0.0", 3000)), base_url(("::", 80))
     ('http://127.0.0.1:3000', 'http://[::1]:80')
@@ -148,7 +148,7 @@ def base_url(address: tuple[str, int]) -> str:
 
 
 def writer(config: Config) -> tuple[str, str]:
-    """The name of a user who may write, and a folder that this user may write to."""
+    """The name of a user with write permission, and a folder to which this user may write."""
     for user in config.users:
         for prefix in user.prefixes:
             return user.name, prefix.rstrip("*").strip("/") or "demo"
@@ -156,7 +156,7 @@ def writer(config: Config) -> tuple[str, str]:
 
 
 def lines_to_paste(config: Config) -> str:
-    """Commands that upload and download, for any shell and folder; the token in them is valid for a day.
+    """Commands that upload and download, for any shell and folder, with a token that is valid for a day.
 
     README.md has the same commands, with the token in a variable.
     """

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What ``make screenshots`` does: the pictures of directory pages in docs/, of files as a build leaves them.
+"""``make screenshots``: the pictures of directory pages in docs/, of files like those of a build.
 
     screenshots.py [FOLDER]
 
-Without a folder they go to docs/pictures/. Needs the Debian packages chromium, fonts-noto-core and pngquant.
+The default folder is docs/pictures/. Needs the Debian packages chromium, fonts-noto-core and pngquant.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tests.support.chromium import DESKTOP, PHONE, running_chromium  # noqa: E40
 from tests.support.harness import Server, running  # noqa: E402
 
 KIB, MIB = 1 << 10, 1 << 20
-BUILT = 1_763_800_000  # when, in seconds since the epoch: of every picture the same
+BUILT = 1_763_800_000  # the files' time, in seconds since the epoch; the same in every picture
 TREE = "mainline/master/v6.18-rc7/arm64/defconfig/gcc-14/"
 FILES = {
     "Image": 42_109_440,
@@ -55,14 +55,14 @@ SHARDS = {f"ltp-{number:04}.log.gz": 3 * KIB + 37 * number for number in range(1
 
 
 class Picture(NamedTuple):
-    """One picture: of which page, and how it is looked at."""
+    """A picture: the page, and how it is shown."""
 
     name: str
     path: str
     viewport: Mapping[str, int] = DESKTOP
     dark: bool = False
     typed: str = ""  # into the filter box
-    bottom: bool = False  # whether of the page's end
+    bottom: bool = False  # whether it shows the page's end
 
 
 PICTURES = (
@@ -75,7 +75,7 @@ PICTURES = (
 
 
 def main() -> int:
-    """Take all pictures."""
+    """Take all pictures; returns the exit code."""
     if missing := [command for command in ("chromium", "pngquant") if shutil.which(command) is None]:
         print(f"screenshots: apt-get install {' '.join(missing)}", file=sys.stderr)
         return 1
@@ -95,7 +95,7 @@ def main() -> int:
 
 
 def store(storage: Path) -> None:
-    """Files with the names, sizes and dates of a build's, without its content: holes take no room."""
+    """Store files with the names, sizes and dates of a build. They are sparse, and take no space."""
     everything = {TREE + name: size for name, size in FILES.items()}
     everything |= {f"mainline/ltp/{name}": size for name, size in SHARDS.items()}
     for number, (key, size) in enumerate(everything.items()):
@@ -107,7 +107,7 @@ def store(storage: Path) -> None:
 
 
 def take(browser: Browser, url: str, picture: Picture, path: Path) -> None:
-    """One picture, as PNG."""
+    """Take a picture, as PNG."""
     context = browser.new_context(**look(picture))
     page = context.new_page()
     page.goto(url + picture.path)
@@ -120,7 +120,7 @@ def take(browser: Browser, url: str, picture: Picture, path: Path) -> None:
 
 
 def with_a_palette(png: bytes) -> bytes:
-    """The picture in a third of the bytes: a page has few colours."""
+    """The picture with a palette, in a third of the bytes: a page has few colours."""
     command = ["pngquant", "--quality", "90-100", "--speed", "1", "-"]
     return subprocess.run(command, input=png, stdout=subprocess.PIPE, check=True).stdout
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What the dashboard's queries give: of the deployed Prometheus, over a server that really had something to do."""
+"""The results of the dashboard's queries, from the deployed Prometheus and a server with real traffic."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from tests.support.azurite import running_azurite  # noqa: E402
 from tests.support.cold import cold_bench  # noqa: E402
 
 SCRAPE_SECONDS = 15  # as deployed
-STEP_SECONDS = 15  # between two points of a curve; Grafana takes the interval of the scrapes for so short a time
-RATE_INTERVAL = "1m"  # what Grafana makes of $__rate_interval then: four scrapes
+STEP_SECONDS = 15  # between two points of a curve; for so short a time, Grafana uses the interval of the scrapes
+RATE_INTERVAL = "1m"  # the value of $__rate_interval then: four scrapes
 
 
 def measured(seconds: float) -> dict[str, Any]:
-    """The dashboard with what each of its queries gives, after so many seconds of traffic."""
+    """The dashboard, with the results of its queries after this many seconds of traffic."""
     with tempfile.TemporaryDirectory(prefix="kci-storage-dashboard-") as work:
         folder = Path(work)
         for name in ("azurite", "server", "prometheus"):
@@ -41,7 +41,7 @@ def measured(seconds: float) -> dict[str, Any]:
 
 
 def results(scraper: Scraper, end: float, seconds: float) -> dict[str, Any]:
-    """The series of each panel's queries: by its id, and by the query's reference."""
+    """The series of each panel's queries, by the panel's ID and the query's reference."""
     return {
         panel["id"]: {target["refId"]: curve(scraper, target, end, seconds) for target in panel["targets"]}
         for panel in panels()
@@ -49,7 +49,7 @@ def results(scraper: Scraper, end: float, seconds: float) -> dict[str, Any]:
 
 
 def curve(scraper: Scraper, target: dict[str, Any], end: float, seconds: float) -> list[Any]:
-    """The series of a query over the last ``seconds`` before ``end``, at the times that Grafana would ask for."""
+    """The series of a query over the last ``seconds`` before ``end``, at the times for which Grafana would ask."""
     end -= end % STEP_SECONDS
     query = substituted(target["expr"], RATE_INTERVAL)
     asked = {"query": query, "start": str(end - seconds), "end": str(end), "step": str(STEP_SECONDS)}

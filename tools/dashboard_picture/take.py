@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What ``make dashboard-picture`` does: the pictures of Grafana's dashboard in docs/, without Grafana itself.
+"""``make dashboard-picture``: the pictures of Grafana's dashboard in docs/, without Grafana itself.
 
     take.py [MINUTES | FILE]
 
-For so many minutes, 30 if not said, a server has something to do, and Prometheus watches it. What the dashboard's
-queries then give is kept as .tools/dashboard_picture/measured.json, and drawn in a browser by the components that
-Grafana draws it with, which npm has. With a FILE, that is drawn again.
+For this many minutes (default: 30), a server has traffic, and Prometheus scrapes it. The results of the dashboard's
+queries are stored as .tools/dashboard_picture/measured.json, and drawn in a browser by Grafana's own components, from
+npm. With a FILE of such results, only the drawing is done.
 
 Needs the Debian packages chromium, pngquant and prometheus, and Node.js 20.
 """
@@ -42,7 +42,7 @@ ESBUILD = (
     "node_modules/.bin/esbuild", "page.jsx", "--bundle", "--format=iife", "--jsx=automatic", "--minify",
     '--define:process.env.NODE_ENV="production"', "--loader:.ttf=file", "--loader:.svg=text", "--log-level=error",
 )  # fmt: skip
-FONTS = {"Regular": 400, "Medium": 500}  # the weights, by the names that Grafana's style asks for
+FONTS = {"Regular": 400, "Medium": 500}  # the weights, by their names in Grafana's style
 INDEX = """\
 <!doctype html><meta charset="utf-8"><link rel="stylesheet" href="page.css"><body><div id="page"></div>
 <script src="measured.js"></script><script src="page.js"></script>
@@ -50,7 +50,7 @@ INDEX = """\
 
 
 def main() -> int:
-    """Measure if need be, and draw."""
+    """Measure if necessary, and draw; returns the exit code."""
     if missing := [name for name in ("chromium", "pngquant", "prometheus", "npm") if shutil.which(name) is None]:
         print(f"dashboard-picture: apt-get install {' '.join(missing)}", file=sys.stderr)
         return 1
@@ -70,7 +70,7 @@ def main() -> int:
 
 
 def build(measured: str) -> Path:
-    """The folder of a page that draws what was measured, with all that it needs."""
+    """Build a page that draws the results; returns its folder."""
     for name in ("package.json", "page.jsx"):
         shutil.copy(HERE / name, BUILD)
     npm = ["npm", "install", "--no-audit", "--no-fund", "--no-package-lock", "--loglevel=error"]
@@ -90,7 +90,7 @@ def build(measured: str) -> Path:
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
-    """Serves files, and says nothing about it."""
+    """Serves files without logging."""
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
@@ -98,7 +98,7 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 
 @contextlib.contextmanager
 def served(folder: Path) -> Iterator[str]:
-    """The URL of a folder's files, during the block: components fetch their icons, which a file:// page may not."""
+    """Serve a folder during the block; yields the page's URL. From file://, the page could not fetch its icons."""
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder))) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_address[1]}/index.html"
@@ -106,7 +106,7 @@ def served(folder: Path) -> Iterator[str]:
 
 
 def draw(page: Page, url: str) -> list[str]:
-    """Have the page drawn; what went wrong in it."""
+    """Have the browser draw the page; returns what went wrong."""
     complaints: list[str] = []
     page.on("pageerror", lambda error: complaints.append(f"dashboard-picture: {error}"))
     page.goto(url, wait_until="networkidle")
@@ -121,7 +121,7 @@ def draw(page: Page, url: str) -> list[str]:
 
 
 def take(page: Page, folder: Path) -> None:
-    """The whole as one picture, and the rows that are looked at first as another."""
+    """Take a picture of the whole dashboard, and one of its first rows."""
     third = page.locator("[data-type=row]").nth(2).bounding_box()
     assert third is not None, "the dashboard has at least three rows"
     whole = page.locator("#dashboard").bounding_box()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What a server of KernelCI meets in a day, within half an hour: for a picture of the dashboard.
+"""A day's traffic of a KernelCI server in half an hour, for the picture of the dashboard.
 
-Most clients ask for what others asked for before; builds upload; some look around. Once a crawler reads what is old,
-once the backend fails, and once it is slow.
+Most clients request files that others requested before; builds upload; some clients browse. Once a crawler reads old
+files, once the backend fails, and once it is slow.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from tests.support.cold import Bench
 from tests.support.faultproxy import CONTENT, PROPERTIES, PUT, Delay, Fault, FaultProxy, Say
 
 KIB, MIB = 1 << 10, 1 << 20
-CLIENTS = 24  # at once; an arrival that finds none of them free waits
+CLIENTS = 24  # at a time; further requests wait for one of them
 MEAN_RATE = 14.0  # requests per second
 OLD_OBJECTS = 300  # in the backend at the beginning
 CLIENT_SECONDS = 30  # for which a client waits
-CACHE_BYTES = 96 * MIB  # too few for all of it, so that it evicts
+CACHE_BYTES = 96 * MIB  # less than all objects, so that the cache evicts
 LARGE, LARGE_BYTES = "archive/rootfs.ext4", 100 * MIB  # more than the cache may hold
 NAMES = ("Image.gz", "config", "build.log.gz", "modules.tar.xz", "System.map", "metadata.json", "lava.log.gz")
 
-# Copies are soon compared with the backend's objects, and uploads soon give up waiting for others.
+# Short times, so that copies are revalidated and uploads give up waiting within half an hour.
 OPTIONS = {
     "server": {"workers": 2, "lock_timeout": 2},
     "cache": {"max_bytes": CACHE_BYTES, "interval": 30, "revalidate_after": 120},
@@ -38,11 +38,11 @@ OPTIONS = {
 
 
 class Phase(NamedTuple):
-    """A part of the time, in which something is other than usual."""
+    """A part of the time, with something unusual."""
 
     share: float  # of the whole time
-    faults: tuple[tuple[Fault, str], ...] = ()  # of the backend, and the kind of request that they befall
-    crawlers: float = 1.0  # how many times as often as usual old files are asked for
+    faults: tuple[tuple[Fault, str], ...] = ()  # of the backend, each with the kind of request
+    crawlers: float = 1.0  # the factor by which requests for old files are more frequent than usual
 
     @contextlib.contextmanager
     def trouble(self, proxy: FaultProxy) -> Iterator[None]:
@@ -68,9 +68,9 @@ PHASES = (
 
 
 class Traffic:
-    """Clients of a server, each request of a kind that is drawn by lot.
+    """A server's clients; the kind of each request is random.
 
-    :param bench: the server; its configuration should have :data:`OPTIONS`.
+    :param bench: the server, configured with :data:`OPTIONS`.
     """
 
     def __init__(self, bench: Bench, seed: int = 1):
@@ -81,22 +81,22 @@ class Traffic:
         self._client = threading.local()
         self._kinds: dict[Callable[[], None], float] = {
             self._download: 70.0,
-            self._ask_whether_it_changed: 9.0,
+            self._revalidate: 9.0,
             self._resume: 3.0,
-            self._ask_for_what_is_not_there: 2.5,
-            self._look_around: 2.0,
-            self._ask_for_properties: 2.0,
+            self._request_missing: 2.5,
+            self._browse: 2.0,
+            self._head: 2.0,
             self._put: 4.0,
             self._send_form: 1.5,
             self._delete: 0.4,
-            self._write_at_once: 0.3,
-            self._read_what_is_old: 5.0,
-            self._read_what_is_too_large: 0.1,
+            self._write_concurrently: 0.3,
+            self._read_old: 5.0,
+            self._read_too_large: 0.1,
             self._overwrite_elsewhere: 0.5,
         }
 
     def run(self, seconds: float) -> None:
-        """Be all clients for so many seconds."""
+        """Send the requests of all clients for this many seconds."""
         self._bench.store(bytes(LARGE_BYTES), LARGE)
         for _ in range(OLD_OBJECTS):
             self._keys.append(self._store_an_old_object())
@@ -110,28 +110,28 @@ class Traffic:
                         time.sleep(self._random.expovariate(_rate(share) * (1 + phase.crawlers / 20)))
 
     def _one_request(self, crawlers: float) -> None:
-        kinds = {**self._kinds, self._read_what_is_old: crawlers * self._kinds[self._read_what_is_old]}
+        kinds = {**self._kinds, self._read_old: crawlers * self._kinds[self._read_old]}
         [kind] = self._random.choices(list(kinds), list(kinds.values()))
         with contextlib.suppress(requests.RequestException):
             kind()
 
-    # What there is
+    # Objects
 
     def _store_an_old_object(self) -> str:
-        """An object that another machine's server has taken, or this one long ago."""
+        """Store an object, as another machine's server would, or this one did long ago; returns its key."""
         name = self._random.choice(NAMES)
         return self._bench.store(self._content(), f"archive/{time.time_ns()}/{name}")
 
     def _content(self) -> bytes:
-        """Most files are small, and most bytes are in large ones."""
+        """Random content: most files are small, and most bytes are in large files."""
         return self._random.randbytes(min(int(self._random.lognormvariate(math.log(60 * KIB), 1.8)), 16 * MIB))
 
     def _popular(self) -> str:
-        """A key; the later it came, the more often it is asked for."""
+        """A key; recent ones are more frequent."""
         age = int(self._random.paretovariate(0.7)) - 1
         return self._keys[-1 - age % len(self._keys)]
 
-    # What clients do
+    # Requests
 
     def _ask(self, method: str, key: str, **options: Any) -> requests.Response:
         if not hasattr(self._client, "session"):
@@ -148,7 +148,7 @@ class Traffic:
         if etag := self._ask("GET", key).headers.get("ETag"):
             self._etags[key] = etag
 
-    def _ask_whether_it_changed(self) -> None:
+    def _revalidate(self) -> None:
         known = list(self._etags.items())[-200:]
         if known:
             key, etag = self._random.choice(known)
@@ -157,13 +157,13 @@ class Traffic:
     def _resume(self) -> None:
         self._ask("GET", self._popular(), headers={"Range": f"bytes={self._random.randrange(2 * KIB)}-"})
 
-    def _ask_for_what_is_not_there(self) -> None:
+    def _request_missing(self) -> None:
         self._ask("GET", f"mainline/v6.99/{self._random.randrange(1000)}/Image")
 
-    def _look_around(self) -> None:
+    def _browse(self) -> None:
         self._ask("GET", f"{self._popular().rpartition('/')[0]}/")
 
-    def _ask_for_properties(self) -> None:
+    def _head(self) -> None:
         self._ask("HEAD", self._popular())
 
     def _put(self) -> None:
@@ -180,28 +180,28 @@ class Traffic:
     def _delete(self) -> None:
         self._write("DELETE", self._keys.pop(self._random.randrange(OLD_OBJECTS // 2)))
 
-    def _write_at_once(self) -> None:
-        """Two builds write one key; the first may send so slowly that the second gives up."""
+    def _write_concurrently(self) -> None:
+        """Two builds write one key; the first one may send so slowly that the second one gives up."""
         key, seconds = f"next/{time.time_ns()}/config", self._random.uniform(0.5, 4)
         with ThreadPoolExecutor(1) as other:
             other.submit(self._write, "PUT", key, data=_slowly(seconds))
             time.sleep(0.2)
             self._write("PUT", key, data=b"second")
 
-    def _read_what_is_old(self) -> None:
+    def _read_old(self) -> None:
         self._ask("GET", self._store_an_old_object())
 
-    def _read_what_is_too_large(self) -> None:
-        """It goes past the cache, which cannot hold it."""
+    def _read_too_large(self) -> None:
+        """Read an object that does not fit in the cache."""
         self._ask("GET", LARGE)
 
     def _overwrite_elsewhere(self) -> None:
-        """Another machine's server takes a file that this one has a copy of."""
+        """Another machine's server overwrites a file of which this one has a copy."""
         self._bench.store(self._content(), self._popular())
 
 
 def _slowly(seconds: float) -> Iterator[bytes]:
-    """A body that takes its time."""
+    """A body that is sent slowly."""
     yield b"first"
     time.sleep(seconds)
     yield b"-done"
