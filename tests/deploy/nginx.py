@@ -16,6 +16,7 @@ import pytest
 import requests
 
 import kci_storage
+from tests.support.certificates import self_signed
 from tests.support.harness import START_SECONDS, STOP_SECONDS, Server, reserve_port, wait_until
 
 DEPLOYED = Path(kci_storage.__file__).parent.parent / "deploy/nginx"
@@ -104,7 +105,7 @@ def nginx(folder: Path, server: Server, cache: Path | None = None, user: str = "
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(contextlib.closing(reserve_port())) for _ in range(3)]
         plain, secure, redirected = (reserved.getsockname()[1] for reserved in sockets)
-        frontend = Frontend(server, plain, secure, redirected, self_signed(folder))
+        frontend = Frontend(server, plain, secure, redirected, self_signed(folder).both)
         (folder / "nginx.conf").write_text(main_configuration(folder, "site.conf", user=user))
         shutil.copy(DEPLOYED / "kci-storage-proxy.conf", folder)
         cache = cache or server.cache_directory
@@ -141,18 +142,3 @@ def program() -> str:
     if found is None:
         pytest.skip("nginx is not installed; on Debian: apt-get install nginx")
     return found
-
-
-def self_signed(folder: Path) -> Path:
-    """Create a certificate for 127.0.0.1; returns the file with the certificate and its key."""
-    path = folder / "certificate.pem"
-    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=127.0.0.1"
-    subprocess.run(
-        [*command.split(), "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", path, "-out", folder / "chain.pem"],
-        check=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    path.write_text(path.read_text() + (folder / "chain.pem").read_text())
-    path.chmod(0o600)
-    return path

@@ -8,7 +8,6 @@ import functools
 import random
 import socket
 import ssl
-import subprocess
 import threading
 import time
 import types
@@ -24,6 +23,7 @@ from kci_storage.drivers.azure.connect import Connector, authorities, proxy_for
 from kci_storage.drivers.azure.errors import Unanswered
 from kci_storage.drivers.azure.http import HEAD_SIZE, TOGETHER, Answer, ConnectionPool, wait_for
 from kci_storage.errors import BackendError, BackendTimeout
+from tests.support.certificates import self_signed
 
 SECONDS = 60
 MIB = 1024 * 1024
@@ -518,14 +518,8 @@ def test_a_named_certificate_is_trusted(
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A key and a certificate for blobs.example, in one file."""
-    path = tmp_path_factory.mktemp("tls") / "both.pem"
-    names = ["-subj", "/CN=blobs.example", "-addext", "subjectAltName=DNS:blobs.example"]
-    files = ["-keyout", path, "-out", path.with_suffix(".crt")]
-    new = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
-    subprocess.run([*new, "-days", "1", *names, *files], check=True, capture_output=True)
-    path.write_bytes(path.read_bytes() + path.with_suffix(".crt").read_bytes())
-    return path
+    """A key and a certificate for blobs.example, in one file; the certificate alone is beside it (``.crt``)."""
+    return self_signed(tmp_path_factory.mktemp("tls"), host="DNS:blobs.example").both
 
 
 def test_tls_through_a_proxy_is_verified(peer: Callable[..., Peer], certificate: Path) -> None:

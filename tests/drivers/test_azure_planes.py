@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import ssl
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ from kci_storage.errors import BackendError, BackendThrottled, BackendTimeout
 from tests.drivers.contract import KIB, content_of, delete, get, put
 from tests.drivers.test_azure import Answer, Proxy, closing, proxy, small_sizes
 from tests.support.azurite import Azurite
+from tests.support.certificates import self_signed
 from tests.support.faultproxy import Cut, FaultProxy, Hint, Hold, Refuse, Say, fault_proxy
 
 __all__ = ["proxy", "small_sizes"]  # fixtures
@@ -194,14 +194,8 @@ def test_a_host_without_a_proxy_is_asked_directly(azurite: Azurite, monkeypatch:
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A key and a certificate for 127.0.0.1, in one file; and the certificate alone."""
-    path = tmp_path_factory.mktemp("tls") / "both.pem"
-    names = ["-subj", "/CN=azurite", "-addext", "subjectAltName=IP:127.0.0.1"]
-    files = ["-keyout", path, "-out", path.with_suffix(".crt")]
-    new = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
-    subprocess.run([*new, "-days", "1", *names, *files], check=True, capture_output=True)
-    path.write_bytes(path.read_bytes() + path.with_suffix(".crt").read_bytes())
-    return path
+    """A key and a certificate for 127.0.0.1, in one file; the certificate alone is beside it (``.crt``)."""
+    return self_signed(tmp_path_factory.mktemp("tls")).both
 
 
 @contextlib.contextmanager

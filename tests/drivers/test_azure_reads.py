@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What makes large cold objects fast must cost nobody else anything: reading ahead of those who read slowly."""
+"""Reading ahead makes large cold objects fast, and must not delay other readers if one is slow."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Iterator
@@ -17,16 +18,16 @@ from kci_storage.drivers.azure.driver import AzureDriver
 from tests.drivers.contract import KIB, content_of, get, put
 from tests.support.azurite import Azurite
 from tests.support.cold import in_background
-from tests.support.faultproxy import CONTENT, Stall, fault_proxy
+from tests.support.faultproxy import CONTENT, FaultProxy, Rule, Stall, fault_proxy
 from tests.support.harness import wait_until
 
 SIZE = 3 * 1024 * KIB + 1  # bytes; three ranges and a bit
-SECONDS = 60  # within which what waits for nothing happens on any machine
+SECONDS = 60  # the time-out of every wait
 
 
 @pytest.fixture
 def driver(azurite: Azurite, monkeypatch: pytest.MonkeyPatch) -> Iterator[AzureDriver]:
-    """A driver of two threads, for which 3 MiB are a large object, and all connections slow."""
+    """A driver of two threads, for which 3 MiB are a large object, and every connection counts as slow."""
     for name, value in {"READ_SIZE": 1024, "HELD_SIZE": 256, "HELD_PIECE": 16}.items():
         monkeypatch.setattr(reads, name, value * KIB)
     monkeypatch.setattr(reads, "PATIENCE_SECONDS", 0)
@@ -40,14 +41,14 @@ def driver(azurite: Azurite, monkeypatch: pytest.MonkeyPatch) -> Iterator[AzureD
 
 @pytest.fixture
 def fast_driver(driver: AzureDriver, monkeypatch: pytest.MonkeyPatch) -> AzureDriver:
-    """The same, but all connections are fast."""
+    """The same, but every connection counts as fast."""
     monkeypatch.setattr(reads, "PATIENCE_SECONDS", math.inf)
     monkeypatch.setattr(reads, "MOST_PATIENCE_SECONDS", math.inf)
     return driver
 
 
 def ranges_of(azurite: Azurite, driver: AzureDriver, content: bytes) -> list[tuple[int, int | None]]:
-    """What a download of a content asks the backend for."""
+    """The ranges that a download of this content requests from the backend."""
     put(driver, "a", content)
     with fault_proxy(azurite) as proxy:
         proxied = AzureDriver(replace(driver._settings, endpoint=proxy.endpoint))
@@ -62,9 +63,18 @@ def test_a_slow_connection_gets_others_beside_it(azurite: Azurite, driver: Azure
 
 
 def test_a_fast_connection_needs_few_requests(azurite: Azurite, fast_driver: AzureDriver) -> None:
-    """The first one is as for everybody, since nobody knows yet; then each costs the backend, and brings nothing."""
+    """The first range has the usual size, since the rate is still unknown; further requests would gain nothing."""
     asked = [(0, reads.READ_SIZE), (reads.READ_SIZE, SIZE)]
     assert ranges_of(azurite, fast_driver, content_of(SIZE)) == asked
+
+
+@contextlib.contextmanager
+def behind_proxy(azurite: Azurite, driver: AzureDriver) -> Iterator[tuple[AzureDriver, FaultProxy, Rule]]:
+    """The driver behind a proxy, with the rule by which downloads of ``a`` stall there in their first range."""
+    with fault_proxy(azurite) as proxy:
+        settings = replace(driver._settings, endpoint=proxy.endpoint, read_timeout=10 * SECONDS)
+        with contextlib.closing(AzureDriver(settings)) as proxied:
+            yield proxied, proxy, proxy.inject(Stall(200_000), CONTENT, "a")
 
 
 def test_a_fast_connection_that_stalls_gets_others_beside_it(
@@ -74,15 +84,11 @@ def test_a_fast_connection_that_stalls_gets_others_beside_it(
     monkeypatch.setattr(reads, "ASK_AHEAD", 0)
     content = content_of(SIZE)
     put(driver, "a", content)
-    with fault_proxy(azurite) as proxy:
-        stalled = AzureDriver(replace(driver._settings, endpoint=proxy.endpoint, read_timeout=10 * SECONDS))
-        rule = proxy.inject(Stall(200_000), CONTENT, "a")
-        with stalled.read("a") as reader:
-            reading = in_background(b"".join, reader)
-            wait_until(lambda: proxy.count(CONTENT, "a") > 1, SECONDS, "another request")
-            rule.release()
-            assert reading.result(SECONDS) == content
-        stalled.close()
+    with behind_proxy(azurite, driver) as (stalled, proxy, rule), stalled.read("a") as reader:
+        reading = in_background(b"".join, reader)
+        wait_until(lambda: proxy.count(CONTENT, "a") > 1, SECONDS, "another request")
+        rule.release()
+        assert reading.result(SECONDS) == content
 
 
 def test_slow_readers_hold_no_threads(driver: AzureDriver) -> None:
@@ -99,33 +105,26 @@ def test_slow_readers_hold_no_threads(driver: AzureDriver) -> None:
 
 
 def test_what_is_held_of_later_ranges_is_bounded(azurite: Azurite, driver: AzureDriver) -> None:
-    """While the first range stalls, others arrive, and are held up to a limit; then all is as it should be."""
+    """While the first range stalls, later ones arrive, and are held in memory up to a limit."""
     content = content_of(SIZE)
     put(driver, "a", content)
-    with fault_proxy(azurite) as proxy:
-        stalled = AzureDriver(replace(driver._settings, endpoint=proxy.endpoint, read_timeout=10 * SECONDS))
-        rule = proxy.inject(Stall(200_000), CONTENT, "a")
-        with stalled.read("a") as reader:
-            reading = in_background(b"".join, reader)
-            limit = reads.HELD_SIZE + reads.HELD_PIECE
-            full = [True, False, False]
-            wait_until(lambda: [each.has_room for each in reader._ranges] == full, SECONDS, "the limit")
-            assert all(each._held_size <= limit for each in reader._ranges)
-            rule.release()
-            assert reading.result(SECONDS) == content
-        stalled.close()
+    with behind_proxy(azurite, driver) as (stalled, _, rule), stalled.read("a") as reader:
+        reading = in_background(b"".join, reader)
+        limit = reads.HELD_SIZE + reads.HELD_PIECE
+        full = [True, False, False]
+        wait_until(lambda: [each.has_room for each in reader._ranges] == full, SECONDS, "the limit")
+        assert all(each._held_size <= limit for each in reader._ranges)
+        rule.release()
+        assert reading.result(SECONDS) == content
 
 
 def test_a_reader_is_closed_at_once_though_the_backend_stalls(azurite: Azurite, driver: AzureDriver) -> None:
     content = content_of(SIZE)
     put(driver, "a", content)
-    with fault_proxy(azurite) as proxy:
-        stalled = AzureDriver(replace(driver._settings, endpoint=proxy.endpoint, read_timeout=10 * SECONDS))
-        rule = proxy.inject(Stall(200_000), CONTENT, "a")
+    with behind_proxy(azurite, driver) as (stalled, _, rule):
         reader = stalled.read("a")
         arriving = iter(reader)
         begun = next(arriving) + next(arriving)
         assert content.startswith(begun)
         in_background(reader.close).result(SECONDS)
         rule.end()
-        stalled.close()

@@ -19,6 +19,7 @@ import requests
 
 from kci_storage.config.settings import ConfigError
 from kci_storage.server import preflight
+from tests.support.certificates import self_signed
 from tests.support.harness import Server, running, toml, wait_until
 from tests.support.wire import (
     FORM_TYPE,
@@ -41,12 +42,9 @@ MIB = 1 << 20
 
 
 def certificate(folder: Path, name: str) -> dict[str, Path]:
-    """A new certificate for this machine, and its key, as ``[server]`` names them."""
-    files = {"certfile": folder / f"{name}.pem", "keyfile": folder / f"{name}.key"}
-    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=127.0.0.1"
-    output = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", files["keyfile"], "-out", files["certfile"]]
-    subprocess.run([*command.split(), *output], check=True, capture_output=True, timeout=SECONDS)
-    return files
+    """The settings of ``[server]`` for a new certificate of this machine."""
+    files = self_signed(folder, name)
+    return {"certfile": files.certificate, "keyfile": files.key}
 
 
 @pytest.fixture(scope="module")
@@ -416,8 +414,7 @@ def test_an_invalid_certificate_is_refused_in_one_line(files: dict[str, Path], t
 
 
 def test_key_and_certificate_may_be_in_one_file_beside_the_configuration(tmp_path: Path) -> None:
-    files = certificate(tmp_path, "both")
-    (tmp_path / "all.pem").write_bytes(files["certfile"].read_bytes() + files["keyfile"].read_bytes())
+    self_signed(tmp_path, "all")
     (tmp_path / "config.toml").write_text(
         toml({"driver": "local", "jwt_secret": "s" * 32, "server": {"certfile": "all.pem"}})
     )

@@ -1,43 +1,45 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A backend that hangs, and four times as many requests that ask it as there are slots: cached objects are served.
+"""A backend that hangs, and four times as many requests for it as there are slots: cached objects are served.
 
-What is compared is the order: the hits are answered while all others still wait. So a slow machine changes nothing.
+The tests compare the order: the hits are answered while all others still wait. So they do not depend on the machine's
+speed.
 """
 
 from __future__ import annotations
 
 import contextlib
-import select
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import pytest
 
 from kci_storage.net import slots
-from tests.archives.test_archive import tar
+from tests.store.crowds import (
+    BEYOND,
+    MANY,
+    THREADS,
+    answered,
+    as_archive,
+    as_delete,
+    as_form,
+    as_put,
+    assert_refused,
+)
 from tests.support.azurite import Azurite
 from tests.support.cold import MIB, Bench, cold_bench
 from tests.support.faultproxy import CONTENT, OTHER, PROPERTIES, PUT, Fault, Hold, Refuse, Stall
-from tests.support.harness import wait_until
+from tests.support.harness import Server, wait_until
 from tests.support.wire import (
-    FORM_TYPE,
     SECONDS,
-    Answer,
     Wire,
-    assert_error,
     exchange,
-    form,
     new_folder,
-    part,
     put,
     request,
 )
 
-THREADS = 2
-MANY = 4 * THREADS
 HITS = 10
-BEYOND = 4
-ATTEMPTS = 4  # of what the server itself does not wait for as long as a machine may stand still
+ATTEMPTS = 4  # since the server gives up some waits before a busy machine goes on
 CONTENT_SIZE = 2 * MIB
 
 
@@ -49,16 +51,17 @@ def bench(azurite: Azurite, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         yield bench
 
 
-Ask = Callable[[Bench, str], bytes]  # a request's bytes
+Ask = Callable[[Server, str], bytes]  # a request's bytes
 
 
 @dataclass
 class Kind:
-    """A kind of request that asks the backend.
+    """A kind of request that needs the backend.
 
-    :param holds: which of the backend's answers it waits for.
-    :param prepare: what has to be there before, for a key.
-    :param statuses: of the answers when the backend has answered after all.
+    :param ask: makes the request.
+    :param holds: the kind of backend request that hangs.
+    :param statuses: the possible ones once the backend has answered.
+    :param prepare: stores what the request needs.
     """
 
     ask: Ask
@@ -67,8 +70,8 @@ class Kind:
     prepare: Callable[[Bench, str], object] = lambda bench, key: None
     fault: Fault = field(default_factory=Hold)
     method: str = "GET"
-    begins: bool = False  # whether the answers have begun by then
-    asked: int = THREADS  # times that the backend is asked at least, before any of them is answered
+    begins: bool = False  # whether the answers begin before the backend hangs
+    asked: int = THREADS  # the minimum number of backend requests before any of them is answered
 
 
 def stored(bench: Bench, key: str) -> None:
@@ -83,22 +86,8 @@ def doubted(bench: Bench, key: str) -> None:
     rule.end()
 
 
-def headers(bench: Bench, **others: str) -> dict[str, str]:
-    return {**bench.server.headers(), **{name.replace("_", "-"): value for name, value in others.items()}}
-
-
-def as_form(bench: Bench, key: str) -> bytes:
-    body = form(part("path"), part("file0", b"content", key))
-    return request("POST", "/upload", headers(bench, **FORM_TYPE), body)
-
-
-def as_archive(bench: Bench, key: str) -> bytes:
-    body = form(part("path"), part("archive", tar({key: b"content"}), "a.tar"))
-    return request("POST", "/v1/archive", headers(bench, **FORM_TYPE), body)
-
-
-def as_conditional_put(bench: Bench, key: str) -> bytes:
-    return request("PUT", f"/{key}", headers(bench, If_None_Match="*"), b"content")
+def as_conditional_put(server: Server, key: str) -> bytes:
+    return request("PUT", f"/{key}", {**server.headers(), "If-None-Match": "*"}, b"content")
 
 
 KINDS = {
@@ -121,13 +110,11 @@ KINDS = {
     "list": Kind(lambda _, key: request("GET", f"/v1/list?prefix={key}"), OTHER, {200}),
     "directory": Kind(lambda _, key: request("GET", f"/{key.split('/')[0]}/"), OTHER, {200}, prepare=stored),
     "readiness": Kind(lambda *_: request("GET", "/v1/ready"), PROPERTIES, {200}),
-    "put": Kind(lambda bench, key: request("PUT", f"/{key}", headers(bench), b"content"), PUT, {201}),
+    "put": Kind(as_put, PUT, {201}),
     "conditional put": Kind(as_conditional_put, PROPERTIES, {201}),
     "form": Kind(as_form, PUT, {200}),
     "archive": Kind(as_archive, PUT, {200}),
-    "delete": Kind(
-        lambda bench, key: request("DELETE", f"/{key}", headers(bench)), OTHER, {204}, stored, method="DELETE"
-    ),
+    "delete": Kind(as_delete, OTHER, {204}, stored, method="DELETE"),
     "revalidation": Kind(lambda _, key: request("GET", f"/{key}"), PROPERTIES, {200}, prepare=doubted, asked=1),
 }
 
@@ -144,7 +131,7 @@ def test_a_hit_waits_for_no_backend(bench: Bench, kinds: list[Kind]) -> None:
 
 
 def answered_before_the_hits(bench: Bench, kinds: list[Kind], hit: str) -> int:
-    """Let the backend hang while many requests of each kind wait; how many are answered before some hits."""
+    """Let the backend hang while many requests of each kind wait; returns how many are answered before some hits."""
     asking = [(kind, key) for kind in kinds for key in prepared(bench, kind)]
     rules = [bench.proxy.inject(kind.fault, kind.holds) for kind in kinds]
     with contextlib.ExitStack() as stack:
@@ -152,9 +139,9 @@ def answered_before_the_hits(bench: Bench, kinds: list[Kind], hit: str) -> int:
             stack.callback(rule.end)
         wires = [(kind, stack.enter_context(Wire(bench.server))) for kind, _ in asking]
         for (kind, key), (_, wire) in zip(asking, wires, strict=True):
-            wire.send(kind.ask(bench, key))
-        least = max(kind.asked for kind in kinds)
-        wait_until(lambda: sum(rule.hits for rule in rules) >= least, SECONDS, "the backend to be asked")
+            wire.send(kind.ask(bench.server, key))
+        minimum = max(kind.asked for kind in kinds)
+        wait_until(lambda: sum(rule.hits for rule in rules) >= minimum, SECONDS, "the backend to be asked")
         for _ in range(HITS):
             answer = exchange(bench.server, request("GET", f"/{hit}"))
             assert (answer.body, answer.headers["X-Cache"]) == (b"hit", "hit")
@@ -167,7 +154,7 @@ def answered_before_the_hits(bench: Bench, kinds: list[Kind], hit: str) -> int:
 
 
 def prepared(bench: Bench, kind: Kind) -> list[str]:
-    """Keys that requests of a kind may ask for."""
+    """New keys, prepared for requests of a kind."""
     folder = new_folder()
     keys = [f"{folder}/{number}" for number in range(MANY)]
     for key in keys:
@@ -175,16 +162,7 @@ def prepared(bench: Bench, kind: Kind) -> list[str]:
     return keys
 
 
-def answered(wires: list[Wire]) -> set[Wire]:
-    """The connections on which at least a part of the answer has arrived."""
-    poll = select.poll()
-    by_descriptor = {wire.fileno(): wire for wire in wires}
-    for descriptor in by_descriptor:
-        poll.register(descriptor, select.POLLIN)
-    return {by_descriptor[descriptor] for descriptor, _ in poll.poll(0)}
-
-
-def test_questions_that_are_too_many_are_refused_and_bodies_are_not(bench: Bench) -> None:
+def test_too_many_requests_are_refused_except_those_with_a_body(bench: Bench) -> None:
     folder = new_folder()
     hit = f"{folder}/hit"
     assert put(bench.server, hit, b"hit").status_code == 201
@@ -197,16 +175,11 @@ def test_questions_that_are_too_many_are_refused_and_bodies_are_not(bench: Bench
         wait_until(lambda: len(answered(wires)) == BEYOND, SECONDS, "the requests beyond the bound to be refused")
         refused = answered(wires)
         for wire in refused:
-            assert_refused(bench, wire.answer())
-        assert_refused(bench, exchange(bench.server, request("GET", f"/{folder}/a", {"If-Match": '"x"'})))
-        for ask in (as_form, as_archive, lambda *args: request("PUT", f"/{args[1]}", headers(bench), b"content")):
-            assert exchange(bench.server, ask(bench, f"{folder}/uploaded")).status in (200, 201)
+            assert_refused(bench.server, wire.answer())
+        assert_refused(bench.server, exchange(bench.server, request("GET", f"/{folder}/a", {"If-Match": '"x"'})))
+        for ask in (as_form, as_archive, as_put):
+            assert exchange(bench.server, ask(bench.server, f"{folder}/uploaded")).status in (200, 201)
         assert exchange(bench.server, request("GET", f"/{hit}")).body == b"hit"
         assert len(answered([wire for wire in wires if wire not in refused])) == 0
         rule.end()
         assert {wire.answer().status for wire in wires if wire not in refused} == {404}
-
-
-def assert_refused(bench: Bench, answer: Answer) -> None:
-    assert_error(answer, 503, bench.server, says=["too many requests wait"])
-    assert answer.headers["Retry-After"] == "5"

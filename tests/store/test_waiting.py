@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import select
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,32 +18,34 @@ import pytest
 from kci_storage.errors import WriteConflict
 from kci_storage.files.locks import KeyLocks
 from kci_storage.net import slots
-from tests.archives.test_archive import tar
+from tests.store.crowds import (
+    BEYOND,
+    MANY,
+    THREADS,
+    answered,
+    as_archive,
+    as_delete,
+    as_download,
+    as_form,
+    as_put,
+    assert_refused,
+)
 from tests.support.azurite import Azurite
 from tests.support.harness import START_SECONDS, Server, running, wait_until
 from tests.support.wire import (
-    FORM_TYPE,
     SECONDS,
-    Answer,
     Wire,
-    assert_error,
     exchange,
-    form,
     get,
     new_folder,
-    part,
     put,
     request,
 )
 
-THREADS = 2
-MANY = 4 * THREADS
-BEYOND = 4
-
 
 @pytest.fixture(scope="module")
 def server(azurite: Azurite, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One that keeps copies, and has few threads."""
+    """A server with a cache and few threads."""
     document = {
         "driver": "azure",
         "azure": dataclasses.asdict(azurite.settings()),
@@ -55,7 +56,7 @@ def server(azurite: Azurite, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 def keys() -> list[str]:
-    """Those of a file with a copy, of one that is uploaded all the time, and of another one."""
+    """New keys: of a cached file, of one whose upload stalls, and of another one."""
     folder = new_folder()
     return [f"{folder}/{name}" for name in ("hit", "key", "other")]
 
@@ -70,30 +71,8 @@ def stalled(server: Server, key: str) -> Iterator[Wire]:
 
 
 def threads(server: Server) -> int:
-    """How many the worker has."""
+    """How many threads the worker has."""
     return psutil.Process(server.worker_pids()[0]).num_threads()
-
-
-def as_put(server: Server, key: str) -> bytes:
-    return request("PUT", f"/{key}", server.headers(), b"later")
-
-
-def as_delete(server: Server, key: str) -> bytes:
-    return request("DELETE", f"/{key}", server.headers())
-
-
-def as_download(server: Server, key: str) -> bytes:
-    return request("GET", f"/{key}")
-
-
-def as_form(server: Server, key: str) -> bytes:
-    body = form(part("path"), part("file0", b"later", key))
-    return request("POST", "/upload", {**server.headers(), **FORM_TYPE}, body)
-
-
-def as_archive(server: Server, key: str) -> bytes:
-    body = form(part("path"), part("archive", tar({key: b"later"}), "a.tar"))
-    return request("POST", "/v1/archive", {**server.headers(), **FORM_TYPE}, body)
 
 
 @pytest.mark.parametrize(
@@ -146,20 +125,6 @@ def test_too_many_do_not_wait(server: Server) -> None:
         upload.send(b"gun")
         assert {wire.answer().body for wire in wires - refused} <= {b"begun", b"later"}
         assert [wire.answer().status for wire in received] == [200, 200]
-
-
-def answered(wires: set[Wire]) -> set[Wire]:
-    """The connections on which something has arrived."""
-    poll = select.poll()
-    by_descriptor = {wire.fileno(): wire for wire in wires}
-    for descriptor in by_descriptor:
-        poll.register(descriptor, select.POLLIN)
-    return {by_descriptor[descriptor] for descriptor, _ in poll.poll(0)}
-
-
-def assert_refused(server: Server, answer: Answer) -> None:
-    assert_error(answer, 503, server, says=["too many requests wait"])
-    assert answer.headers["Retry-After"] == "5"
 
 
 def test_threads_that_wait_for_one_lock_take_it_in_order_of_arrival(tmp_path: Path) -> None:
