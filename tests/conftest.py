@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Fixtures for all tests: servers over both drivers. No skips where none are allowed, and no process left behind."""
+"""Fixtures for all tests: servers with both drivers. Skips can be forbidden, and no process may be left behind."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ settings.register_profile("random", deadline=None, suppress_health_check=[Health
 settings.register_profile("same", settings.get_profile("random"), derandomize=True, database=None)
 settings.load_profile("same")
 
-NO_SKIP_VARIABLE = "KCI_STORAGE_NO_SKIP"  # set: what would be skipped fails, with the reason
+NO_SKIP_VARIABLE = "KCI_STORAGE_NO_SKIP"  # if set, a test that would be skipped fails, with the reason
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -119,20 +119,20 @@ def _expected_errors(request: pytest.FixtureRequest) -> list[str]:
 
 @pytest.fixture(scope="session")
 def shared_local_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The server behind ``local_server``."""
+    """The server of the fixture ``local_server``."""
     with running(Server(tmp_path_factory.mktemp("local"), {"driver": "local"})) as server:
         yield server
 
 
 @pytest.fixture(scope="session")
 def shared_azure_server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The server behind ``azure_server``."""
+    """The server of the fixture ``azure_server``."""
     with running(Server(tmp_path_factory.mktemp("azure"), _document("azure", request, {}))) as server:
         yield server
 
 
 def _watched(server: Server, request: pytest.FixtureRequest) -> Iterator[Server]:
-    """A shared server, whose log must show no trouble of this test's making."""
+    """A shared server, whose log must have no error from this test."""
     before = len(server.log())
     server.expected_errors += _expected_errors(request)
     yield server
@@ -141,13 +141,13 @@ def _watched(server: Server, request: pytest.FixtureRequest) -> Iterator[Server]
 
 @pytest.fixture
 def local_server(shared_local_server: Server, request: pytest.FixtureRequest) -> Iterator[Server]:
-    """A server on the local driver with the default configuration, shared by many tests: use keys of your own."""
+    """A server with the local driver and the default configuration, shared by many tests: use new keys."""
     yield from _watched(shared_local_server, request)
 
 
 @pytest.fixture
 def azure_server(shared_azure_server: Server, request: pytest.FixtureRequest) -> Iterator[Server]:
-    """The same over Azurite."""
+    """The same with Azurite."""
     yield from _watched(shared_azure_server, request)
 
 

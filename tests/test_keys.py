@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The rules for keys: one row for each sentence of them, and the fast path held against the rules themselves."""
+"""The rules for keys: one row for each sentence of them, and the fast path compared with the rules."""
 
 from __future__ import annotations
 

@@ -127,7 +127,7 @@ WELCOME = [
 
 @pytest.fixture(scope="module")
 def proxied_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server behind a proxy, to which a test is any client that it wants to be."""
+    """A server behind a proxy, so that a test can send requests from any address."""
     document = {
         "server": {"trusted_proxies": 1},
         "useragent": {"ban": ["NastyBot"]},
@@ -140,7 +140,7 @@ def proxied_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]
 
 @pytest.fixture(scope="module")
 def limited_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The same, where a client has 20 requests and then hardly any."""
+    """The same, with a limit of 20 requests per client and a very low rate."""
     limits = {"requests_per_second": 0.001, "burst": 20, "ipv4_prefix_length": 24}
     document = {"server": {"trusted_proxies": 1}, "limits": limits}
     with running(Server(tmp_path_factory.mktemp("limited"), document)) as server:
@@ -152,7 +152,7 @@ def limited_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]
 
 @pytest.fixture(scope="module")
 def known() -> UserAgents:
-    """The rules of a configuration that says nothing of user agents."""
+    """The rules for user agents of the default configuration."""
     return UserAgents([], defaults=True)
 
 
@@ -169,14 +169,14 @@ def test_people_and_their_programs_are_not_taken_for_crawlers(known: UserAgents,
 
 
 def instances(kind: Callable[[dict[str, object]], bool]) -> Iterator[str]:
-    """The user agents that the public list has of the entries of a kind."""
+    """The user agents that the public list has for the entries of a kind."""
     return (str(agent) for entry in crawlers.entries() if kind(entry) for agent in entry.get("instances", ()))
 
 
 def test_those_of_the_public_list_that_are_to_be_refused_are(known: UserAgents) -> None:
     found = [known.find(agent) for agent in instances(crawlers.is_refused)]
     assert len(found) > 500
-    assert found.count(None) < 0.01 * len(found)  # the list counts some whose names merely end like another one's
+    assert found.count(None) < 0.01 * len(found)  # the list counts some whose names only have another name's ending
 
 
 def test_google_and_bing_are_let_through(known: UserAgents) -> None:
@@ -195,7 +195,7 @@ def test_programs_and_previews_of_the_public_list_are_let_through(known: UserAge
 def test_a_ban_is_a_text_in_whatever_case_and_no_pattern() -> None:
     agents = UserAgents(["Nasty.Bot", "Робот"], defaults=False)
     assert agents.find("x nasty.BOT/1")
-    assert agents.find("Робот/1".encode().decode("latin-1"))  # as WSGI gives it
+    assert agents.find("Робот/1".encode().decode("latin-1"))  # as WSGI passes it
     assert agents.find("NastyxBot/1") is None
     assert agents.find(CRAWLERS[0]) is None
 
@@ -214,7 +214,7 @@ def test_a_crawler_is_refused_before_any_work(local_server: Server, method: str)
         headers.pop("Expect")
     with Wire(local_server) as wire:
         wire.send(request(method, f"/{key}", {**headers, "Content-Length": 4 if method == "PUT" else 0}))
-        answer = wire.answer(method)  # and not 100 Continue
+        answer = wire.answer(method)  # the final response, not 100 Continue
     if method == "HEAD":
         assert answer.status == 403
     else:
@@ -307,7 +307,7 @@ def test_an_address_lies_in_a_subnet_or_not(address: str, blocked: bool) -> None
         ("2001:db8::9", 403),
         ("::ffff:192.0.2.9", 403),
         ("203.0.113.1, 192.0.2.9", 403),
-        ("192.0.2.9, 203.0.113.1", 200),  # what a client says of itself does not count
+        ("192.0.2.9, 203.0.113.1", 200),  # a client's own header is ignored
         ("203.0.113.1", 200),
         ("unknown", 200),
         (None, 200),
@@ -340,7 +340,7 @@ def test_without_a_trusted_proxy_the_connection_counts(start_server: Callable[..
 
 
 def statuses(server: Server, address: str, count: int) -> list[int]:
-    """What a client gets for so many requests, each on a connection of its own."""
+    """The statuses of this many requests of a client, each on a new connection."""
     return [get(server, "v1/health", {"X-Forwarded-For": address}).status_code for _ in range(count)]
 
 
@@ -371,7 +371,7 @@ def test_the_bucket_fills_again_with_time() -> None:
     rate = RateLimit(Ledger(rows=1), per_second=2, burst=3)
 
     def taken(now: float) -> int:
-        """How many requests are let in at this time."""
+        """How many requests are admitted at this time."""
         for number in itertools.count():
             try:
                 rate.count((1, 2), now)
@@ -400,14 +400,14 @@ class Clients:
         stored_by_another_program(server, self.key, os.urandom(MIB) * 32)
 
     def begin(self, address: str) -> Wire:
-        """A download that has begun, and does not go on."""
+        """Begin a download, and read no further."""
         wire = Wire(self.server, receive_buffer=4096)
         wire.send(request("GET", f"/{self.key}", {"X-Forwarded-For": address}))
         assert wire.head().status == 200
         return wire
 
     def status(self, address: str, method: str = "GET") -> int:
-        """The answer to one more."""
+        """The status of one more download."""
         with Wire(self.server, receive_buffer=4096) as wire:
             wire.send(request(method, f"/{self.key}", {"X-Forwarded-For": address}))
             return wire.head().status
@@ -415,13 +415,13 @@ class Clients:
 
 @pytest.fixture(scope="module")
 def clients(proxied_server: Server) -> Clients:
-    """Clients of the server that allows four downloads at a time."""
+    """Clients of the server with a limit of four downloads at a time."""
     return Clients(proxied_server)
 
 
 def test_downloads_at_a_time_are_counted_over_all_workers(clients: Clients) -> None:
     begun = [clients.begin("203.0.113.1") for _ in range(4)]
-    for _ in range(4):  # whichever worker takes it
+    for _ in range(4):  # any worker may accept it
         assert clients.status("203.0.113.1") == 429
     assert clients.status("203.0.113.2") == 200
     assert clients.status("203.0.113.1", "HEAD") == 200
@@ -434,12 +434,12 @@ def test_downloads_at_a_time_are_counted_over_all_workers(clients: Clients) -> N
         wire.close()
 
 
-def test_a_small_file_is_over_at_once_and_refused_all_the_same(clients: Clients) -> None:
-    """It need not be counted, but a client at its limit gets none."""
+def test_a_client_at_its_limit_gets_no_small_file_either(clients: Clients) -> None:
+    """It is not counted, but a client at its limit gets none."""
     assert put(clients.server, "small/file", b"x").status_code in (200, 201)
     client = {"X-Forwarded-For": "203.0.113.4"}
     begun = [clients.begin("203.0.113.4") for _ in range(4)]
-    for _ in range(4):  # whichever worker takes it
+    for _ in range(4):  # any worker may accept it
         assert get(clients.server, "small/file", client).status_code == 429
     assert get(clients.server, "small/file", {"X-Forwarded-For": "203.0.113.5"}).status_code == 200
     begun.pop().close()
@@ -463,7 +463,7 @@ def test_a_small_file_that_has_to_be_waited_for_counts(new_bench: Callable[..., 
     rule = bench.proxy.inject(Hold(), kind=kind, key=key)
     waiting = in_background(get, bench.server, key)
     rule.wait_until_reached()
-    for _ in range(3):  # whichever worker takes it
+    for _ in range(3):  # any worker may accept it
         assert get(bench.server, other).status_code == 429
         assert get(bench.server, "").status_code == 429
     assert bench.proxy.count(CONTENT, other) == bench.proxy.count(PROPERTIES, other) == 0
@@ -473,7 +473,7 @@ def test_a_small_file_that_has_to_be_waited_for_counts(new_bench: Callable[..., 
 
 
 def test_a_download_that_loses_the_race_for_the_last_slot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both pass the first check, as there is one free slot; then both count as running, and one is refused."""
+    """Both downloads pass the first check while one is free; then both count as running, and one is refused."""
     server = Server(tmp_path, {"limits": {"downloads_per_client": 1}})
     stored_by_another_program(server, "large", os.urandom(MIB))
     server.config_path.write_text(toml(server.document))
@@ -489,8 +489,8 @@ def test_a_download_that_loses_the_race_for_the_last_slot(tmp_path: Path, monkey
             assert client.get(path, environ_base=other, buffered=True).status_code in (200, 404)
 
 
-def test_what_has_ended_counts_no_more(clients: Clients) -> None:
-    """Whatever it was."""
+def test_an_ended_download_is_not_counted(clients: Clients) -> None:
+    """However the download ended."""
     client = {"X-Forwarded-For": "203.0.113.9"}
     for _ in range(6):
         assert put(clients.server, "a/b", b"x", X_Forwarded_For="203.0.113.9").status_code in (200, 201)
@@ -513,8 +513,8 @@ def test_a_worker_that_is_killed_takes_its_counts_along(clients: Clients) -> Non
         wire.close()
 
 
-def test_a_clients_cells_are_told_apart_from_others() -> None:
-    """Two clients that meet in one cell do not in the other."""
+def test_clients_that_share_a_cell_are_counted_apart() -> None:
+    """Two clients that share one cell do not share the other one."""
     ledger = Ledger(rows=1)
     assert len({ledger.cells(f"192.0.2.{number}/32") for number in range(100)}) == 100
     ledger.begin((1, 2))
@@ -542,8 +542,8 @@ def test_rows_of_dead_workers_are_used_again() -> None:
     assert not ledger.has_more_than((1, 2), 0)
 
 
-def test_a_worker_for_which_there_is_no_row_counts_for_itself() -> None:
-    """Two that wrote one row would lose counts: of some that have ended, or, below zero, of some that are there."""
+def test_a_worker_without_a_row_counts_only_its_own_downloads() -> None:
+    """Two workers that wrote the same row would lose counts, or count below zero."""
     ledger = Ledger(rows=2)
     for worker in (1, 2):
         ledger.assign(worker)
@@ -560,7 +560,7 @@ def test_a_worker_for_which_there_is_no_row_counts_for_itself() -> None:
 
 
 def test_nothing_counts_below_zero() -> None:
-    """Whose row was cleared, and given to another one, has nothing more to end."""
+    """A worker whose row was cleared, and given to another worker, has nothing more to subtract."""
     ledger = Ledger(rows=1)
     ledger.assign(0)
     ledger.take(0)
@@ -577,8 +577,8 @@ def test_nothing_counts_below_zero() -> None:
     assert not ledger.has_more_than((1, 2), 1)
 
 
-def test_whatever_dies_when_the_counts_are_right_again() -> None:
-    """Processes that begin and end downloads are killed anywhere in between."""
+def test_the_counts_are_right_after_a_process_has_died() -> None:
+    """Processes that begin and end downloads are killed at any point in between."""
     ledger = Ledger(rows=2)
     for round_number in range(40):
         ledger.assign(0)

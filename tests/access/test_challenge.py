@@ -43,7 +43,7 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server behind a proxy, so that a test is any client that it wants to be."""
+    """A server behind a proxy, so that a test can send requests from any address."""
     document = {"server": {"trusted_proxies": 1}, "download_challenge": SETTINGS}
     with running(Server(tmp_path_factory.mktemp("site"), document)) as server:
         assert put(server, quote(KEY), CONTENT).status_code == 201
@@ -83,7 +83,7 @@ def test_a_browser_gets_a_page_instead_of_the_file(site):
 
 
 def test_the_page_is_no_part_of_a_file(site):
-    """A download that is resumed with a cookie that is too old must not go on with the page."""
+    """A download that is resumed with an expired cookie must not append the page."""
     assert ask(site, Range="bytes=1000-").status_code == 403
     etag = ask(site, agent=CURL).headers["ETag"]
     assert ask(site, Range="bytes=1000-", If_Range=etag).status_code == 403
@@ -263,7 +263,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def visit(browser: Browser, site: Server) -> Iterator[Callable[..., Visit]]:
-    """Begins a visit, in which the browser complains of nothing but the page's own status."""
+    """Begins a visit, during which the browser must report nothing but the page's own status."""
     visits: list[Visit] = []
 
     def begin(**settings: object) -> Visit:

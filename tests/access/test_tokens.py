@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Tokens that are accepted and refused, and what their owners may write."""
+"""Valid and invalid tokens, and the keys that their owners may write."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def token(secret: str = JWT_SECRET, **claims: Any) -> str:
 
 
 def forged(payload: str | bytes, header: str | bytes = '{"alg":"HS256"}', secret: str = JWT_SECRET) -> str:
-    """A token signed with HMAC-SHA-256, whatever is in it."""
+    """A token with any content, signed with HMAC-SHA-256."""
     signed = f"{_base64(header)}.{_base64(payload)}"
     return f"{signed}.{_base64(hmac.digest(secret.encode(), signed.encode(), hashlib.sha256))}"
 
@@ -111,7 +111,7 @@ HOUR = 3600
         {"email": "A.Name+tag@Example.com"},
         {"email": "名@example.com"},
     ],
-    ids=",".join,  # not the times in them: the processes that run tests must agree on the names
+    ids=",".join,  # without the times: all processes that run tests must have the same names
 )
 def test_claims_that_do_not_matter_or_hold(claims: dict[str, Any]) -> None:
     assert verify(token(**claims)) == claims.get("email", EMAIL)
@@ -131,7 +131,7 @@ class TestMemory:
 
     @pytest.fixture
     def authenticator(self, monkeypatch: pytest.MonkeyPatch) -> Authenticator:
-        """One that notes in ``decoded`` which tokens it looks at."""
+        """An authenticator that notes in ``decoded`` which tokens it verifies."""
         made = Authenticator([JWT_SECRET], leeway=0)
         decode = made._decode
         made.decoded = []
@@ -333,7 +333,7 @@ def test_issued_token_is_accepted_until_it_expires() -> None:
 
 
 class User(NamedTuple):
-    """As in the configuration."""
+    """A user of the configuration."""
 
     name: str
     prefixes: tuple[str, ...]

@@ -69,7 +69,7 @@ def post_parts(server: Server, *parts: bytes, headers: Mapping[str, str] | None 
 
 
 def assert_stored(response: requests.Response, folder: str, content: Mapping[str, bytes] = CONTENT) -> None:
-    """Assert that every file of the archive was stored."""
+    """Check that every file of the archive was stored."""
     assert response.status_code == 200, response.text
     assert response.headers["Content-Type"] == "application/json"
     assert response.json() == {
@@ -83,7 +83,7 @@ def assert_stored(response: requests.Response, folder: str, content: Mapping[str
 
 
 def assert_refused(response: requests.Response, server: Server, folder: str, status: int = 400) -> str:
-    """Assert that nothing of the archive was stored or left behind; the reason of the refusal."""
+    """Check that nothing of the archive was stored or left behind; returns the reason of the refusal."""
     assert response.status_code == status, response.text
     assert response.headers["Content-Type"] == "application/json"
     [reason] = response.json()["failures"]
@@ -100,7 +100,7 @@ def assert_refused(response: requests.Response, server: Server, folder: str, sta
 
 @pytest.fixture(scope="module")
 def shared_limited_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The server behind ``limited``."""
+    """The server of the fixture ``limited``."""
     document = {"archive": SMALL, "server": {"max_upload_bytes": 64 * MIB}}
     with running(Server(tmp_path_factory.mktemp("limited"), document)) as server:
         yield server
@@ -112,7 +112,7 @@ def limited(shared_limited_server: Server) -> Server:
     return shared_limited_server
 
 
-# What is stored
+# Stored archives
 
 
 @pytest.mark.parametrize("order", ["path first", "archive first"])
@@ -194,7 +194,7 @@ def test_the_log_names_user_and_key_of_each_file(local_server: Server):
     assert (line["prefix"], line["uploaded"], line["failed"]) == (folder, str(len(CONTENT)), "0")
 
 
-# What is refused: all of it, and before anything is stored
+# Refused archives: nothing is stored
 
 
 HOSTILE = {
@@ -242,7 +242,7 @@ def test_a_hostile_archive_is_refused_as_a_whole(limited: Server, name: str):
     bad, says = HOSTILE[name]
     data = gzip.compress(entry("good", b"1") + bad + entry("good too", b"2") + ZEROS)
     assert says in assert_refused(post(limited, folder, data), limited, folder)
-    known = folder if name in BAD_KEYS else ""  # of others it is said before the path has come
+    known = folder if name in BAD_KEYS else ""  # other errors are found before the path has come
     response = post_parts(limited, part("archive", data, "a"), part("path", folder.encode()))
     assert says in assert_refused(response, limited, known)
 
@@ -339,7 +339,7 @@ def test_a_token_is_needed(local_server: Server):
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server whose user may write in some places."""
+    """A server whose user has permission for some folders."""
     document = {"users": [{"name": "user@example.com", "prefixes": ["/builds/mine", "/logs/x*"]}]}
     with running(Server(tmp_path_factory.mktemp("shared"), document)) as server:
         yield server
@@ -373,7 +373,7 @@ def test_where_nothing_may_be_written_the_archive_is_not_read(shared: Server, fo
     assert (answer.status, b"no permission there" in answer.body) == (403, True)
 
 
-# What fails
+# Failures
 
 
 def test_a_client_that_leaves_has_stored_nothing(local_server: Server):
@@ -459,11 +459,11 @@ def test_when_the_backend_is_away_the_rest_is_not_tried(start_server: Callable[.
     wait_until_tidy(server)
 
 
-# Many at a time
+# Concurrency and memory
 
 
 def test_as_many_files_are_uploaded_at_a_time_as_configured(start_server: Callable[..., Server], tmp_path: Path):
-    """In one worker, however many archives they belong to."""
+    """The limit is per worker, however many archives the files belong to."""
     pauses = Pauses(tmp_path, "local")
     server = start_server(
         "pausing", server={"workers": 1}, environ={**pauses.environ, "KCI_STORAGE_ARCHIVE_PARALLELISM": "3"}
@@ -489,8 +489,8 @@ def test_archives_of_the_same_files_wait_for_each_other(server: Server):
         assert get(server, f"{folder}/f{number}").content in [content[f"f{number}"] for content in contents]
 
 
-def test_memory_stays_where_it_was(start_server: Callable[..., Server]):
-    """Were all files uploaded at once, they would need 380 MiB."""
+def test_memory_is_bounded(start_server: Callable[..., Server]):
+    """If all files were uploaded at once, they would need 380 MiB."""
     server = start_server("azure", server={"workers": 1})
     [pid] = server.worker_pids()
     post(server, "warm", tar())
@@ -502,7 +502,7 @@ def test_memory_stays_where_it_was(start_server: Callable[..., Server]):
 
 
 def resident(pid: int, name: str) -> int:
-    """Bytes."""
+    """The resident memory in bytes."""
     [line] = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith(name)]
     return int(line.split()[1]) * 1024
 

@@ -54,8 +54,8 @@ from tests.support.wire import (
 
 MIB = 1 << 20
 LARGE = 10 * MIB  # bytes: two blocks
-REST = entry("rest", bytes(300_000))  # what follows the files that are looked at
-BEGUN = 100_000  # bytes of it that are sent with them, so that they are known to have ended
+REST = entry("rest", bytes(300_000))  # follows the files of the test
+BEGUN = 100_000  # bytes of ``rest`` that are sent as well, so that the server knows that the files have ended
 
 
 def large(seed: int, size: int = LARGE) -> bytes:
@@ -102,7 +102,7 @@ class Sending:
         self._wire.close()
 
     def finish(self) -> Answer:
-        """Send the rest; the answer."""
+        """Send the rest; returns the answer."""
         self._wire.send(self._body[self._split :])
         return self._wire.answer()
 
@@ -113,7 +113,7 @@ class Sending:
 
 
 def sending(server: Server, folder: str, content: Mapping[str, bytes], end: bytes = ZEROS) -> Sending:
-    """An archive of these files and ``rest``, on its way."""
+    """An archive of these files and ``rest``, partly sent."""
     return Sending(server, entries(content), end, parts=(part("path", folder.encode()),))
 
 
@@ -127,7 +127,7 @@ def staged(server: Server, key: str) -> int:
 
 
 def size_of(paths: Iterable[Path]) -> int:
-    """Bytes of files, of which some may be gone by now."""
+    """The size of files in bytes; some may not exist any more."""
     total = 0
     for path in paths:
         with suppress(FileNotFoundError):
@@ -136,12 +136,12 @@ def size_of(paths: Iterable[Path]) -> int:
 
 
 def wait_until_staged(server: Server, key: str, size: int = LARGE) -> None:
-    """Wait until a file was sent completely."""
+    """Wait until a file has been sent completely."""
     wait_until(lambda: staged(server, key) == size, SECONDS, f"{key} to be staged")
 
 
 def assert_all_stored(answer: Answer, server: Server, folder: str, content: Mapping[str, bytes]) -> None:
-    """The archive was stored, and is served."""
+    """Check that the archive was stored, and is served."""
     assert answer.status == 200, answer.body
     assert sorted(keys(server, folder)) == sorted(f"{folder}/{name}" for name in (*content, "rest"))
     for name, data in content.items():
@@ -149,7 +149,7 @@ def assert_all_stored(answer: Answer, server: Server, folder: str, content: Mapp
     wait_until_tidy(server)
 
 
-# What happens when
+# The order of events
 
 
 def test_blocks_are_sent_while_the_archive_comes(bench: Bench) -> None:
@@ -167,17 +167,17 @@ def test_blocks_are_sent_while_the_archive_comes(bench: Bench) -> None:
 
 
 def blocks(bench: Bench, key: str) -> int:
-    """How many blocks of a file the backend was sent."""
+    """How many blocks of a file were sent to the backend."""
     return sum(each.operation == "PUT block" for each in bench.proxy.requests if each.key == key)
 
 
 def commits(bench: Bench, key: str) -> int:
-    """How often the backend was asked to make blocks, or a body, an object."""
+    """How many times the backend was asked to commit a file."""
     return sum(each.operation in ("PUT", "PUT blocklist") for each in bench.proxy.requests if each.key == key)
 
 
 def nothing_is_stored(bench: Bench, folder: str) -> bool:
-    """Whether the backend has no object, and was asked for none."""
+    """Whether the backend has no object, and was asked to commit none."""
     asked = sum(commits(bench, each.key) for each in list(bench.proxy.requests) if each.key.startswith(f"{folder}/"))
     return not asked and not list(bench.container.list_blob_names(name_starts_with=f"{folder}/"))
 
@@ -219,11 +219,11 @@ def test_where_the_path_comes_last_nothing_is_sent_before(bench: Bench) -> None:
 
 
 def spooled(server: Server) -> int:
-    """Bytes of archives that were unpacked."""
+    """How many bytes of archives have been unpacked."""
     return size_of((server.cache_directory / "spool").iterdir())
 
 
-# What is refused in the end
+# Archives that are refused at their end
 
 
 REFUSED = {
@@ -313,7 +313,7 @@ def test_a_stalled_archive_delays_no_other_request(start_server: Callable[..., S
 
 
 def replace(server: Server, key: str, content: bytes | None) -> None:
-    """Store something else under a key, or nothing."""
+    """Overwrite a key, or delete it."""
     if content is None:
         assert exchange(server, request("DELETE", f"/{key}", server.headers())).status == 204
         assert key not in keys(server, "")
@@ -329,7 +329,7 @@ def test_one_thread_is_enough(start_server: Callable[..., Server]) -> None:
         assert_all_stored(archive.finish(), server, "f", content)
 
 
-# What fails
+# Failures
 
 
 def test_a_file_that_cannot_be_staged_is_sent_at_the_end(bench: Bench) -> None:
@@ -390,11 +390,11 @@ def test_a_worker_that_dies_has_stored_nothing(start_server: Callable[..., Serve
         assert_all_stored(archive.finish(), server, "f", {"a": large(2)})
 
 
-# What is held meanwhile: seen from within
+# Memory and shared limits, seen from within
 
 
-def test_memory_stays_where_it_was(start_server: Callable[..., Server]) -> None:
-    """Were what is staged kept until the archive's end, it would need 290 MiB."""
+def test_memory_is_bounded(start_server: Callable[..., Server]) -> None:
+    """If staged files were kept in memory until the archive's end, they would need 290 MiB."""
     server = start_server("azure", server={"workers": 1})
     [pid] = server.worker_pids()
     post(server, "warm", entry("a") + ZEROS)
@@ -406,7 +406,7 @@ def test_memory_stays_where_it_was(start_server: Callable[..., Server]) -> None:
 
 
 class Service:
-    """The parts of a worker over a folder of files, as if those were on another machine."""
+    """The parts of a worker that receive archives, with a folder of files as if on another machine."""
 
     def __init__(self, folder: Path):
         path = folder / "config.toml"
@@ -432,13 +432,13 @@ class Service:
         return size_of(self.temporary.glob("*"))
 
     def holds_nothing(self) -> bool:
-        """Whether the limits that archives share are all unused."""
+        """Whether the limits that archives share are unused."""
         free = self.uploader.memory._free, self.uploader.staged._value
         return free == (UPLOAD_MEMORY, MAX_STAGED)
 
 
 class Body:
-    """An archive's form, of which the rest comes only when the test says so."""
+    """An archive's form, whose rest is sent when the test allows it."""
 
     def __init__(self, begun: bytes, end: bytes = ZEROS):
         self._whole = memoryview(form(part("path", b"f"), part("archive", begun + REST + end, "a.tar")))
@@ -459,7 +459,7 @@ class Body:
 
 @contextmanager
 def receiving(service: Service, body: Body) -> Iterator[Future[ArchiveReport]]:
-    """The outcome of an archive whose rest is sent after the block."""
+    """The future outcome of an archive, whose rest is sent after the block."""
     with ThreadPoolExecutor(1) as client:
         try:
             yield client.submit(service.store, body)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What a compressed tar holds, and what is refused: pure, so table by table."""
+"""Unpacking a compressed tar, and refusing one; pure, in tables."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarf
 
 
 def entry(name: str | bytes, content: bytes = b"", kind: bytes = tarfile.REGTYPE, **fields: object) -> bytes:
-    """One entry of a tar archive; the header's fields are tarfile's, and need not be true."""
+    """An entry of a tar archive; the header's fields are those of tarfile, and may be false."""
     text = name if isinstance(name, str) else name.decode("utf-8", "surrogateescape")
     info = tarfile.TarInfo(text)
     info.size, info.type = len(content), kind
@@ -65,7 +65,7 @@ def pax(*records: tuple[str, bytes], kind: bytes = tarfile.XHDTYPE) -> bytes:
 
 
 def pieces(data: bytes, size: int = 1000) -> Iterator[memoryview]:
-    """The data as it may arrive, in one buffer that is used again and again."""
+    """The data as it may arrive, in one buffer that is reused."""
     buffer = bytearray(size)
     for start in range(0, len(data), size):
         piece = data[start : start + size]
@@ -75,13 +75,13 @@ def pieces(data: bytes, size: int = 1000) -> Iterator[memoryview]:
 
 
 def unpack(data: bytes, filename: str = "", limits: Limits = LIMITS, size: int = 1000) -> list[tuple[str, bytes]]:
-    """Names and contents."""
+    """Unpack an archive; returns names and contents."""
     reader = TarReader(decompressed(pieces(data, size), filename), limits)
     return [(member.name, b"".join(map(bytes, reader.content()))) for member in reader]
 
 
 def refusal(data: bytes, limits: Limits = LIMITS) -> str:
-    """Why an archive is refused."""
+    """The reason for which an archive is refused."""
     with pytest.raises(BadArchive) as caught:
         unpack(data, "a.tar", limits)
     assert caught.value.message.isprintable()
@@ -99,7 +99,7 @@ CONTENT = {
 
 
 def archive(format: int = tarfile.PAX_FORMAT, content: dict[str, bytes] = CONTENT) -> bytes:
-    """As Python's tarfile writes it."""
+    """An archive as Python's tarfile writes it."""
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w", format=format) as tar:
         folder = tarfile.TarInfo("dir")
@@ -112,7 +112,7 @@ def archive(format: int = tarfile.PAX_FORMAT, content: dict[str, bytes] = CONTEN
     return file.getvalue()
 
 
-# What is taken
+# Accepted archives
 
 
 @pytest.mark.parametrize("size", [1, 511, 1000, 1 << 20])
@@ -200,7 +200,7 @@ def test_gnus_long_name_holds_for_the_next_file():
     assert unpack(data) == [(name.decode(), b"1"), ("b", b"")]
 
 
-# What is refused
+# Refused archives
 
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "//a", "../a", "a/../b", "a/..", "..", "./../a"])

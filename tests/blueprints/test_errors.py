@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Every error over HTTP: its status, one line of text or problem details, and nothing of the server's inside."""
+"""Every error over HTTP: its status, and one line of text or problem details without the server's internals."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ Headers = dict[str, str]
 
 @pytest.fixture(scope="module")
 def strict_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server of little patience on which everything can be done wrong; it has the file ``there`` of 7 bytes."""
+    """A server with low limits and short time-outs; it has the file ``there`` of 7 bytes."""
     document = {
         "server": {"max_upload_bytes": MIB, "lock_timeout": 0.2},
         "users": [
@@ -58,11 +58,11 @@ def strict_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield server
 
 
-# What a client can do wrong
+# Errors of clients
 
 
 def sent(server: Server, method: str, path: str, headers: Headers, body: bytes | None = None) -> requests.Response:
-    """The response to a request with a token that may write everywhere, unless the headers have another."""
+    """The response to a request with a valid token, unless the headers have another one."""
     headers = {**server.headers(), **headers}
     return requests.request(method, f"{server.url}/{path}", data=body, headers=headers, timeout=SECONDS)
 
@@ -189,7 +189,7 @@ def test_a_mistake_is_told_in_one_line(
 
 
 def assert_page(response: requests.Response, status: int, line: str) -> None:
-    """The page says the same as the line, and what to tell an operator."""
+    """Check that the page has the message, and the request ID for an operator."""
     assert response.status_code == status
     assert response.headers["Content-Type"] == "text/html; charset=utf-8"
     assert response.headers["Content-Security-Policy"].startswith("default-src 'none';")
@@ -259,7 +259,7 @@ def test_errors_without_a_body(strict_server: Server):
             assert wire.answer().body == b"ok"
 
 
-# What a backend can do wrong
+# Errors of the backend
 
 
 SIGNED_URL = "https://account.blob.example/container/a?sig=SIGNATURE"
@@ -323,7 +323,7 @@ class Failing(Driver):
 
 @pytest.fixture(scope="module")
 def failing_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server over a third party's driver, all of whose methods fail."""
+    """A server with a third party's driver, all of whose methods fail."""
     package = tmp_path_factory.mktemp("package")
     metadata = package / "failing_driver-1.dist-info"
     metadata.mkdir()
@@ -349,7 +349,7 @@ FAILURES = {
 
 
 def requests_for(server: Server, key: str, headers: Headers) -> Iterator[requests.Response]:
-    """Everything that asks the backend."""
+    """All requests that need the backend."""
     folder, _, name = key.rpartition("/")
     body = form(part("path", folder.encode()), part("file0", b"content", name))
     yield get(server, key, headers)
@@ -364,7 +364,7 @@ def requests_for(server: Server, key: str, headers: Headers) -> Iterator[request
 
 @pytest.mark.parametrize("failure", FAILURES)
 def test_a_failing_backend(failing_server: Server, failure: str):
-    """The log has the details, the answer never."""
+    """The log has the details, the answer does not."""
     status = FAILURES[failure]
     for response in requests_for(failing_server, f"a/{failure}", {}):
         assert_error(response, status, failing_server, says=["internal error" if status == 500 else "says no"])
@@ -411,11 +411,11 @@ def test_health_and_readiness(server: Server):
     assert get(server, "").headers["Content-Type"].startswith("text/plain")
 
 
-# A backend that is away
+# A backend that does not answer
 
 
 def test_copies_are_served_while_the_backend_is_away(tmp_path: Path):
-    """Everything else says so within a time that a client can wait."""
+    """All other requests are answered with an error within a time that a client can wait."""
     (tmp_path / "azurite").mkdir()
     (tmp_path / "server").mkdir()
     with azurite.running_azurite(tmp_path / "azurite") as service:
@@ -450,7 +450,7 @@ def assert_all_else_is_refused(server: Server) -> None:
         lambda: sent(server, "POST", "upload", FORM_TYPE, form(part("path", b"x"), part("file0", b"y", "z"))),
         lambda: get(server, "v1/list"),
     ]
-    # Each gives up after SECONDS; with the SDK's own settings an answer would take 84 s.
+    # Each request gives up after SECONDS; with the SDK's default settings an answer would take 84 s.
     with ThreadPoolExecutor(len(asked) + 1) as pool:
         readiness = pool.submit(get, server, "v1/ready")
         for response in pool.map(lambda ask: ask(), asked):
@@ -501,7 +501,7 @@ def test_a_form_whose_path_comes_last_needs_room_in_the_cache(tmp_path: Path):
 
 
 def test_a_full_cache_fails_neither_uploads_nor_downloads(start_server: Callable[..., Server], tmp_path: Path):
-    """On Azure the copy is a convenience."""
+    """With Azure, uploads and downloads do not depend on the copy."""
     with small_disk(tmp_path / "cache", 4 * MIB) as cache:
         server = start_server("azure", cache={"directory": cache, "low_disk_percent": 0, "recover_disk_percent": 0})
         server.cache_directory = cache

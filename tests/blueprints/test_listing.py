@@ -35,7 +35,7 @@ def listed(server: Server, headers: dict[str, str] | None = None, **parameters: 
 
 
 def store(server: Server, *names: str) -> str:
-    """A new folder with these files, each holding its own name."""
+    """Store files in a new folder, each with its name as its content."""
     folder = new_folder()
     for name in names:
         assert put(server, quote(f"{folder}/{name}"), name.encode()).status_code == 201
@@ -134,8 +134,8 @@ def test_internal_files_are_not_shown(local_server: Server):
     assert not [key for key in keys(local_server, "") if key.startswith(".kci")]
 
 
-def test_what_no_download_would_give_is_not_shown(local_server: Server):
-    """Files that were put there by hand under names that are no keys; they do not break the list either."""
+def test_files_that_cannot_be_downloaded_are_not_listed(local_server: Server):
+    """Files that were stored by hand under names that are no keys do not break the list either."""
     folder = store(local_server, "a")
     root = local_server.storage_path / folder
     for name in (b"new\nline", b"back\\slash", b"not utf-8 \xff", b"bell\x07"):
@@ -160,7 +160,7 @@ NAME = "a name of a hundred characters, so that the list is far larger than what
 
 @pytest.fixture(scope="module")
 def full_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server over a folder with many files."""
+    """A server with many files in its folder."""
     server = Server(tmp_path_factory.mktemp("full"), {})
     for folder in range(MANY // 1000):
         path = server.storage_path / f"folder{folder:03}"
@@ -180,8 +180,8 @@ def test_every_key_of_many_once_and_in_order(full_server: Server):
     assert [json.loads(line)["path"] for line in lines] == expected[:10_000]
 
 
-def test_the_list_leaves_as_it_is_made(full_server: Server):
-    """The first lines are here while the last ones are not even known: a file that comes meanwhile is among them."""
+def test_the_list_is_streamed(full_server: Server):
+    """The first lines arrive before the last ones are known: a file that is stored meanwhile is listed."""
     with Wire(full_server, receive_buffer=16 * 1024) as wire:
         wire.send(request("GET", "/v1/list?format=json"))
         head = wire.head()

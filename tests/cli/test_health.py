@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""``kci-storage health``: whether the server of a configuration answers, however it listens."""
+"""``kci-storage health``: whether the server of a configuration answers, on each kind of address."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.support.harness import START_SECONDS, STOP_SECONDS, Server, reserve_p
 
 
 def run(config: Path) -> subprocess.CompletedProcess[str]:
-    """The command, for this configuration."""
+    """Run the command with this configuration."""
     command = [sys.executable, "-m", "kci_storage.cli", "--config", str(config), "health"]
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("KCI_STORAGE_")}
     return subprocess.run(command, env=inherited, capture_output=True, text=True, timeout=60)
@@ -48,7 +48,7 @@ def test_the_address_of_all_is_asked_on_this_machine(local_server: Server):
 
 
 def test_with_tls(tmp_path: Path, start_server, monkeypatch: pytest.MonkeyPatch):
-    """The certificate need not be one that this machine trusts: it names where clients connect to."""
+    """The certificate need not be trusted on this machine, since it names the address for clients."""
     files = certificate(tmp_path, "own")
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(files["certfile"]))  # for the wait until the server answers
     server = start_server("local", server={"workers": 1, **files})
@@ -72,8 +72,8 @@ def test_on_a_unix_socket(tmp_path: Path):
 
 
 @contextmanager
-def somebody(answer: bytes) -> Iterator[ServerConfig]:
-    """Another program, at the server's address, that says this and ends the connection."""
+def other_program(answer: bytes) -> Iterator[ServerConfig]:
+    """Another program at the server's address, which sends this and closes the connection."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def serve() -> None:
@@ -99,7 +99,7 @@ def somebody(answer: bytes) -> Iterator[ServerConfig]:
     ids=["busy", "another site", "no HTTP", "nothing"],
 )
 def test_another_answer_is_none(answer: bytes, problem: str):
-    with somebody(answer) as server, pytest.raises(Unhealthy, match=problem):
+    with other_program(answer) as server, pytest.raises(Unhealthy, match=problem):
         health.ask(server)
 
 
@@ -110,5 +110,5 @@ def test_no_answer_is_waited_for_no_longer_than_the_container_waits(monkeypatch:
 
 
 def document(bind: str) -> dict[str, object]:
-    """A configuration with no more than that."""
+    """A minimal configuration."""
     return {"driver": "local", "jwt_secret": "s" * 32, "server": {"bind": bind, "workers": 1}}

@@ -28,7 +28,7 @@ CommandLine = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture
 def run(tmp_path: Path) -> CommandLine:
-    """Runs the command in a folder of its own, with a configuration or without one."""
+    """Runs the command in a new folder, with a configuration or without one."""
 
     def command(*arguments: str, config: dict | None = None, **environ: str) -> subprocess.CompletedProcess[str]:
         if config is not None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The client's commands, over real servers; faults are made by a proxy in between, or by a server that lies."""
+"""The client's commands with real servers; a proxy in between, or a server with false answers, causes faults."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ Result = subprocess.CompletedProcess[str]
 
 
 class Client:
-    """Runs commands in a folder of its own, as a user without any settings."""
+    """Runs commands in its own folder, as a user without any settings."""
 
     def __init__(self, folder: Path, url: str, token: str):
         self.folder = folder
@@ -55,7 +55,7 @@ class Client:
         return subprocess.run(timeout=SECONDS, text=True, stdout=-1, stderr=-1, **self._options(arguments, environ))
 
     def start(self, *arguments: str, **environ: str) -> subprocess.Popen[str]:
-        """The same, in the background."""
+        """Start a command in the background."""
         return subprocess.Popen(text=True, stdout=-1, stderr=-1, **self._options(arguments, environ))
 
     def _options(self, arguments: tuple[str, ...], environ: dict[str, str]) -> dict[str, Any]:
@@ -69,20 +69,20 @@ class Client:
         }
 
     def write(self, path: str, content: bytes = CONTENTS) -> Path:
-        """A local file."""
+        """Write a local file."""
         file = self.folder / path
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(content)
         return file
 
     def files(self, path: str = ".") -> dict[str, bytes]:
-        """All local files below a folder."""
+        """All local files in a folder."""
         root = self.folder / path
         return {str(file.relative_to(root)): file.read_bytes() for file in root.rglob("*") if file.is_file()}
 
 
 def objects(result: Result) -> list[dict[str, Any]]:
-    """What a command with ``--json`` has printed."""
+    """The printed objects of a command with ``--json``."""
     return [json.loads(line) for line in result.stdout.splitlines()]
 
 
@@ -91,7 +91,7 @@ def assert_done(result: Result) -> None:
 
 
 def assert_failed(result: Result, *says: str, code: int = 1) -> None:
-    """It failed with one line of text that says so much."""
+    """Check that a command failed with one line of text that contains this."""
     assert result.returncode == code, (result.stdout, result.stderr)
     [line] = result.stderr.splitlines()
     assert line.startswith("kci-storage: ")
@@ -106,7 +106,7 @@ def local_client(local_server: Server, tmp_path: Path) -> Client:
 
 @pytest.fixture
 def client(server: Server, tmp_path: Path) -> Client:
-    """Of a server with each driver."""
+    """A client of a server with each driver."""
     return Client(tmp_path, server.url, server.token())
 
 
@@ -448,8 +448,8 @@ def test_reading_needs_no_token(local_client, local_server):
 
 
 @pytest.mark.parametrize("source", ["option", "environment", "own file", "XDG_CONFIG_HOME"])
-def test_the_token_is_the_first_one_that_is_there(local_client, local_server, source):
-    """The sources after the one in question have a token that does not work."""
+def test_the_first_token_found_is_used(local_client, local_server, source):
+    """The sources of lower priority have an invalid token."""
     top, good, wrong = new_folder(), local_server.token(), "not.a.token"
     order = ["option", "environment", "own file"]
     place = order.index(source) if source in order else 2
@@ -485,7 +485,7 @@ def test_a_password_in_netrc_does_not_take_the_tokens_place(local_client, local_
 
 @pytest.fixture(scope="module")
 def strict_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server that refuses much: two users may write under certain prefixes, and nothing large."""
+    """A server that refuses much: two users have permission for some prefixes, and files must be small."""
     users = [{"name": "user@example.com", "prefixes": ["/allowed"]}]
     document = {"driver": "local", "users": users, "server": {"max_upload_bytes": 4 * MIB}}
     with running(Server(tmp_path_factory.mktemp("strict"), document)) as server:
@@ -559,7 +559,7 @@ AT = MIB + 5  # where the connection breaks
 
 @pytest.fixture
 def proxy(local_server: Server) -> Iterator[FaultProxy]:
-    """Between the client and the server; a key of it is what follows the second slash."""
+    """A proxy between the client and the server; its key is the part of the path after the second slash."""
     proxy = FaultProxy(local_server.url)
     yield proxy
     proxy.close()
@@ -580,13 +580,13 @@ def key(local_server: Server) -> str:
 
 
 def part_of(client: Client) -> Path:
-    """The one part that is there."""
+    """The only part in a folder."""
     [part] = client.folder.glob("*.part")
     return part
 
 
 def ranges(proxy: FaultProxy) -> list[int]:
-    """Where the downloads through the proxy began."""
+    """The offsets at which the downloads through the proxy began."""
     return [each.start for each in proxy.requests if each.kind == CONTENT]
 
 
@@ -761,7 +761,7 @@ def test_retries_end(proxied, proxy, key):
 
 @pytest.mark.parametrize("options", [[], ["--if-absent"]])
 def test_an_upload_whose_answer_is_lost_is_no_failure(proxied, proxy, local_server, options):
-    """The second attempt of the one that must be absent finds it there, and ours."""
+    """The second attempt, with If-None-Match, finds the file with the same content."""
     top = new_folder()
     proxied.write("a")
     rule = proxy.inject(Cut(0), kind=PUT, times=1)
@@ -803,7 +803,7 @@ def test_a_content_that_changed_on_the_way_is_not_stored(local_server):
 
 
 class Answer:
-    """What a :class:`Liar` says to one request."""
+    """A response of a :class:`Liar`."""
 
     def __init__(self, status: int = 200, body: bytes = b"", reset: bool = False, **headers: str):
         self.status = status
@@ -813,7 +813,7 @@ class Answer:
 
 
 class Liar:
-    """A server that gives prepared answers, the last one for ever, and remembers what it was asked."""
+    """A server that gives prepared answers, the last one for ever, and records its requests."""
 
     def __init__(self, answers: tuple[Answer, ...]):
         self.asked: list[tuple[float, str, str, dict[str, str]]] = []
@@ -848,7 +848,7 @@ class Liar:
 
 @contextlib.contextmanager
 def lying(*answers: Answer) -> Iterator[Liar]:
-    """Such a server, during the block."""
+    """A server with false answers, during the block."""
     liar = Liar(answers)
     thread = threading.Thread(target=liar.server.serve_forever)
     thread.start()
@@ -861,7 +861,7 @@ def lying(*answers: Answer) -> Iterator[Liar]:
 
 
 def listing(*paths: str) -> Answer:
-    """The list that names such keys."""
+    """A list with these keys."""
     lines = [json.dumps({"path": path, "size": 1, "etag": '"x"', "last_modified": ""}) for path in paths]
     return Answer(200, "".join(f"{line}\n" for line in lines).encode(), Content_Type="application/x-ndjson")
 
@@ -968,7 +968,7 @@ sys.exit(code)
 
 
 def peak(client: Client, *arguments: str) -> int:
-    """The most memory that a command had, in bytes (``proc(5)``)."""
+    """A command's peak memory, in bytes (``proc(5)``)."""
     options = client._options(arguments, {})
     options["args"][1:3] = ["-c", _MEASURED]
     result = subprocess.run(timeout=2 * SECONDS, text=True, stdout=-1, stderr=-1, **options)

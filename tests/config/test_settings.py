@@ -21,7 +21,7 @@ AZURE = f'{SECRET}[azure]\naccount = "kernelci"\nkey = "c2VjcmV0"\ncontainer = "
 
 @pytest.fixture
 def write(tmp_path: Path):
-    """Writes a configuration file and gives its path."""
+    """Writes a configuration file; returns its path."""
 
     def write_file(content: str | bytes) -> Path:
         path = tmp_path / "config.toml"
@@ -39,7 +39,7 @@ def failure(path: Path, **environ: str) -> str:
     return message
 
 
-# What is read
+# Reading
 
 
 def test_an_account_key_and_a_sas_token_may_both_be_there(write):
@@ -200,7 +200,7 @@ def test_the_text_form_shows_no_secret(write):
     assert not [word for word in ("first secret", "second secret", "third secret", key, sas) if word in shown]
 
 
-# Where it is read from
+# The file's path
 
 
 def test_without_a_path_the_environment_names_the_file(write):
@@ -358,7 +358,7 @@ def test_impossible_binds(write, bind):
     assert failure(path).startswith(f"{path}: server.bind: expected host:port, [v6]:port or unix:path, got ")
 
 
-# What is refused: file, key and expectation in one line
+# Refusals: one line with file, key and expectation
 
 
 @pytest.mark.parametrize(

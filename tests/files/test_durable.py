@@ -201,7 +201,7 @@ class TestTemporaryFilesAndTheirWriters:
     def test_it_is_distinguished_from_another_file_of_its_name(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """A new file takes the name between the look at the dead one and its removal."""
+        """A new file gets the name between the check of the dead one and its removal."""
         path = tmp_path / "temporary"
         path.touch()
 
@@ -256,7 +256,7 @@ _open_files: list[NewFile] = []
 
 
 def leave_open(path: Path) -> None:
-    """For a peer process: be in the middle of writing a file."""
+    """For a peer process: stop in the middle of writing a file."""
     _open_files.append(NewFile(path))
     _open_files[-1].write(b"half of")
 
@@ -276,7 +276,7 @@ class TestWriteFile:
 
 
 def content_of(number: int) -> bytes:
-    """A content that names its version, and has a length of its own."""
+    """A content that contains its version, and whose length depends on it."""
     return f"{number} ".encode() * (10_000 + number)
 
 

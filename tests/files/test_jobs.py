@@ -20,7 +20,7 @@ from kci_storage.files.jobs import Job, JobFailed, JobStopped
 from tests.support.harness import wait_until
 from tests.support.peers import Peer, holders, peers
 
-TIMEOUT = 60  # seconds; what is waited for here comes much sooner
+TIMEOUT = 60  # seconds; every wait here ends much sooner
 
 
 # What the jobs do
@@ -53,7 +53,7 @@ def niceness() -> Iterator[int]:
 
 
 def go_on(file: Path) -> Iterator[str]:
-    """Run until it is stopped; the file shows that its cleanup ran."""
+    """Run until stopped; the file shows that the cleanup ran."""
     sys.modules["__main__"].GRACE = TIMEOUT  # type: ignore[attr-defined]  # a busy machine, or a slow disk, may need it
     try:
         yield "begun"
@@ -80,7 +80,7 @@ _running: list[Iterator[object]] = []
 
 
 def begin_job(file: Path, lock: Path) -> int:
-    """Begin a job that goes on, holding a lock; the id of its process."""
+    """Begin a job that runs until it is stopped, and hold a lock; returns its process ID."""
     fd = durable.open_lock_file(lock)
     assert durable.try_lock(fd)
     job = Job(go_on, file, inherited=(fd,))
@@ -91,7 +91,7 @@ def begin_job(file: Path, lock: Path) -> int:
 
 
 def begin_reports() -> int:
-    """Begin a job whose reports fill the pipe; the id of its process."""
+    """Begin a job whose reports fill the pipe; returns its process ID."""
     job = Job(report_for_ever)
     reports = iter(job)
     next(reports)
@@ -106,7 +106,7 @@ def is_gone(pid: int) -> bool:
 
 
 class HeldUp:
-    """An argument that takes for ever to unpickle, so that the job cannot begin."""
+    """An argument whose unpickling never ends, so that the job cannot begin."""
 
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return held_up, ("",)
@@ -171,7 +171,7 @@ class TestItsEnd:
         assert is_gone(job.pid)
 
     def test_one_that_has_not_begun_ends_at_once(self) -> None:
-        """A busy machine may need long to import what the work needs."""
+        """A busy machine may need long to import the job's modules."""
         with Job(count, HeldUp()) as job:
             stopping = threading.Thread(target=job.stop)
             stopping.start()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Locks: one holder at a time over threads and processes, and what dead holders leave."""
+"""Locks: one holder at a time over threads and processes, and the locks of dead holders."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from kci_storage.services import open_cache
 from tests.support.disks import small_disk, use_up_inodes
 from tests.support.peers import Peer, dies, peers
 
-TIMEOUT = 60  # seconds; what is waited for here comes much sooner
-BRIEFLY = 0.05  # seconds to wait for what does not come
+TIMEOUT = 60  # seconds; every wait here ends much sooner
+BRIEFLY = 0.05  # seconds to wait for an event that must not occur
 
 
 @pytest.fixture
 def locks(tmp_path: Path) -> Iterator[KeyLocks]:
-    """Locks, none of which may be left at the end."""
+    """Locks, all of which must be released at the end."""
     made = KeyLocks(tmp_path / "locks")
     yield made
     assert made.names() == []
@@ -54,7 +54,7 @@ def locks_in(directory: Path) -> KeyLocks:
 
 
 def take(directory: Path, name: str) -> bool:
-    """Take a lock and keep it; whether it was left by a dead holder."""
+    """Take a lock and keep it; returns whether a dead holder left it."""
     lease = locks_in(directory).try_acquire(name)
     assert lease is not None
     _leases.append(lease)
@@ -71,13 +71,13 @@ def is_free(directory: Path, name: str) -> bool:
 
 
 def wait_for(directory: Path, name: str) -> bool:
-    """Wait for a lock and release it; whether it was left by a dead holder."""
+    """Wait for a lock and release it; returns whether a dead holder left it."""
     with locks_in(directory).hold(name, TIMEOUT) as lease:
         return lease.orphaned
 
 
 def count_alone(directory: Path, total: Path, times: int) -> None:
-    """Add to a number in a file, a number of times, in a way that loses additions unless the lock excludes others."""
+    """Add to a number in a file, repeatedly, in a way that loses additions unless the lock excludes others."""
     done = 0
     while done < times:
         with locks_in(directory).hold_if_free("name") as lease:
@@ -126,7 +126,7 @@ class TestExclusion:
     def test_opening_the_file_before_its_removal_does_not_take_the_lock(
         self, locks: KeyLocks, peer: Peer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """The race that the comparison of path and file is for: without it, two would hold the lock."""
+        """Without the comparison of path and file, two threads would hold the lock in this race."""
 
         def slow_lock(fd: int) -> bool:
             monkeypatch.undo()
@@ -216,7 +216,7 @@ class TestDeadHolders:
     def test_a_holder_that_released_the_lock_is_not_taken_for_dead(
         self, locks: KeyLocks, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Its file was there when the next one looked for it."""
+        """Its file still existed when the next one looked for it."""
 
         def slow_lock(fd: int) -> bool:
             monkeypatch.undo()
@@ -234,7 +234,7 @@ class TestDeadHolders:
     def test_a_holder_that_came_and_died_in_between_is_not_overlooked(
         self, locks: KeyLocks, peer: Peer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """There was no name when the next one began, but there is when it makes its own."""
+        """The name did not exist when the next one began, but does when it makes its own."""
         monkeypatch.setattr(durable, "link", after(lambda: live_and_die(peer, locks), durable.link))
         with locks.hold_if_free("name") as lease:
             assert lease is not None
@@ -255,7 +255,7 @@ def live_and_die(peer: Peer, locks: KeyLocks) -> None:
 
 
 def after(first, function):
-    """A function before which another is called."""
+    """A function that calls another one first."""
 
     def call(*args):
         first()
@@ -265,7 +265,7 @@ def after(first, function):
 
 
 class TestMarkers:
-    """The files that the names lead to."""
+    """The files to which the names are linked."""
 
     def test_one_serves_for_lock_after_lock(self, locks: KeyLocks) -> None:
         inodes = set()
@@ -370,7 +370,7 @@ def test_a_folder_that_is_gone_holds_no_locks(tmp_path: Path) -> None:
 
 @pytest.fixture
 def no_hard_links(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As FAT answers, which not every machine can mount."""
+    """Fail as FAT does, which not every machine can mount."""
 
     def link(*args: object, **kwargs: object) -> None:
         raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))

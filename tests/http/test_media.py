@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Types by name, what uploaders may ask for, and what is sent as Content-Disposition."""
+"""Types by name, types that uploaders may choose, and the values of Content-Disposition."""
 
 from __future__ import annotations
 

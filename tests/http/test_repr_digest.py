@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Downloads say the SHA-256 of the whole file, where the backend knows it (RFC 9530)."""
+"""Downloads have the SHA-256 of the whole file if the backend knows it (RFC 9530)."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def test_it_is_that_of_the_version_that_is_sent(server: Server):
     ("headers", "status"),
     [({"If-None-Match": "*"}, 304), ({"If-Match": '"other"'}, 412), ({"Range": "bytes=3000-"}, 416)],
 )
-def test_answers_without_the_content_do_not_say_it(server: Server, headers: dict[str, str], status: int):
-    """The body of the last one is another: a digest would be a wrong one."""
+def test_responses_without_the_content_have_no_digest(server: Server, headers: dict[str, str], status: int):
+    """The last response has another body, for which this digest would be wrong."""
     key = f"{new_folder()}/file.bin"
     put(server, key, CONTENT)
     answer = get(server, key, headers)
@@ -55,7 +55,7 @@ def test_answers_without_the_content_do_not_say_it(server: Server, headers: dict
     assert "Repr-Digest" not in answer.headers
 
 
-def test_what_is_shown_unpacked_has_the_digest_of_what_is_sent(server: Server):
+def test_an_unpacked_view_has_the_digest_of_the_sent_content(server: Server):
     """The content coding belongs to the representation."""
     key, packed = f"{new_folder()}/build.log.gz", gzip.compress(b"a log")
     put(server, key, packed)
@@ -65,8 +65,8 @@ def test_what_is_shown_unpacked_has_the_digest_of_what_is_sent(server: Server):
 
 
 @pytest.mark.parametrize("digest", ["sha256", "none"])
-def test_misses_and_hits_say_the_same(bench: Bench, digest: str):
-    """Of an object that another program has stored, with or without its SHA-256 in the metadata."""
+def test_misses_and_hits_have_the_same_digest(bench: Bench, digest: str):
+    """Another program has stored the object, with or without its SHA-256 in the metadata."""
     key = bench.store(CONTENT, digest=digest)
     expected = repr_digest(CONTENT) if digest == "sha256" else None
     for cache in ("miss", "hit"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The server's log: one access line per request, in logfmt, safe against whatever a client sends."""
+"""The server's log: one access line per request, in logfmt, which no client can forge."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_the_fields_of_a_download(server: Server):
 
 
 def requests_of_all_kinds(server: Server, folder: str) -> Iterator[tuple[requests.Response, dict[str, str]]]:
-    """Answers, and what their lines say."""
+    """Responses, and the expected fields of their lines."""
     user, key = {"user": "user@example.com"}, f"{folder}/a"
     by_user = server.headers()
     yield put(server, key, b"content"), {"status": "201", "method": "PUT", "path": f"/{key}", **user}
@@ -196,7 +196,7 @@ def test_a_hostile_path_cannot_break_a_line(local_server: Server, target: bytes)
 
 
 def assert_shown(field: str, text: str) -> None:
-    """A field says this text, of a long one the beginning and that it was cut."""
+    """Check that a field has this text; of a long one, the beginning and a mark that it was cut."""
     if len(text) <= 2048 and field == text:
         return
     kept = field.removesuffix("[cut]")
@@ -205,7 +205,7 @@ def assert_shown(field: str, text: str) -> None:
 
 
 def assert_whole_lines(server: Server, before: int) -> None:
-    """Each line that came since then is one of logfmt, which a pipe does not tear."""
+    """Check that each later line is logfmt, and short enough for an atomic write to a pipe."""
     for line in server.log()[before:].split("\n")[:-1]:
         assert line.startswith("ts=") and logfmt(line)["event"], line
         assert len(line.encode()) < select.PIPE_BUF
@@ -235,15 +235,15 @@ def test_the_query_is_not_logged(server: Server):
 
 
 def test_every_line_is_logfmt(server: Server):
-    """Gunicorn's, too."""
+    """Also gunicorn's."""
     for answer, _ in requests_of_all_kinds(server, new_folder()):
         access(server, answer)
     assert_whole_lines(server, 0)
     assert "event=gunicorn pid=" in server.log()
 
 
-def test_the_longest_line_keeps_what_it_is_found_by(local_server: Server):
-    """All that a client can make long is long; its request ID is at the end."""
+def test_the_longest_line_keeps_its_request_id(local_server: Server):
+    """Everything that a client can make long is long; the line's request ID is at its end."""
     target = b"/" + b"%22" * 4000
     head = {"User-Agent": '"' * 8000, "X-Request-ID": f"a{new_folder()}"}
     line = access(local_server, exchange(local_server, request("GET", target, head)))
@@ -432,8 +432,8 @@ def test_debug_logging_tells_where_an_error_comes_from(start_server: Callable[..
 
 
 @pytest.mark.filterwarnings("ignore::jwt.InsecureKeyLengthWarning")
-def test_a_short_secret_is_warned_of_once(start_server: Callable[..., Server]):
-    """Old installations have one, and go on working."""
+def test_a_short_secret_causes_one_warning(start_server: Callable[..., Server]):
+    """Old installations have one, and must go on working."""
     server = start_server(jwt_secret="short", server={"workers": 2})
     assert put(server, "a", b"content").status_code == 201
     assert server.log().count("event=weak_secret") == 1
@@ -467,7 +467,7 @@ def test_a_killed_worker_breaks_no_line(start_server: Callable[..., Server]):
 
 @pytest.fixture(scope="module")
 def quiet_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server whose log shows what a start and a stop say."""
+    """A server whose log has the messages of a start and a stop."""
     with running(Server(tmp_path_factory.mktemp("quiet"), {})) as server:
         yield server
 

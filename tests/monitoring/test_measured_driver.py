@@ -31,8 +31,8 @@ CALLS: dict[str, Callable[[Driver], object]] = {
 
 
 @pytest.mark.parametrize("method", CALLS)
-def test_another_request_has_the_slot_while_the_backend_is_waited_for(method: str) -> None:
-    """There is but one slot, and the call that ends the wait needs it."""
+def test_another_request_has_the_slot_during_a_wait_for_the_backend(method: str) -> None:
+    """There is one slot, and the call that ends the wait needs it."""
     reached, told, over = threading.Event(), threading.Event(), threading.Event()
 
     def hang(*args: Any) -> MagicMock:

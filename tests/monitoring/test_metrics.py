@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""``GET /metrics`` over HTTP: the names that dashboards use, and numbers that are right over all workers."""
+"""``GET /metrics`` over HTTP: the names that dashboards use, and values that are right over all workers."""
 
 from __future__ import annotations
 
@@ -61,14 +61,14 @@ def scrape(server: Server) -> Series:
 
 
 def value(series: Series, name: str, **labels: str) -> float:
-    """The sum of the samples of that name that have these labels, and maybe more."""
+    """The sum of a metric's samples with these labels, whatever their other labels."""
     return sum(
         number for (found, labelled), number in series.items() if found == name and labels.items() <= set(labelled)
     )
 
 
 class Growth:
-    """By how much metrics have grown since this was made."""
+    """The growth of metrics since this object was made."""
 
     def __init__(self, server: Server):
         self._server = server
@@ -80,7 +80,7 @@ class Growth:
 
 @pytest.fixture(scope="module")
 def quiet_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server on the local driver that gets requests from this module only."""
+    """A server with the local driver, for this module's requests alone."""
     document = {
         "server": {"max_upload_bytes": MIB, "lock_timeout": 0.2},
         "users": [{"name": "user@example.com", "prefixes": [""]}, {"name": "limited@example.com", "prefixes": ["x"]}],
@@ -119,7 +119,7 @@ EVERYWHERE = {
 }
 
 
-def test_every_metric_is_there_before_it_is_needed(start_server: Callable[..., Server]):
+def test_every_metric_exists_before_its_first_event(start_server: Callable[..., Server]):
     """A rate over a counter that appears with its first event misses that event."""
     server = start_server()
     requests_total = "kci_storage_http_requests_total"  # there once a request was counted, such as that of the start
@@ -259,10 +259,8 @@ def test_a_worker_that_dies_takes_no_count_along(start_server: Callable[..., Ser
 ROUNDS = 6  # for each of which workers start; the second shows already what adds up
 
 
-def test_workers_that_take_the_place_of_others_go_on_with_their_counts(
-    start_server: Callable[..., Server], tmp_path: Path
-):
-    """No total ever decreases, although workers are replaced under load, and no files of replaced workers remain."""
+def test_new_workers_continue_the_counts_of_replaced_ones(start_server: Callable[..., Server], tmp_path: Path):
+    """No total decreases while workers are replaced under load, and no files of replaced workers remain."""
     server = start_server(environ={"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)})
     server.expected_errors.append("was sent SIGKILL")
     stopped = threading.Event()
@@ -283,7 +281,7 @@ def test_workers_that_take_the_place_of_others_go_on_with_their_counts(
 
 
 def ask_until(stopped: threading.Event, server: Server) -> int:
-    """Send requests until stopped, also while no worker answers; the number of responses."""
+    """Send requests until stopped, also while no worker answers; returns the number of responses."""
     answers = 0
     while not stopped.is_set():
         with contextlib.suppress(requests.RequestException):  # the worker was killed
@@ -292,7 +290,7 @@ def ask_until(stopped: threading.Event, server: Server) -> int:
 
 
 def replace_workers(server: Server, number: int) -> None:
-    """End all workers by a signal; others are made in their place."""
+    """End all workers by a signal; the master starts others."""
     old = server.worker_pids()
     for pid in old:
         os.kill(pid, number)
@@ -301,7 +299,7 @@ def replace_workers(server: Server, number: int) -> None:
 
 
 def cumulative(series: Series) -> Series:
-    """Those of the server that only grow."""
+    """The server's metrics that only grow."""
     endings = ("_total", "_count", "_sum", "_bucket")
     return {
         (name, labels): number
@@ -425,7 +423,7 @@ def test_the_cache_and_the_backend(start_server: Callable[..., Server], azurite:
 
 
 def test_clients_cannot_make_labels(quiet_server: Server):
-    """500 of everything that a client chooses, and not one series more."""
+    """500 different values of everything that a client chooses create no series."""
     session = requests.Session()
 
     def ask(number: int, kinds: slice = slice(None)) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Where the workers' counters are kept: a folder for each master, which may vanish, or the operator's."""
+"""The folder of the workers' counters: a new one for each master, which may vanish, or the operator's."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ OURS = f"{metrics_folder.PREFIX}-{os.getuid()}"
 
 
 def folders(master: int) -> list[Path]:
-    """Those that a master has made for itself."""
+    """The folders that masters have made."""
     return list(Path(metrics_folder.SHARED_MEMORY).glob(f"{OURS}-{master}-*"))
 
 
 def ask(server: Server, times: int) -> None:
-    """Requests that are counted when this returns."""
+    """Send requests that are counted by the end of the call."""
     for _ in range(times):
         access(server, get(server, "none"))
 
@@ -48,8 +48,8 @@ def test_it_lives_as_long_as_the_master(start_server: Callable[..., Server]) -> 
     assert not folder.exists()
 
 
-def test_what_has_vanished_is_made_again_with_all_counts(start_server: Callable[..., Server]) -> None:
-    """The next scrape, and whichever worker answers it, shows all that was counted by any."""
+def test_a_vanished_folder_is_made_again_with_all_counts(start_server: Callable[..., Server]) -> None:
+    """The next scrape, from any worker, shows all counts."""
     server = start_server(server={"workers": 3})
     server.expected_errors.append("event=metrics_made_again")
     [folder] = folders(server.process.pid)
@@ -109,7 +109,7 @@ def test_where_there_is_no_place_the_server_goes_on_counting(start_server: Calla
 
 @pytest.fixture
 def shared_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A place of this test's own, since other servers are about to start."""
+    """A folder for this test alone, since other servers may start meanwhile."""
     monkeypatch.setattr(metrics_folder, "SHARED_MEMORY", tmp_path)
     return tmp_path
 
@@ -175,8 +175,8 @@ def test_the_operators_folder_is_made_where_it_is_missing(
 # One master after the other
 
 
-def test_a_master_that_takes_over_has_a_folder_of_its_own(start_server: Callable[..., Server]) -> None:
-    """Also after a reload, from which gunicorn takes the environment for the next master (SIGUSR2)."""
+def test_the_next_master_has_another_folder(start_server: Callable[..., Server]) -> None:
+    """This holds after a reload too, whose environment gunicorn passes on to the next master (SIGUSR2)."""
     server = start_server()
     old = server.process
     [folder] = folders(old.pid)
@@ -206,7 +206,7 @@ def test_a_master_that_takes_over_has_a_folder_of_its_own(start_server: Callable
 
 
 def next_master(old: int) -> int | None:
-    """The process that a master has started to take its place."""
+    """The process that a master has started to replace it."""
     known = (int(path.name.split("-")[4]) for path in metrics_folder.SHARED_MEMORY.glob(f"{OURS}-[0-9]*-*"))
     children = {child.pid for child in psutil.Process(old).children()}
     return next((pid for pid in known if pid in children), None)

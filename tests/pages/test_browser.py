@@ -48,7 +48,7 @@ MANY = 1_200
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """One browser for all tests: each visit has a profile of its own."""
+    """One browser for all tests; each visit has its own profile."""
     with running_chromium() as browser:
         yield browser
 
@@ -100,7 +100,7 @@ def test_folders_are_walked_through_by_clicking(visit):
     page.wait_for_url("**/v1/browse/")
 
 
-def test_a_page_asks_for_nothing_but_itself(visit, site):
+def test_a_page_loads_nothing_else(visit, site):
     visitor = visit()
     visitor.page.goto("/build/v6.10/")
     visitor.page.wait_for_load_state("networkidle")
@@ -156,7 +156,7 @@ def test_names_full_of_markup_are_text(visit, tmp_path):
 
 
 def test_the_policy_blocks_scripts_that_are_not_the_page_s_own(visit):
-    """As if a file's name had got into the page as markup."""
+    """The script is inserted as if a file's name had got into the page as markup."""
     visitor = visit()
     visitor.page.goto("/strange/")
     with visitor.page.expect_console_message(lambda message: "script-src" in message.text):
@@ -275,8 +275,8 @@ FETCH = """async ([url, headers]) => {
 }"""
 
 
-def test_scripts_of_other_sites_may_read_whatever_is_answered(visit, site):
-    """The page's origin is localhost, the file's is 127.0.0.1: another one."""
+def test_scripts_of_other_sites_may_read_every_response(visit, site):
+    """The page's origin is localhost, the file's is 127.0.0.1."""
     visitor = visit(site.url.replace("127.0.0.1", "localhost"))
     page = visitor.page
     page.goto("/build/v6.10/build.log")

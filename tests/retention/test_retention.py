@@ -61,7 +61,7 @@ sys.exit(main())
 
 
 def config(**values: Any) -> RetentionConfig:
-    """The section, as it is read from a file."""
+    """The section, as read from a file."""
     rules = tuple(RetentionRule(**rule) for rule in values.pop("rules", ()))
     return RetentionConfig(**values, rules=rules)
 
@@ -160,7 +160,7 @@ def test_mistakes_are_one_line(tmp_path: Path, text: str, says: str):
 
 
 def send(server: Server, folder: str) -> dict[str, str]:
-    """Upload in each way, as a user; the keys of the stored objects, by the way."""
+    """Upload in each way, as a user; returns the keys of the stored objects, by the way."""
     headers = {"Authorization": f"Bearer {server.token(USER)}"}
     assert post_form(server, part("path", folder.encode()), part("file0", b"1", "form"), headers=headers).ok
     assert post_form(server, part("file0", b"1", "spooled"), part("path", folder.encode()), headers=headers).ok
@@ -304,7 +304,7 @@ def test_another_user_is_turned_away(server: Server):
 
 @pytest.fixture
 def azure_config(tmp_path: Path) -> Callable[[Mapping[str, Any]], Path]:
-    """Writes a configuration for Azure; its path."""
+    """Write a configuration for Azure; returns its path."""
 
     def write(section: Mapping[str, Any]) -> Path:
         azure = {"account": "kernelci", "key": "c2VjcmV0", "container": "artifacts"}

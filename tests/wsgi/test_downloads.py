@@ -60,7 +60,7 @@ class Source:
     container: ContainerClient | None
 
     def store(self, content: bytes, name: str = "file.bin", content_type: str | None = None) -> str:
-        """The key of a new object."""
+        """Store a new object; returns its key."""
         key = f"{new_folder()}/{name}"
         if self.container is not None:
             settings = ContentSettings(content_type=content_type) if content_type else None
@@ -89,7 +89,7 @@ KINDS = ["local file", "hit", "miss"]
 
 @pytest.fixture(params=[*KINDS, "hit through nginx"])
 def source(request: pytest.FixtureRequest) -> Iterator[Source]:
-    """All servers."""
+    """Each kind of server."""
     yield from source_of(request.param, request)
 
 
@@ -100,7 +100,7 @@ def direct_source(request: pytest.FixtureRequest) -> Iterator[Source]:
 
 
 def source_of(kind: str, request: pytest.FixtureRequest) -> Iterator[Source]:
-    """One of the servers."""
+    """A server of this kind."""
     if kind == "miss":
         server, azurite = request.getfixturevalue("azure_server"), request.getfixturevalue("azurite")
         with azurite.client(server.document["azure"]["container"]) as container:
@@ -129,7 +129,7 @@ def bytes_of(positions: Iterable[int]) -> str:
 
 
 TABLE: dict[str, tuple[dict[str, str], int, RANGES | None]] = {
-    # what is asked for, the status, and the parts of the content that come; None: all of it
+    # the range, the status, and the parts of the content in the response; None: all of it
     "nothing special": ({}, 200, None),
     "a first part": ({"Range": "bytes=0-99"}, 206, [(0, 99)]),
     "one byte": ({"Range": "bytes=500-500"}, 206, [(500, 500)]),
@@ -192,7 +192,7 @@ TABLE: dict[str, tuple[dict[str, str], int, RANGES | None]] = {
 
 
 def filled_in(headers: dict[str, str], known: requests.Response) -> dict[str, str]:
-    """The headers, for an object of which a HEAD said this."""
+    """The headers, with the values of this HEAD response filled in."""
     modified = email.utils.parsedate_to_datetime(known.headers["Last-Modified"]).timestamp()
     values = {
         "{etag}": known.headers["ETag"],
@@ -253,7 +253,7 @@ def assert_parts(answer: requests.Response, ranges: RANGES) -> None:
 
 
 def assert_public(answer: requests.Response) -> None:
-    """Scripts of any site may read it, and caches may keep it if they revalidate before use."""
+    """Check that scripts of any site may read the response, and caches may keep it if they revalidate before use."""
     assert answer.headers["Access-Control-Allow-Origin"] == "*"
     assert answer.headers["Cache-Control"] == "public, no-cache"
     assert answer.headers["X-Content-Type-Options"] == "nosniff" or answer.status_code == 304
@@ -330,7 +330,7 @@ def test_a_cold_object_becomes_a_hit_on_every_worker(azure_server: Server, azuri
 
 
 def test_a_range_of_a_cold_object_fetches_no_more_than_that(azure_server: Server, azurite: Any):
-    """A crawler that wants the end of every image must not fill the cache."""
+    """A crawler that reads the end of every image must not fill the cache."""
     content = os.urandom(5 * MIB)
     with azurite.client(azure_server.document["azure"]["container"]) as container:
         key = f"{new_folder()}/a"
@@ -381,7 +381,7 @@ def test_a_miss_does_not_wait_for_an_upload_for_ever(start_server: Callable[...,
     assert get(server, key).content == b"first-done"
 
 
-# What is sent beside the content
+# Headers
 
 
 @pytest.mark.parametrize(
@@ -586,7 +586,7 @@ def test_every_printable_character_goes_round(server: Server):
 
 
 def test_a_range_deep_in_a_large_file_costs_nothing(local_server: Server):
-    """The content is sent from there on, not read up to there."""
+    """The file is not read from its beginning."""
     key = f"{new_folder()}/disk.img"
     path = stored_by_another_program(local_server, key, b"start")
     with path.open("r+b") as file:
@@ -600,7 +600,7 @@ def test_a_range_deep_in_a_large_file_costs_nothing(local_server: Server):
         assert get(local_server, key, {"Range": "bytes=-5"}).content == bytes(5)
     several = get(local_server, key, {"Range": f"bytes=0-4,{8 * GIB}-{8 * GIB + 3}"})
     assert b"start" in several.content and b"deep" in several.content
-    assert processor_seconds(local_server) - before < 2  # reading 8 GiB takes about as long, once
+    assert processor_seconds(local_server) - before < 2  # reading 8 GiB once takes about as long
 
 
 def processor_seconds(server: Server) -> float:
@@ -609,7 +609,7 @@ def processor_seconds(server: Server) -> float:
 
 
 def test_a_client_that_leaves(direct_source: Source):
-    """The log says how many bytes were sent, and the next client gets the whole file."""
+    """The log has the number of sent bytes, and the next client gets the whole file."""
     content = os.urandom(MIB) * 64
     key = direct_source.store(content)
     with Wire(direct_source.server, receive_buffer=64 * 1024) as wire:

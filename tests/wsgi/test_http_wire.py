@@ -142,7 +142,7 @@ def test_what_is_no_http_is_refused_and_ends_the_connection(local_server: Server
         answer = wire.answer()
         assert_error(answer, 501 if b"xchunked" in data else 400, local_server)
         assert answer.headers["Connection"] == "close"
-        assert wire.rest() == b""  # one answer, and nothing behind it
+        assert wire.rest() == b""  # no second answer
     assert access(local_server, answer)["error"].startswith("malformed_request")
 
 
@@ -161,8 +161,8 @@ def test_what_is_too_much_is_refused(local_server: Server, data: bytes, status: 
 
 
 @pytest.mark.parametrize(("size", "end"), [(20_000, b"\r\n"), (70_000, b"")], ids=["whole", "endless"])
-def test_a_refused_head_is_heeded_all_the_same(local_server: Server, size: int, end: bytes):
-    """A refused head may have said which form of response and which request ID the client wants."""
+def test_a_refused_heads_accept_and_request_id_are_used(local_server: Server, size: int, end: bytes):
+    """A refused head may have named the preferred form of the response, and the request ID."""
     said = {"Accept": "application/json", "X-Request-ID": new_folder()}
     head = request("GET", "/", {**said, "Padding": "x" * size}).removesuffix(b"\r\n") + end
     answer = exchange(local_server, head)
@@ -244,11 +244,11 @@ def test_a_malformed_header_shows_no_token(local_server: Server):
     assert token not in local_server.log()
 
 
-# What all answers have
+# Common headers
 
 
 def answers(server: Server) -> Iterator[tuple[int, bytes]]:
-    """One response of each part that makes responses: the status, and the request."""
+    """One response from each part of the server that makes responses: the status, and the request."""
     key, write = new_folder(), server.headers()
     yield 201, request("PUT", f"/{key}", write, b"content")
     yield 200, request("GET", f"/{key}")
@@ -311,13 +311,13 @@ def test_a_browser_may_ask_with_any_headers(local_server: Server):
 
 
 def test_a_redirect_names_a_path(local_server: Server):
-    """The client knows better by which name, and through which proxy, it reaches this server."""
+    """Only the client knows under which name, and through which proxy, it reaches this server."""
     answer = exchange(local_server, request("GET", "/v1/browse?marker=a%20b", {"Host": "elsewhere:1"}))
     assert (answer.status, answer.headers["Location"]) == (308, "/v1/browse/?marker=a%20b")
     assert b"elsewhere" not in answer.body
 
 
-# Connections that go on
+# Persistent connections
 
 
 def put_request(server: Server, key: str, body: bytes, **headers: str) -> bytes:
@@ -450,7 +450,7 @@ def refusals(server: Server) -> Iterator[tuple[int, str, str, dict[str, str]]]:
 
 @pytest.fixture(scope="module")
 def strict_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server with a limit for uploads, and a user who may write in one folder only."""
+    """A server with a size limit for uploads, and a user with permission for one folder only."""
     document = {
         "server": {"max_upload_bytes": 20 * GIB},
         "users": [{"name": "limited@example.com", "prefixes": ["allowed"]}],
@@ -463,7 +463,7 @@ def strict_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def test_a_refused_upload_costs_nothing(strict_server: Server, expect: dict[str, str]):
     for status, method, target, headers in refusals(strict_server):
         length = 21 * GIB if status == 413 else 4 * GIB
-        with Wire(strict_server) as wire:  # nothing of the body is ever sent
+        with Wire(strict_server) as wire:  # without any byte of the body
             wire.send(request(method, target, {**headers, **expect, "Content-Length": length}))
             answer = wire.answer()
             assert answer.status == status, (method, target, headers)
@@ -494,7 +494,7 @@ FIRST_KIB = b"x" * 1024
 
 
 def test_permission_is_refused_before_the_files_content(strict_server: Server):
-    """Where ``path`` comes first. The server reads a form's first KiB at once; what comes after it is never sent."""
+    """``path`` comes first. The server reads a form's first KiB at once; the rest is never sent."""
     headers = {**strict_server.headers("limited@example.com"), **FORM_TYPE, "Content-Length": GIB}
     with Wire(strict_server) as wire:
         wire.send(request("POST", "/upload", headers), part("path", b"elsewhere"), part("file0", FIRST_KIB, "a"))
@@ -551,7 +551,7 @@ def cuts(upload: bytes) -> Iterator[bytes]:
     points = {0, 1, 2, 10, 60, 100, 130, 200, 262_143, 262_144, 300_000, 650_000}
     points |= {len(body) - back for back in (1, 2, 3, 4, 5, 8, len(BOUNDARY) + 2, len(BOUNDARY) + 8, 200)}
     if upload.startswith(b"POST") and b"chunked" not in upload[:start]:
-        points -= {len(body) - 1, len(body) - 2}  # without the last line's end it is still a form, but too short
+        points -= {len(body) - 1, len(body) - 2}  # only the last line's end is missing, so it is still a form
         points |= {len(body) - 1}
     return (upload[: start + point] for point in sorted(points) if 0 <= point < len(body))
 
@@ -608,7 +608,7 @@ def test_an_upload_is_not_visible_before_its_end(server: Server):
     body = form(part("path", folder.encode()), part("file0", content, "a"), part("file1", content, "b"))
     put(server, f"{folder}/b", b"old")
     with Wire(server) as wire:
-        wire.send(post_request(server, body)[:-6])  # all of both files, but not the closing boundary
+        wire.send(post_request(server, body)[:-6])  # both files are complete, but the closing boundary is missing
         wait_for_parts(server)
         assert keys(server, folder) == [f"{folder}/b"]
         assert get(server, f"{folder}/b").content == b"old"
@@ -623,7 +623,7 @@ def wait_for_parts(server: Server) -> None:
 
 
 def size_of(path: Path) -> int:
-    """In bytes; 0 if it is gone."""
+    """A file's size in bytes; 0: it does not exist."""
     with contextlib.suppress(FileNotFoundError):
         return path.stat().st_size
     return 0
@@ -640,7 +640,7 @@ def test_a_broken_chunked_body_is_refused(server: Server):
     assert keys(server, folder) == []
 
 
-# Clients that stand still
+# Clients without progress
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The application under other WSGI servers, which have no sendfile, or one of their own: the same answers."""
+"""The application under other WSGI servers, without sendfile or with their own: the answers are the same."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class OtherServer(Server):
 def other_server(
     request: pytest.FixtureRequest, azurite: Azurite, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
-    """Each of the servers in turn, over Azurite."""
+    """Each of the other servers, with Azurite as the backend."""
     container = azurite.new_container()
     azure = {"account": azurite.account, "key": azurite.key, "endpoint": azurite.endpoint, "container": container}
     server = OtherServer(tmp_path_factory.mktemp(request.param), {"driver": "azure", "azure": azure})
@@ -59,7 +59,7 @@ def other_server(
 
 @pytest.fixture
 def session() -> Iterator[requests.Session]:
-    """A client that keeps its connection: the next response shows whether the last one had the right length."""
+    """A client with a persistent connection: the next response shows whether the last one had the right length."""
     with requests.Session() as session:
         session.headers["Accept-Encoding"] = "identity"
         yield session
