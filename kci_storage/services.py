@@ -18,7 +18,7 @@ from kci_storage.access.tokens import Authenticator
 from kci_storage.archives.receiving import Archives
 from kci_storage.archives.unpacking import Limits
 from kci_storage.cache.directory import Cache
-from kci_storage.cache.housekeeping import Housekeeper
+from kci_storage.cache.housekeeping import DriverUpkeep, Housekeeper
 from kci_storage.config.reading import load
 from kci_storage.config.settings import Config, ConfigError
 from kci_storage.drivers.base import Driver, LocalObjects, Sweepable
@@ -120,8 +120,7 @@ def build_services(config: Config, ledger: Ledger | None = None) -> Services:
     local = GuardedFiles(driver) if isinstance(driver, LocalObjects) else None
     cache = open_cache(config)
     metrics = Metrics(cache, disks(config, local))
-    sweep = partial(drivers.sweep, config) if isinstance(driver, Sweepable) else None
-    housekeeper = Housekeeper(cache, config.cache, metrics, sweep)
+    housekeeper = Housekeeper(cache, config.cache, metrics, driver_upkeep(config, driver))
     guarded = GuardedDriver(MeasuredDriver(driver))
     negative_cache = NegativeCache(config.cache.directory / "uploads", config.cache.revalidate_after)
     server = config.server
@@ -164,6 +163,13 @@ def build_services(config: Config, ledger: Ledger | None = None) -> Services:
         metrics=metrics,
         housekeeper=housekeeper,
     )
+
+
+def driver_upkeep(config: Config, driver: Driver) -> DriverUpkeep | None:
+    """How the housekeeping removes what crashes left in the driver's store; None: they leave nothing there."""
+    if not isinstance(driver, Sweepable):
+        return None
+    return DriverUpkeep(recover=driver.recover, sweep=partial(drivers.sweep, config))
 
 
 def fills_at_once(config: Config) -> int:

@@ -5,6 +5,11 @@ One thread over all workers does it, elected by a lock; when its worker dies, a 
 It checks the limits periodically, which costs three system calls, and scans the directory only when one is crossed. A
 fill that needs space asks for it at once (:meth:`Housekeeper.make_room`).
 
+What a killed worker left is removed in two steps. Each worker that starts looks into the few small folders where
+locks, spools and the driver's temporary files are. Parts and claims lie among the copies, where only a sweep finds
+them: so the elected thread sweeps soon after any worker has ended. It learns that from a file that each worker has
+locked for as long as it lives.
+
 A scan runs in a process of its own (:mod:`kci_storage.files.jobs`), which shares the elected thread's lock. Only a
 small cache is scanned in a thread of the fill's process, since starting a process would take longer than the scan.
 """
@@ -20,7 +25,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from kci_storage.cache.directory import Cache
 from kci_storage.cache.entry import Usage
@@ -34,12 +39,15 @@ from kci_storage.files.jobs import Job, JobStopped
 log = logging.getLogger(__name__)
 PAUSE = 0.002  # seconds between two steps of an eviction for a fill, so that requests are not delayed
 ELECTION_INTERVAL = 5  # seconds between two tries to become the elected thread
-SWEEP_INTERVAL = 24 * 3600  # seconds; a sweep also finds what workers left that died while the server ran
+LOOK_INTERVAL = 2  # seconds between two looks of the elected thread whether a worker has ended
+SWEEP_INTERVAL = 24 * 3600  # seconds
+SWEEP_REST = 10  # times as long as a sweep took; no other one follows sooner, however often workers end
 STOP_TIMEOUT = 5.0  # seconds that a process waits for its housekeeping to end
 ROOM_TIMEOUT = 3  # seconds that a fill and its clients wait for space; then the cache is bypassed
 SMALL = 1000  # files; scanning so many takes less time than starting a process
 MAX_CANDIDATES = 10_000  # of one scan that are kept for the next fills; about 0.4 KiB each
 ROOM_LOCK, LEADER_LOCK = "room.lock", "housekeeping.lock"
+WORKERS = "workers"  # the folder of the files that the workers have locked while they live
 
 
 # Long work, which would delay requests in a worker: these run as jobs
@@ -75,29 +83,47 @@ def least_recently_used(limits: CacheConfig, count: int) -> Iterator[list[Candid
         yield chosen[start : start + STEP]
 
 
+class DriverUpkeep(NamedTuple):
+    """How to remove what crashes left in the driver's store. Both functions return how many files were removed."""
+
+    recover: Callable[[], int]  # what is found quickly
+    sweep: Callable[[], int]  # everything; it runs in another process, so it must be picklable
+
+
 class Housekeeper:
     """Evicts the least recently used copies when a limit is crossed, and sweeps.
 
     :param limits: the configuration's section ``[cache]``.
-    :param sweep_driver: sweeps the driver's store, and returns how many files it has removed; it runs in another
-        process, so it must be picklable. None: a crash leaves nothing in that store.
+    :param driver: None: a crash leaves nothing in the driver's store.
     """
 
-    def __init__(self, cache: Cache, limits: CacheConfig, events: Events, sweep_driver: Callable[[], int] | None):
+    def __init__(self, cache: Cache, limits: CacheConfig, events: Events, driver: DriverUpkeep | None):
         self._cache = cache
         self._limits = limits
         self._events = events
-        self._sweep_driver = sweep_driver
+        self._driver = driver
         self._evictor = Evictor(cache, limits)
         self._stopped = threading.Event()
         self._jobs: set[Job] = set()
         self._threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
         self._oldest: list[Candidate] = []  # of the latest scan for a fill, the least recently used last
+        self._workers = cache.directory / WORKERS
+        self._presence: durable.NewFile | None = None
+        self._next_sweep = 0.0  # on the monotonic clock
+        self._rested = 0.0  # the same: when the last sweep is long enough ago for another one
 
     def start(self) -> None:
-        """Repair what dead workers left, then start a thread for the housekeeping, unless another worker does it."""
+        """Remove what dead workers left, then start a thread for the housekeeping, unless another worker does it."""
+        self._log_errors(self._show_presence)
+        self._log_errors(partial(durable.remove_abandoned, self._cache.spool_directory))
         self._log_errors(self._cache.recover_locks)
+        if self._driver is not None:
+            self._log_errors(self._driver.recover)
         self._start("housekeeping", self._run)
+
+    def _show_presence(self) -> None:
+        with contextlib.suppress(InsufficientStorage):  # this worker's end will not be noticed
+            self._presence = durable.NewFile.unnamed(self._workers)
 
     def _start(self, name: str, work: Callable[[], object]) -> threading.Thread:
         thread = threading.Thread(target=work, name=name, daemon=True)
@@ -116,6 +142,8 @@ class Housekeeper:
             job.stop()
         for thread in list(self._threads):
             thread.join(max(0.0, deadline - time.monotonic()))
+        if self._presence is not None:
+            self._presence.close()  # the file stays, since requests and fills may be cut off when the process ends
 
     def _run(self) -> None:
         while not self._stopped.is_set():
@@ -126,17 +154,31 @@ class Housekeeper:
         """Do the housekeeping until the process stops, unless another worker does it."""
         path = self._cache.directory / LEADER_LOCK
         fd = durable.open_lock_file(path)
+        self._next_sweep = time.monotonic()
         try:
-            swept = float("-inf")
             while durable.try_lock(fd) and durable.is_file_at(fd, path):
-                if time.monotonic() - swept > SWEEP_INTERVAL:
-                    swept = time.monotonic()
+                if self._is_sweep_due():
                     self._log_errors(partial(self._sweep, fd))
                 self._log_errors(partial(self.keep_limits, fd))
-                if self._stopped.wait(self._limits.interval):
+                if self._wait():
                     return
         finally:
             os.close(fd)
+
+    def _is_sweep_due(self) -> bool:
+        now = time.monotonic()
+        return now >= self._next_sweep or (now >= self._rested and self._has_worker_ended())
+
+    def _has_worker_ended(self) -> bool:
+        return not all(map(durable.is_locked, durable.files_in(self._workers)))
+
+    def _wait(self) -> bool:
+        """Wait for the interval between two checks of the limits, or until a sweep is due; whether to stop."""
+        deadline = time.monotonic() + self._limits.interval
+        while (left := deadline - time.monotonic()) > 0 and not self._is_sweep_due():
+            if self._stopped.wait(min(left, LOOK_INTERVAL)):
+                break
+        return self._stopped.is_set()
 
     @staticmethod
     def _log_errors(action: Callable[[], object]) -> None:
@@ -162,12 +204,15 @@ class Housekeeper:
 
     def _sweep(self, lock: int) -> None:
         started = time.monotonic()
-        removed = sum(self._job(sweep, self._limits.directory, self._sweep_driver, lock=lock))
+        durable.remove_abandoned(self._workers)  # first: a worker that ends from now on is a reason for another sweep
+        try:
+            removed = sum(self._job(sweep, self._limits.directory, self._driver and self._driver.sweep, lock=lock))
+        finally:
+            seconds = time.monotonic() - started
+            self._next_sweep = started + SWEEP_INTERVAL
+            self._rested = time.monotonic() + SWEEP_REST * seconds
         files, size, _ = self._cache.usage.read()
-        log.info(
-            "event=swept removed=%d files=%d bytes=%d seconds=%.3f",
-            removed, files, size, time.monotonic() - started,
-        )  # fmt: skip
+        log.info("event=swept removed=%d files=%d bytes=%d seconds=%.3f", removed, files, size, seconds)
 
     def keep_limits(self, lock: int | None = None) -> None:
         """Evict if a limit is crossed.

@@ -281,10 +281,13 @@ class LocalObjects(Protocol):
 
 @runtime_checkable
 class Sweepable(Protocol):
-    """Optional ability: a crash may leave files behind, and the driver can tell them from files in use."""
+    """Optional ability: a crash may leave files behind, and the driver can tell them from files in use.
+
+    Both methods are safe while others write. They return how many files were removed.
+    """
+
+    def recover(self) -> int:
+        """Remove what dead writers left, as far as that is quickly found: each worker waits for it when it starts."""
 
     def sweep(self) -> int:
-        """Remove the files of writers that died. Safe while others write.
-
-        :returns: how many files were removed.
-        """
+        """Remove all that crashes left, which may take minutes. It is called once a day, and after a worker's end."""

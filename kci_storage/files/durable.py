@@ -260,6 +260,25 @@ def remove_if_unlocked(path: Path) -> bool:
         return status is not None and remove(path)
 
 
+def remove_abandoned(directory: Path) -> int:
+    """Remove the temporary files of dead writers from a folder; how many. A missing folder has none.
+
+    A file that cannot be removed, such as another user's, does not keep the others.
+    """
+    removed = 0
+    for path in files_in(directory):
+        with contextlib.suppress(OSError):
+            removed += remove_if_unlocked(path)
+    return removed
+
+
+def files_in(directory: Path) -> Iterator[Path]:
+    """The paths of a folder's files; none if the folder is missing."""
+    with contextlib.suppress(FileNotFoundError), os.scandir(directory) as entries:
+        for entry in entries:
+            yield Path(entry.path)
+
+
 def flush_together(*files: NewFile) -> None:
     """Flush the content of several files to the disk.
 

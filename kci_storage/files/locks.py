@@ -154,6 +154,17 @@ class KeyLocks:
             return os.listdir(self.directory)
         return []
 
+    def orphans(self) -> Iterator[str]:
+        """The names of the locks that dead holders left.
+
+        Each lock is held until the next name is asked for, and is removed then. No marker is needed, so this works on
+        a full disk, too.
+        """
+        for name in self.names():
+            if (left := durable.NewFile.take_over(self.directory / name)) is not None:
+                with left:
+                    yield name
+
     def sync(self) -> None:
         """Flush the folder, so that the locks held now survive a loss of power."""
         durable.sync_directory(self.directory)

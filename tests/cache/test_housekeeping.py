@@ -19,7 +19,7 @@ import requests
 
 from kci_storage.cache import housekeeping, limits
 from kci_storage.cache.directory import Cache
-from kci_storage.cache.housekeeping import Housekeeper
+from kci_storage.cache.housekeeping import DriverUpkeep, Housekeeper
 from kci_storage.cache.limits import Evictor
 from kci_storage.config.settings import CacheConfig
 from kci_storage.drivers.base import ObjectInfo
@@ -486,6 +486,53 @@ class TestTheThread:
             assert entry.record.doubtful
             os.close(entry.fd)
 
+    def test_a_start_removes_spools_and_recovers_the_driver_before_it_returns(self, cache: Cache) -> None:
+        recovered: list[int] = []
+
+        def recover_driver() -> int:
+            recovered.append(1)
+            raise OSError("the driver's folder cannot be read")
+
+        dead = cache.new_spool()
+        dead.close()
+        keeper = Housekeeper(
+            cache, settings(cache), Metrics(cache, []), DriverUpkeep(recover=recover_driver, sweep=lambda: 0)
+        )
+        with leading(cache), cache.new_spool() as living:
+            keeper.start()
+            assert (dead.path.exists(), living.path.exists(), recovered) == (False, True, [1])
+            keeper.stop()
+
+    def test_the_leader_sweeps_again_when_a_worker_has_ended(
+        self, cache: Cache, started: Callable[..., Housekeeper], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level("INFO")
+        started()
+        wait_until(lambda: "event=swept" in caplog.text, TIMEOUT, "the first sweep")
+        with peers(1) as [peer]:
+            peer.call(work, cache.directory)
+            assert len(list((cache.directory / housekeeping.WORKERS).iterdir())) == 2
+            peer.kill()
+        wait_until(lambda: caplog.text.count("event=swept") == 2, TIMEOUT, "another sweep")
+        assert len(list((cache.directory / housekeeping.WORKERS).iterdir())) == 1
+
+    def test_workers_that_end_again_and_again_do_not_keep_the_leader_sweeping(
+        self, cache: Cache, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        now = [time.monotonic()]
+        monkeypatch.setattr(housekeeping.time, "monotonic", lambda: now[0])
+        keeper = housekeeper(cache)
+        sweep_in(keeper, now, seconds=3)
+        durable.NewFile.unnamed(cache.directory / housekeeping.WORKERS).close()
+        assert not keeper._is_sweep_due()
+        now[0] += 3 * housekeeping.SWEEP_REST
+        assert keeper._is_sweep_due()
+        sweep_in(keeper, now, seconds=3)
+        now[0] += 3 * housekeeping.SWEEP_REST
+        assert not keeper._is_sweep_due()
+        now[0] += housekeeping.SWEEP_INTERVAL
+        assert keeper._is_sweep_due()
+
     def test_the_leader_sweeps_and_then_keeps_the_limits(
         self, cache: Cache, started: Callable[..., Housekeeper]
     ) -> None:
@@ -527,7 +574,8 @@ class TestTheThread:
         wait_until(lambda: cache.usage.read()[0] == 1, TIMEOUT, "the new lead")
 
     def test_the_driver_is_swept_too_in_another_process(self, cache: Cache, caplog: pytest.LogCaptureFixture) -> None:
-        keeper = Housekeeper(cache, settings(cache), Metrics(cache, []), partial(sweep_driver, os.getpid()))
+        driver = DriverUpkeep(recover=lambda: 0, sweep=partial(sweep_driver, os.getpid()))
+        keeper = Housekeeper(cache, settings(cache), Metrics(cache, []), driver)
         caplog.set_level("INFO")
         cache.new_part("dead").close()
         try:
@@ -540,7 +588,8 @@ class TestTheThread:
     def test_a_stop_ends_a_job(self, cache: Cache, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         """Its lock is free when the worker is gone, and nothing is reported that was not done."""
         begun = tmp_path / "begun"
-        keeper = Housekeeper(cache, settings(cache), Metrics(cache, []), partial(hang, begun))
+        driver = DriverUpkeep(recover=lambda: 0, sweep=partial(hang, begun))
+        keeper = Housekeeper(cache, settings(cache), Metrics(cache, []), driver)
         keeper.start()
         wait_until(begun.exists, TIMEOUT, "the sweep of the driver")
         assert len(set(leaders(cache.directory))) == 2
@@ -604,6 +653,29 @@ def die_writing(directory: Path) -> None:
     writing = Cache(directory).writing("a", TIMEOUT)
     writing.__enter__()
     _held.append(writing)
+
+
+def work(directory: Path) -> None:
+    """For a peer process: be a worker that does not lead, and that leaves a part behind when it is killed."""
+    cache = Cache(directory)
+    keeper = housekeeper(cache)
+    keeper.start()
+    _held.extend((keeper, cache.new_part("a")))
+
+
+def sweep_in(keeper: Housekeeper, now: list[float], seconds: float) -> None:
+    """Let a housekeeper sweep, for which it takes some time.
+
+    :param now: the time, which is changed.
+    """
+
+    def job(*arguments: object, **options: object) -> Iterator[int]:
+        now[0] += seconds
+        yield 0
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(keeper, "_job", job)
+        keeper._sweep(-1)
 
 
 def leaders(directory: Path) -> list[int]:

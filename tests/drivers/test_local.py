@@ -577,7 +577,7 @@ def crash(driver: LocalDriver, at: str) -> None:
             writer.write(b"content")
             if at == "writing":
                 os._exit(9)
-            driver._place = lambda *args: os._exit(9)
+            setattr(driver, "_place_content" if at == "placing" else "_place", lambda *args: os._exit(9))
             commit_over_anything(driver, "a", writer, b"content")
 
     child = fork.Process(target=upload)
@@ -601,10 +601,37 @@ def check_a_sweep_after_a_crash(driver: LocalDriver, root: Path, at: str, files:
     crash(driver, at)
     assert len(inside(root)) == len(before) + files
     assert driver.stat("a") == previous
-    assert driver.sweep() == files
+    assert driver.recover() == files
     assert inside(root) == before
     assert driver.stat("a") == previous
     assert driver.sweep() == 0
+
+
+def test_a_record_whose_content_was_not_renamed_any_more_goes_with_its_lock(plain_root):
+    root, driver = plain_root, LocalDriver(plain_root)
+    previous = put(driver, "a", b"previous", "image/png")
+    before = inside(root)
+    crash(driver, "placing")
+    assert len(inside(root)) == len(before) + 3  # the record, the content's temporary file, the lock
+    assert driver.recover() == 3
+    assert inside(root) == before
+    crash(driver, "placing")
+    next_one = put(driver, "a", b"next", "image/png")  # whoever takes the lock sees to it
+    assert LocalDriver(root).stat("a") == next_one != previous
+    assert len(records_in(root)) == 1
+
+
+def test_a_recovery_takes_nothing_from_those_who_write(driver, root):
+    with driver.writer("a", "text/plain") as writer, driver._locked("a"):
+        writer.write(b"content")
+        before = inside(root)
+        assert LocalDriver(root).recover() == 0
+        assert inside(root) == before
+
+
+def test_a_recovery_makes_no_folders(tmp_path):
+    assert LocalDriver(tmp_path / "storage").recover() == 0
+    assert not (tmp_path / "storage").exists()
 
 
 def test_a_crash_blocks_nobody(driver):

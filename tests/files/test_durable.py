@@ -198,6 +198,18 @@ class TestTemporaryFilesAndTheirWriters:
         assert durable.remove_if_unlocked(tmp_path / "temporary")
         assert names(tmp_path) == []
 
+    def test_those_of_dead_writers_are_removed_from_a_folder(self, tmp_path: Path, peer: Peer) -> None:
+        folder = tmp_path / "folder"
+        assert durable.remove_abandoned(folder) == 0
+        peer.call(leave_open, folder / "dead 1")
+        peer.call(leave_open, folder / "dead 2")
+        (folder / "a folder").mkdir()  # it cannot be removed, and keeps nothing else
+        with NewFile(folder / "living"):
+            assert durable.remove_abandoned(folder) == 0
+            peer.kill()
+            assert durable.remove_abandoned(folder) == 2
+            assert names(folder) == ["a folder", "living"]
+
     def test_it_is_distinguished_from_another_file_of_its_name(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

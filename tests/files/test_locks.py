@@ -231,6 +231,28 @@ class TestDeadHolders:
             assert lease is not None
             assert not lease.orphaned
 
+    def test_those_that_they_left_are_found_and_removed(self, locks: KeyLocks, peer: Peer) -> None:
+        for name in ("dead 1", "dead 2"):
+            peer.call(take, locks.directory, name)
+        with locks.hold("living", timeout=0):
+            assert list(locks.orphans()) == []
+            peer.kill()
+            found = []
+            for name in locks.orphans():
+                assert locks.try_acquire(name) is None
+                found.append(name)
+            assert sorted(found) == ["dead 1", "dead 2"]
+            assert locks.names() == ["living"]
+
+    def test_those_are_found_on_a_full_disk_too(self, tmp_path: Path, peer: Peer) -> None:
+        with small_disk(tmp_path / "disk", 1024 * 1024, inodes=20) as disk:
+            peer.call(take, disk / "locks", "dead")
+            peer.kill()
+            use_up_inodes(disk)
+            locks = KeyLocks(disk / "locks")
+            assert list(locks.orphans()) == ["dead"]
+            assert locks.names() == []
+
     def test_a_holder_that_came_and_died_in_between_is_not_overlooked(
         self, locks: KeyLocks, peer: Peer, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -23,7 +23,7 @@ from pathlib import Path
 from kci_storage.config.settings import Config
 from kci_storage.drivers.base import Digests, Driver, ObjectInfo, ObjectReader, ObjectWriter, Page
 from kci_storage.drivers.local import legacy_types
-from kci_storage.drivers.local.properties import Identity, NewRecord, Records, files_in
+from kci_storage.drivers.local.properties import Identity, NewRecord, Records
 from kci_storage.drivers.local.tree import ABSENT, Tree
 from kci_storage.errors import (
     BackendError,
@@ -153,17 +153,28 @@ class LocalDriver(Driver):
     def close(self) -> None:
         """Nothing to do: no file is kept open."""
 
-    def sweep(self) -> int:
-        """Remove temporary files and locks whose holder died, and records without content."""
-        removed = 0
+    def recover(self) -> int:
+        """Remove temporary files and locks whose holder died, and records that it had written without content."""
         with _own_errors():
-            for directory in (self._temporary, self._lock_directory):
-                removed += sum(durable.remove_if_unlocked(path) for path in files_in(directory))
-            self._locks.sweep()
+            removed = durable.remove_abandoned(self._temporary)
+            if self._lock_directory.exists():
+                removed += sum(1 + self._remove_stale_records(digest) for digest in self._locks.orphans())
+                self._locks.sweep()
+        return removed
+
+    def sweep(self) -> int:
+        """As :meth:`recover`, and remove all records without content: also of files that were changed by hand."""
+        removed = self.recover()
+        with _own_errors():
             for path, key, identity in self._records.files():
                 if self._identity_text(key) != identity:
                     removed += self._remove_orphan(path, key, identity)
         return removed
+
+    def _remove_stale_records(self, digest: str) -> int:
+        """Remove a key's records that are not of its present version; how many. The caller holds its lock."""
+        files = self._records.files_of(digest)
+        return sum(durable.remove(path) for path, key, identity in files if self._identity_text(key) != identity)
 
     def _remove_orphan(self, path: Path, key: str, identity: str) -> bool:
         with self._locked(key):  # a commit writes the record shortly before the content
@@ -246,7 +257,9 @@ class LocalDriver(Driver):
     @contextlib.contextmanager
     def _locked(self, key: str) -> Iterator[None]:
         """Lock ``key`` during the block, against commits and deletions of all processes on this machine."""
-        with self._locks.hold(_digest(key), LOCK_TIMEOUT):
+        with self._locks.hold(_digest(key), LOCK_TIMEOUT) as lease:
+            if lease.orphaned:
+                self._remove_stale_records(_digest(key))
             yield
 
     def _check_place(self, key: str) -> None:

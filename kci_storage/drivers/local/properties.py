@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 from kci_storage.drivers.base import ObjectInfo
 from kci_storage.drivers.local.tree import Tree
 from kci_storage.files import durable
+from kci_storage.files.durable import files_in
 
 ATTRIBUTE = "user.kci-storage"
 FOLDER = ".kci/meta"  # of the records that are files
@@ -128,21 +129,20 @@ class Records:
     def files(self) -> Iterator[tuple[Path, str, str]]:
         """Each file of a record, and the key and identity, as text, that it is of; of no key if it is unreadable."""
         for folder in files_in(self._tree.root / FOLDER):
-            for path in files_in(folder):
-                info = _read_file(path)
-                yield path, info.key if info else "", path.name.partition(".")[2].removesuffix(".json")
+            yield from map(_described, files_in(folder))
+
+    def files_of(self, digest: str) -> Iterator[tuple[Path, str, str]]:
+        """As :meth:`files`, of one key.
+
+        :param digest: the key's SHA-256, in hexadecimal digits.
+        """
+        folder = files_in(self._tree.root / FOLDER / digest[:2])
+        yield from (_described(path) for path in folder if path.name.startswith(digest))
 
     @staticmethod
     def _path(key: str, identity: Identity) -> str:
         digest = hashlib.sha256(key.encode()).hexdigest()
         return f"{FOLDER}/{digest[:2]}/{digest}.{identity}.json"
-
-
-def files_in(directory: Path) -> Iterator[Path]:
-    """What is in a folder; nothing if that is not there."""
-    with contextlib.suppress(FileNotFoundError), os.scandir(directory) as entries:
-        for entry in entries:
-            yield Path(entry.path)
 
 
 def _to_attribute(info: ObjectInfo, identity: Identity) -> bytes:
@@ -171,6 +171,11 @@ def _read_attribute(fd: int, key: str, identity: Identity) -> ObjectInfo | None:
     except (OSError, ValueError, TypeError, KeyError):  # there is none, or it is damaged
         return None
     return ObjectInfo(key, identity.size, etag, identity.mtime_ns // 10**9, content_type, sha256, md5, tags)
+
+
+def _described(path: Path) -> tuple[Path, str, str]:
+    info = _read_file(path)
+    return path, info.key if info else "", path.name.partition(".")[2].removesuffix(".json")
 
 
 def _read_file(path: Path) -> ObjectInfo | None:
