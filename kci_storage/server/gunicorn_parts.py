@@ -18,7 +18,10 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple, NoReturn, Protocol
 
+from kci_storage import logfmt
 from kci_storage.monitoring import logs
+
+log = logging.getLogger(__name__)
 
 Headers = list[tuple[str, str]]
 
@@ -49,11 +52,14 @@ PARTS = (
     Part("gunicorn.workers.base", "Worker.alive", assigned_in="Worker.handle_exit"),
     Part("gunicorn.workers.base", "Worker.wsgi", assigned_in="Worker.load_wsgi"),
     Part("gunicorn.errors", "AppImportError"),
-    # The master: reload (SIGHUP) and stop.
+    # The master: reload (SIGHUP), the next master (SIGUSR2) and stop.
     Part("gunicorn.arbiter", "Arbiter"),
     Part("gunicorn.arbiter", "Arbiter.cfg", assigned_in="Arbiter.setup"),
     Part("gunicorn.arbiter", "Arbiter.handle_hup", ("self",)),
     Part("gunicorn.arbiter", "Arbiter.reload", ("self",)),
+    Part("gunicorn.arbiter", "Arbiter.handle_usr2", ("self",)),
+    Part("gunicorn.arbiter", "Arbiter.master_pid", assigned_in="Arbiter.__init__"),
+    Part("gunicorn.arbiter", "Arbiter.num_workers", assigned_in="Arbiter.setup"),
     Part("gunicorn.arbiter", "Arbiter.stop", ("self", "graceful")),
     Part("gunicorn.errors", "HaltServer"),
     # Its own messages.
@@ -301,9 +307,39 @@ class Logger(glogging.Logger):
 
 
 def replace_reload(server: Any, reload: Callable[[Callable[[], None]], None]) -> None:
-    """Make SIGHUP call ``reload``, whose argument is gunicorn's own reaction: replace all workers by new ones."""
+    """Make SIGHUP call ``reload``, whose argument is gunicorn's own reaction: replace all workers by new ones.
+
+    Two cases are gunicorn's. A master whose workers SIGWINCH has ended starts them again. And one that has been
+    started by SIGUSR2 would take the PID file of the old master, and end because that still runs.
+    """
     new_workers = server.reload
-    server.handle_hup = lambda: reload(new_workers)
+
+    def handle_hup() -> None:
+        if server.master_pid and server.cfg.pidfile:
+            log.error(logfmt.line(event="reload_refused", reason="the old master still runs, and has the PID file"))
+            return
+        reload(new_workers)
+        if not server.num_workers:
+            new_workers()
+
+    server.handle_hup = handle_hup
+
+
+def refuse_upgrade_where_it_would_end_the_server(server: Any) -> None:
+    """Refuse SIGUSR2 where the end of the old master would end the new one too: under systemd, and in a container."""
+    upgrade = server.handle_usr2
+    # What systemd says to a service (sd_notify(3), sd_listen_fds(3)); gunicorn removes one of these variables later.
+    has_systemd = "NOTIFY_SOCKET" in os.environ or os.environ.get("LISTEN_PID") == str(os.getpid())
+
+    def handle_usr2() -> None:
+        if has_systemd:
+            log.error(logfmt.line(event="upgrade_refused", reason="systemd supervises this master: restart the unit"))
+        elif os.getpid() == 1:
+            log.error(logfmt.line(event="upgrade_refused", reason="a container ends with its first process"))
+        else:
+            upgrade()
+
+    server.handle_usr2 = handle_usr2
 
 
 def stop_despite_failures(server: Any) -> None:

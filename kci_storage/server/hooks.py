@@ -62,6 +62,7 @@ def on_starting(server: Any) -> None:
     except ConfigError as exc:
         _refuse(exc)
     gunicorn_parts.replace_reload(server, _master.reload)  # gunicorn's own does not validate the configuration
+    gunicorn_parts.refuse_upgrade_where_it_would_end_the_server(server)
     gunicorn_parts.stop_despite_failures(server)
     if any(is_weak(secret) for secret in _config.secrets):
         log.warning(logfmt.line(event="weak_secret", message=f"shorter than {MIN_SECRET_BYTES} bytes"))

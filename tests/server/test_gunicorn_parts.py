@@ -18,7 +18,7 @@ from kci_storage.server.gunicorn_parts import PARTS, Part
 from tests.support.harness import Server
 
 COPY = Path(gunicorn.__file__).parent
-MAX_PARTS = 30
+MAX_PARTS = 33
 CALLED = [part for part in PARTS if part.parameters]
 
 
