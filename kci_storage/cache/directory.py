@@ -208,8 +208,11 @@ class Cache:
     def _heal(self, location: Location, lease: Lease) -> None:
         """Repair the entry if the lock's last holder died."""
         if lease.orphaned:
-            self._doubt(location, time.time() + LANDING_SECONDS)
-            self._clear(location)
+            self._repair(location)
+
+    def _repair(self, location: Location) -> None:
+        self._doubt(location, time.time() + LANDING_SECONDS)
+        self._clear(location)
 
     def is_being_written(self, key: str) -> bool:
         """Whether an upload or deletion of the key is running. What a dead writer left is removed."""
@@ -503,9 +506,8 @@ class Cache:
 
     def recover_locks(self) -> None:
         """Repair the entries whose writers died, and remove these writers' locks."""
-        for name in self.locks.names():
-            with self._writing_if_free(self._location_of_digest(name)):
-                pass
+        for name in self.locks.orphans():
+            self._repair(self._location_of_digest(name))
         self.locks.sweep()
 
     def contents(self) -> Iterator[tuple[os.DirEntry[str], os.stat_result]]:

@@ -157,13 +157,14 @@ class KeyLocks:
     def orphans(self) -> Iterator[str]:
         """The names of the locks that dead holders left.
 
-        Each lock is held until the next name is asked for, and is removed then. No marker is needed, so this works on
-        a full disk, too.
+        Each lock is held until the next name is asked for, and is removed then; if the caller fails before, it stays.
+        No marker is needed, so this works on a full disk, too.
         """
         for name in self.names():
             if (left := durable.NewFile.take_over(self.directory / name)) is not None:
-                with left:
+                with contextlib.closing(left):
                     yield name
+                    left.discard()
 
     def sync(self) -> None:
         """Flush the folder, so that the locks held now survive a loss of power."""

@@ -244,6 +244,17 @@ class TestDeadHolders:
             assert sorted(found) == ["dead 1", "dead 2"]
             assert locks.names() == ["living"]
 
+    def test_one_whose_finder_fails_stays(self, locks: KeyLocks, peer: Peer) -> None:
+        peer.call(take, locks.directory, "dead")
+        peer.kill()
+        with pytest.raises(OSError, match="unreadable"):
+            for _ in locks.orphans():
+                raise OSError("unreadable")
+        gc.collect()
+        assert locks.names() == ["dead"]
+        with locks.hold("dead", timeout=0) as lease:
+            assert lease.orphaned
+
     def test_those_are_found_on_a_full_disk_too(self, tmp_path: Path, peer: Peer) -> None:
         with small_disk(tmp_path / "disk", 1024 * 1024, inodes=20) as disk:
             peer.call(take, disk / "locks", "dead")
