@@ -27,7 +27,7 @@ from azure.storage.blob import BlobBlock, ContainerClient, ContentSettings, gene
 
 from kci_storage.config.settings import Config
 from kci_storage.drivers.azure import driver as azure
-from kci_storage.drivers.azure import reads, service, signature
+from kci_storage.drivers.azure import foreign_blocks, reads, service, signature
 from kci_storage.drivers.azure.driver import AzureDriver
 from kci_storage.drivers.azure.writer import BLOCKS_IN_FLIGHT
 from kci_storage.drivers.base import Driver
@@ -49,6 +49,7 @@ from tests.drivers.contract import (
     KIB,
     SOME,
     DriverContract,
+    at_once,
     commit_over_anything,
     content_of,
     delete,
@@ -60,7 +61,10 @@ from tests.drivers.contract import (
     put,
 )
 from tests.support.azurite import Azurite, running_azurite
-from tests.support.harness import wait_until
+from tests.support.harness import Server, wait_until
+from tests.support.wire import get as get_over_http
+from tests.support.wire import new_folder
+from tests.support.wire import put as put_over_http
 
 BLOCK = 64 * KIB
 SECONDS = 60  # for which a test waits for what comes sooner
@@ -408,10 +412,100 @@ def leave_block(container: ContainerClient, key: str, block_id: bytes) -> None:
     stage_block(b64encode(block_id).decode(), 8, b"given up")
 
 
-def test_blocks_with_short_ids_are_in_the_way(driver, other):
+SHORT = pytest.mark.parametrize("block_id", [b"1", b"\xfe234", b"1234567"])
+
+
+@SHORT
+@pytest.mark.parametrize("old", [None, b"an object"], ids=["new", "replaced"])
+def test_blocks_with_short_ids_are_in_nobodys_way_either(driver, other, proxy, block_id, old):
+    """Azurite keeps them, so each upload meets them again."""
+    if old is not None:
+        put(driver, "a", old)
+    leave_block(other, "a", block_id)
+    for seed, size in enumerate([10 * BLOCK, 3 * BLOCK + 1, 10, 5 * BLOCK]):
+        content = content_of(size, seed)
+        info = put(driver, "a", content, "image/png")
+        assert get(driver, "a") == content
+        found = driver.stat("a")
+        assert found == info
+        assert (found.sha256, found.content_type) == (digests_of(content).sha256, "image/png")
+    assert "PUT comp=blocklist" not in proxy.seen()
+
+
+@SHORT
+def test_of_two_uploads_over_such_blocks_one_is_stored_each_time(driver, other, block_id):
+    """With ids of that length, each could commit blocks of the other one."""
+    leave_block(other, "a", block_id)
+    for number in range(5):
+        contents = [content_of(4 * BLOCK, 2 * number), content_of(5 * BLOCK, 2 * number + 1)]
+        stored = at_once(*(lambda content=content: put(driver, "a", content) for content in contents))
+        assert get(driver, "a") in contents
+        assert driver.stat("a") in stored
+
+
+@SHORT
+def test_over_such_blocks_a_condition_holds(driver, other, block_id):
+    old = put(driver, "a", b"an object")
+    leave_block(other, "a", block_id)
+    for expected in (None, "0x8D0000000000000"):
+        with pytest.raises(PreconditionFailed):
+            put(driver, "a", content_of(SOME), expected=expected)
+    assert driver.stat("a") == old
+    delete(driver, "a")
+    leave_block(other, "a", block_id)
+    with pytest.raises(PreconditionFailed):
+        put(driver, "a", content_of(SOME), expected=old.etag)
+    assert put(driver, "a", content_of(SOME), expected=None) == driver.stat("a")
+
+
+def test_a_whole_content_is_sent_again_when_its_answer_is_lost(driver, other, proxy):
     leave_block(other, "a", b"1")
-    with pytest.raises(WriteConflict):
+    lose_answers(proxy, "PUT")
+    content = content_of(SOME)
+    info = put(driver, "a", content)
+    assert get(driver, "a") == content
+    assert driver.stat("a") == info
+
+
+@pytest.mark.parametrize("length", [1, 20])
+def test_without_a_copy_to_send_again_the_refusal_says_what_helps(driver, other, length):
+    old = put(driver, "a", b"an object")
+    leave_block(other, "a", length * b"1")
+    with driver.writer("a", "text/plain") as writer:
+        writer.write(content_of(SOME))
+        with pytest.raises(WriteConflict, match="store a small file under this key"):
+            writer.commit(digests_of(content_of(SOME)), old.etag)
+    assert driver.stat("a") == old
+
+
+def test_the_same_for_a_content_that_is_too_large_for_one_request(driver, other, monkeypatch):
+    monkeypatch.setattr(foreign_blocks, "MAX_PUT_SIZE", SOME - 1)
+    leave_block(other, "a", b"1")
+    with pytest.raises(WriteConflict, match="store a small file under this key"):
         put(driver, "a", content_of(SOME))
+    assert not listed(driver)
+
+
+def test_a_whole_content_that_cannot_be_read_again_is_not_stored(driver, other):
+    old = put(driver, "a", b"an object")
+    leave_block(other, "a", b"1")
+    content = content_of(SOME)
+    with GuardedDriver(driver).writer("a", "text/plain") as writer:
+        writer.write(content)
+        with pytest.raises(BackendError):
+            writer.commit(digests_of(content), old.etag, replay=lambda: [content[:-1]])
+    assert driver.stat("a") == old
+    assert get(driver, "a") == b"an object"
+
+
+def test_a_server_stores_a_large_file_over_such_blocks(azure_server: Server, azurite: Azurite):
+    key, content = f"{new_folder()}/large", content_of(9 * 1024 * KIB)
+    with azurite.client(azure_server.document["azure"]["container"]) as container:
+        leave_block(container, key, b"1")
+        assert put_over_http(azure_server, key, content).status_code == 201
+        assert put_over_http(azure_server, key, content[1:]).status_code == 200
+        assert get_over_http(azure_server, key).content == content[1:]
+        assert container.download_blob(key).readall() == content[1:]
 
 
 def test_a_replayed_content_must_be_whole(driver, other):

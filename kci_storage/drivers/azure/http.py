@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""HTTP/1.1 (RFC 9112) as far as the backend's protocol needs it: requests with a body in memory or none, and answers.
+"""HTTP/1.1 (RFC 9112) as far as the backend's protocol needs it: requests with a body of known length, and answers.
 
 All requests to the backend go through one pool, those of the SDK too. urllib3 needs three times as much processor
 time for a small request, and copies a large body through several buffers. Here a body goes from the socket into the
@@ -9,6 +9,7 @@ reader's own buffer, and one thread may wait for several answers at once (docs/d
 from __future__ import annotations
 
 import contextlib
+import itertools
 import re
 import select
 import socket
@@ -16,6 +17,7 @@ import ssl
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TypeAlias
 
 from kci_storage.drivers.azure.connect import Connector
 from kci_storage.drivers.azure.errors import Unanswered, breakage, nonsense, silence
@@ -33,6 +35,27 @@ _STATUS = re.compile(r"HTTP/1\.[01] ([1-5][0-9]{2})(?: |$)")
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;|$)")
 _INTERIM = range(100, 200)
 _NOTHING_YET = BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError
+
+
+class RepeatableBody:
+    """A request's body that is not in memory.
+
+    :param size: in bytes.
+    :param pieces: gives all of it, anew for each try of the request.
+    """
+
+    def __init__(self, size: int, pieces: Callable[[], Iterable[bytes]]):
+        self._size = size
+        self._pieces = pieces
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self._pieces())
+
+
+Body: TypeAlias = bytes | memoryview | RepeatableBody
 
 
 def _ignore() -> None:
@@ -56,7 +79,7 @@ class ConnectionPool:
         method: str,
         target: str,
         headers: Mapping[str, str],
-        body: bytes | memoryview = b"",
+        body: Body = b"",
         on_lost: Callable[[], None] = _ignore,
     ) -> Answer:
         """Send a request, and wait for the head of its answer.
@@ -65,7 +88,7 @@ class ConnectionPool:
         unless a part of an answer had come.
 
         :param target: path and query, quoted.
-        :param body: of bytes; its length is one of the headers.
+        :param body: its length is one of the headers.
         :param on_lost: called each time when the request, or a part of it, was sent and its answer is lost.
         :raises Unanswered: there was no answer.
         :raises BackendTimeout: nothing came for too long.
@@ -133,7 +156,7 @@ class PooledConnection:
         """Whether the other side has neither ended it nor said anything unasked."""
         return not _readable([self.sock], 0)
 
-    def ask(self, head: bytes, body: bytes | memoryview, method: str, on_lost: Callable[[], None]) -> Answer:
+    def ask(self, head: bytes, body: Body, method: str, on_lost: Callable[[], None]) -> Answer:
         """Send a request, and wait for the head of its answer. A failure closes the connection.
 
         :param on_lost: called when it fails.
@@ -142,10 +165,11 @@ class PooledConnection:
         try:
             return self._ask(head, body, method)
         except BackendError:
+            self.close()  # also if only the body's pieces failed: the rest of it can never be sent
             on_lost()
             raise
 
-    def _ask(self, head: bytes, body: bytes | memoryview, method: str) -> Answer:
+    def _ask(self, head: bytes, body: Body, method: str) -> Answer:
         try:
             self.sock.settimeout(self._pool.read_timeout)
             self._send(head, body)
@@ -153,20 +177,21 @@ class PooledConnection:
             self.sock.settimeout(0)
             return Answer(self, status, headers, rest, method == "HEAD")
         except TimeoutError:
-            self.close()
             raise silence("no answer") from None
         except OSError as exc:
-            self.close()
             raise breakage(repr(exc), Unanswered) from exc
         except ValueError as exc:
-            self.close()
             raise nonsense(str(exc)) from exc
 
-    def _send(self, head: bytes, body: bytes | memoryview) -> None:
+    def _send(self, head: bytes, body: Body) -> None:
         """Send a request. A backend that refuses it may answer before its end, and close: the answer tells."""
         with contextlib.suppress(ConnectionError):
-            self._send_all(memoryview(head + body[:TOGETHER]))
-            self._send_all(memoryview(body)[TOGETHER:])
+            if isinstance(body, RepeatableBody):
+                for piece in itertools.chain([head], body):
+                    self._send_all(memoryview(piece))
+            else:
+                self._send_all(memoryview(head + body[:TOGETHER]))
+                self._send_all(memoryview(body)[TOGETHER:])
 
     def _send_all(self, data: memoryview) -> None:
         """Send all of it, however long it takes: the time-out is for each piece that the socket takes.

@@ -13,7 +13,7 @@ from typing import Generic, TypeVar
 from urllib.parse import quote
 
 from kci_storage.drivers.azure.errors import Meanings, Unanswered, refusal
-from kci_storage.drivers.azure.http import Answer, ConnectionPool
+from kci_storage.drivers.azure.http import Answer, Body, ConnectionPool
 from kci_storage.drivers.azure.outcomes import LostAnswers
 from kci_storage.errors import BackendError
 
@@ -46,7 +46,7 @@ class Service:
         operation: Operation[T],
         target: Callable[[], str],
         headers: Mapping[str, str],
-        body: bytes | memoryview = b"",
+        body: Body = b"",
         lost: LostAnswers | None = None,
     ) -> T:
         """Do an operation, with up to :data:`RETRIES` retries of failures that may pass.
@@ -102,7 +102,7 @@ class Blobs:
         operation: Operation[T],
         key: str,
         headers: Mapping[str, str],
-        body: bytes | memoryview = b"",
+        body: Body = b"",
         query: str = "",
         lost: LostAnswers | None = None,
     ) -> T:

@@ -10,12 +10,12 @@ from __future__ import annotations
 import contextlib
 import io
 import secrets
-from base64 import b64decode
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 
-from kci_storage.drivers.azure.errors import BackendRefusal
+from kci_storage.drivers.azure import foreign_blocks
+from kci_storage.drivers.azure.http import RepeatableBody
 from kci_storage.drivers.azure.outcomes import LostAnswers, certain
 from kci_storage.drivers.azure.reads import BlobReads
 from kci_storage.drivers.azure.writes import BlobWrites, BlocksLost, condition, new_block_id, properties
@@ -25,6 +25,7 @@ from kci_storage.errors import ObjectNotFound, PreconditionFailed, WriteConflict
 BLOCKS_IN_FLIGHT = 4  # of one upload; one more block is being filled
 BLOCK_ID_SIZE = 48  # bytes; 64 characters of base64, what most other clients use
 
+NOT_SINCE_1970 = {"If-Unmodified-Since": "Thu, 01 Jan 1970 00:00:00 GMT"}  # no object meets this condition
 _UPLOAD_ID = "uploadid"  # metadata by which a writer recognises its own object
 
 
@@ -64,6 +65,7 @@ class AzureWriter(ObjectWriter):
         self._block_ids: list[str] = []
         self._in_flight: deque[Future[io.BytesIO]] = deque()
         self._lost = False
+        self._whole: RepeatableBody | None = None  # the content, where blocks cannot be used
 
     def write(self, data: bytes | memoryview) -> None:
         rest = memoryview(data)
@@ -125,15 +127,19 @@ class AzureWriter(ObjectWriter):
     def _commit_or_stage_again(
         self, digests: Digests, expected: str | None, replay: Callable[[], Iterable[bytes]] | None
     ) -> ObjectInfo:
-        conflict = WriteConflict("another upload of this file came in between; try again")
         for _ in range(3):
             try:
                 return self._commit(digests, expected)
             except BlocksLost as exc:
                 if replay is None:
-                    raise conflict from exc
-            self._stage_again(replay)
-        raise conflict
+                    raise self._conflict() from exc
+            self._send_again(digests.size, replay)
+        raise self._conflict()
+
+    def _conflict(self) -> WriteConflict:
+        if foreign_blocks.block_id_size(self._reads, self._key) not in (None, BLOCK_ID_SIZE):
+            return foreign_blocks.in_the_way()
+        return WriteConflict("another upload of this file came in between; try again")
 
     def _commit(self, digests: Digests, expected: str | None) -> ObjectInfo:
         try:
@@ -150,6 +156,8 @@ class AzureWriter(ObjectWriter):
         """Commit the content with one request; the object's ETag and time of modification."""
         metadata = {"sha256": digests.sha256, _UPLOAD_ID: self._upload_id}
         headers = properties(self._content_type, digests.md5, metadata, self._tags) | condition(expected)
+        if self._whole is not None:
+            return self._put_whole(self._whole, headers, expected)
         if not self._block_ids and not self._lost and not self._must_stage(expected):
             with _content(self._block) as content:
                 return self._writes.put(self._key, content, headers, self._lost_answers)
@@ -159,6 +167,22 @@ class AzureWriter(ObjectWriter):
         if self._lost:
             raise BlocksLost
         return self._writes.commit(self._key, self._block_ids, headers, self._lost_answers)
+
+    def _put_whole(self, content: RepeatableBody, headers: dict[str, str], expected: str | None) -> tuple[str, int]:
+        try:
+            return self._writes.put(self._key, content, headers, self._lost_answers)
+        except PreconditionFailed:
+            if expected is not None or self._exists():
+                raise
+        # With "If-None-Match: *", Azurite takes uncommitted blocks for an object; with this condition it does not.
+        headers = {name: value for name, value in headers.items() if name != "If-None-Match"} | NOT_SINCE_1970
+        return self._writes.put(self._key, content, headers, self._lost_answers)
+
+    def _exists(self) -> bool:
+        with contextlib.suppress(ObjectNotFound):
+            self._reads.stat_with_metadata(self._key)
+            return True
+        return False
 
     def _must_stage(self, expected: str | None) -> bool:
         """Whether even a small content is staged and committed by a list.
@@ -175,9 +199,17 @@ class AzureWriter(ObjectWriter):
             return None
         return info if headers.get(f"x-ms-meta-{_UPLOAD_ID}") == self._upload_id else None
 
-    def _stage_again(self, replay: Callable[[], Iterable[bytes]]) -> None:
+    def _send_again(self, size: int, replay: Callable[[], Iterable[bytes]]) -> None:
+        """Stage the content once more, with ids as others' blocks have them; or prepare to put it as a whole.
+
+        :param size: of the content, in bytes.
+        """
         self.abort()
-        self._begin(_others_block_id_size(self._reads, self._key) or BLOCK_ID_SIZE)
+        id_size = foreign_blocks.block_id_size(self._reads, self._key) or BLOCK_ID_SIZE
+        self._begin(id_size)
+        if id_size < foreign_blocks.MIN_ID_SIZE:
+            self._whole = foreign_blocks.whole_content(size, replay)
+            return
         for data in replay():
             self.write(data)
 
@@ -193,16 +225,3 @@ def _content(block: io.BytesIO) -> Iterator[memoryview]:
     """A buffer's content, for the duration of a ``with`` statement. The buffer cannot be written meanwhile."""
     with block.getbuffer() as whole, whole[: block.tell()] as content:
         yield content
-
-
-def _others_block_id_size(reads: BlobReads, key: str) -> int | None:
-    """The length in bytes of the ids of blocks that others have staged for a blob; None: there are none.
-
-    All uncommitted blocks of a blob must have ids of the same length. Those of another program's abandoned upload
-    stay for a week.
-    """
-    with contextlib.suppress(ObjectNotFound, BackendRefusal, ValueError):
-        ids = reads.uncommitted_block_ids(key)
-        if ids and (size := len(b64decode(ids[0]))) >= 8:  # shorter random ids would collide
-            return size
-    return None

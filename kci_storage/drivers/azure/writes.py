@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import quote, urlencode
 
 from kci_storage.drivers.azure.errors import nonsense
-from kci_storage.drivers.azure.http import Answer
+from kci_storage.drivers.azure.http import Answer, Body
 from kci_storage.drivers.azure.outcomes import LostAnswers, service_timeout
 from kci_storage.drivers.azure.reads import pinned
 from kci_storage.drivers.azure.service import Blobs, Operation
@@ -37,9 +37,7 @@ class BlobWrites:
         self.submit = submit
         self._blobs = blobs
 
-    def put(
-        self, key: str, body: bytes | memoryview, headers: Mapping[str, str], lost: LostAnswers
-    ) -> tuple[str, int]:
+    def put(self, key: str, body: Body, headers: Mapping[str, str], lost: LostAnswers) -> tuple[str, int]:
         """Make a body an object's content (Put Blob).
 
         :param headers: of :func:`properties` and :func:`condition`.
@@ -100,7 +98,7 @@ class BlobWrites:
         operation: Operation[Answer],
         key: str,
         query: str,
-        body: bytes | memoryview,
+        body: Body,
         headers: Mapping[str, str],
         lost: LostAnswers,
     ) -> Answer:
@@ -113,7 +111,7 @@ class BlobWrites:
         operation: Operation[Answer],
         key: str,
         query: str,
-        body: bytes | memoryview,
+        body: Body,
         headers: Mapping[str, str],
         lost: LostAnswers | None = None,
     ) -> Answer:
