@@ -52,6 +52,7 @@ class Fault:
     """What happens to a request. This one lets it pass."""
 
     interim = b""  # what is sent before the answer
+    takes_whole = False  # whether the request's body is received before anything else happens
 
     def concerns(self, request: Request) -> bool:
         """Whether it can happen to this request at all."""
@@ -61,8 +62,11 @@ class Fault:
         """Called before the request is passed on; an answer that is given keeps it from that."""
         return None
 
+    def answered(self, rule: Rule) -> None:
+        """Called when the answer's head has come, whatever it says: the request has been carried out."""
+
     def head(self, lines: list[bytes]) -> list[bytes]:
-        """The answer's status line and headers."""
+        """A successful answer's status line and headers."""
         return lines
 
     def body(self, request: Request, pieces: Iterator[bytes], rule: Rule) -> Iterator[bytes]:
@@ -95,6 +99,38 @@ class Hold(Fault):
     def before(self, rule: Rule) -> bytes | None:
         rule.wait()
         return None
+
+
+@dataclass
+class Late(Fault):
+    """The whole request is received, and is passed on later: also if the client has given it up meanwhile.
+
+    :param seconds: until then; the rule's release ends it earlier.
+    """
+
+    seconds: float = HOLD_SECONDS
+    takes_whole = True
+
+    def before(self, rule: Rule) -> bytes | None:
+        rule.wait(self.seconds)
+        return None
+
+
+@dataclass
+class HoldAnswer(Fault):
+    """The request is passed on, the answer only so many seconds later, or when the rule is released."""
+
+    seconds: float = HOLD_SECONDS
+
+    def answered(self, rule: Rule) -> None:
+        rule.wait(self.seconds)
+
+
+class DropAnswer(Fault):
+    """The request is passed on; instead of an answer, the connection is reset."""
+
+    def answered(self, rule: Rule) -> None:
+        raise Reset
 
 
 class Hint(Fault):
@@ -229,13 +265,16 @@ def _first(pieces: Iterator[bytes], size: int) -> Iterator[bytes]:
 class Rule:
     """A fault, and whom it befalls. A test may wait for that, and end what holds or stalls."""
 
-    def __init__(self, fault: Fault, kind: str | None, key: str | None, skip: int, times: float):
+    def __init__(
+        self, fault: Fault, kind: str | None, key: str | None, skip: int, times: float, operation: str | None = None
+    ):
         self.fault = fault
         self.hits = 0
         self._kind = kind
         self._key = key
         self._skip = skip
         self._times = times
+        self._operation = operation
         self._reached = threading.Event()
         self._released = threading.Event()
         self._finished = threading.Event()
@@ -244,7 +283,7 @@ class Rule:
         """Whether it is this request's turn. The caller holds the proxy's lock."""
         if self._kind not in (None, request.kind) or self._key not in (None, request.key) or self._times <= 0:
             return False
-        if not self.fault.concerns(request):
+        if self._operation not in (None, request.operation) or not self.fault.concerns(request):
             return False
         if self._skip > 0:
             self._skip -= 1
@@ -253,10 +292,10 @@ class Rule:
         self.hits += 1
         return True
 
-    def wait(self) -> None:
-        """Hold the request until the test lets it go."""
+    def wait(self, seconds: float = HOLD_SECONDS) -> None:
+        """Hold the request until the test lets it go, but no longer than this."""
         self._reached.set()
-        self._released.wait(HOLD_SECONDS)
+        self._released.wait(seconds)
 
     def wait_until_reached(self, seconds: float = SECONDS) -> None:
         """Wait for a request to be held or stalled."""
@@ -274,9 +313,13 @@ class Rule:
         """Let go of what is held or stalled, now and in future."""
         self._released.set()
 
-    def end(self) -> None:
-        """Nothing more befalls anybody."""
+    def cease(self) -> None:
+        """Nothing more befalls anybody; what is held is held on."""
         self._times = 0
+
+    def end(self) -> None:
+        """Nothing more befalls anybody, and nothing is held."""
+        self.cease()
         self.release()
 
 
@@ -293,6 +336,7 @@ class FaultProxy:
         self.bandwidth: float | None = None  # bytes per second of all answers together
         self.away = False  # whether nobody is answered
         self.requests: list[Request] = []
+        self.running = 0  # requests that have come and are not over, be their clients still there or not
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=512)
         self.endpoint = f"http://127.0.0.1:{self._listener.getsockname()[1]}{parts.path}"
         threading.Thread(target=self._accept, daemon=True).start()
@@ -306,9 +350,10 @@ class FaultProxy:
         key: str | None = None,
         skip: int = 0,
         times: float = math.inf,
+        operation: str | None = None,
     ) -> Rule:
-        """From now on, have a fault befall requests of this kind and key; ``skip`` of them pass before."""
-        rule = Rule(fault, kind, key, skip, times)
+        """From now on, have a fault befall requests of this kind, key and operation; ``skip`` of them pass before."""
+        rule = Rule(fault, kind, key, skip, times, operation)
         with self._lock:
             self._rules.append(rule)
         return rule
@@ -376,35 +421,42 @@ class FaultProxy:
         with self._lock:
             self.requests.append(request)
             rule = next((rule for rule in self._rules if rule.befalls(request)), PASS)
+            self.running += 1
         try:
-            return self._pass_on(client, requests, lines, request, rule)
+            self._pass_on(client, _body(requests, lines), lines, request, rule)
         finally:
             rule.finish()
+            with self._lock:
+                self.running -= 1
+        return True
 
     def _pass_on(
-        self, client: socket.socket, requests: BufferedReader, lines: list[bytes], request: Request, rule: Rule
-    ) -> bool:
-        answer = None if self.away else rule.fault.before(rule)
+        self, client: socket.socket, body: Iterator[bytes], lines: list[bytes], request: Request, rule: Rule
+    ) -> None:
         if self.away:
             raise Reset
-        body = _body(requests, lines)
+        if rule.fault.takes_whole:
+            body = iter(list(body))
+        answer = rule.fault.before(rule)
+        if self.away and not rule.fault.takes_whole:
+            raise Reset
         if answer is not None:
             for _ in body:
                 pass
             client.sendall(answer)
-            return True
+            return
         # One connection for each request: Azurite closes idle ones, which would be one fault more than asked for.
         with socket.create_connection(self._backend, timeout=SECONDS) as backend, backend.makefile("rb") as answers:
             backend.sendall(_encode(lines))
             for piece in body:
                 backend.sendall(piece)
             self._pass_answer(client, answers, request, rule)
-        return True
 
     def _pass_answer(self, client: socket.socket, answers: BufferedReader, request: Request, rule: Rule) -> None:
         lines = _read_head(answers)
         if not lines:
             raise EOFError
+        rule.fault.answered(rule)
         pieces = iter(()) if request.kind == PROPERTIES else _body(answers, lines)
         if b" 20" in lines[0]:
             lines = rule.fault.head(lines)
