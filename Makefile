@@ -3,10 +3,11 @@
 PYTHON ?= python3
 VENV := .venv
 ARGS ?=
+MINUTES ?= 10
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check demo bench screenshots image-test dashboard-picture clean
+.PHONY: help run test check jepsen demo bench screenshots image-test dashboard-picture clean
 
 help: ## print this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s  %s\n", $$1, $$2 }' Makefile
@@ -23,6 +24,10 @@ check: $(VENV)/test.stamp ## look for mistakes without running anything: lint, f
 	@$(VENV)/bin/ruff format --check
 	@$(VENV)/bin/lint-imports --no-logo
 	@$(VENV)/bin/mypy
+
+jepsen: $(VENV)/test.stamp ## look for answers that no single store gives, under faults (MINUTES=30, SEED=…, ARGS="--mode local")
+	@tools/azurite.sh .tools $(VENV)
+	@$(VENV)/bin/python -m tests.linearizability --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 demo: $(VENV)/test.stamp ## upload and download an arm64 kernel package, or DEMO_DIR=…, over Azurite, and compare
 	@tools/azurite.sh .tools $(VENV)

@@ -12,7 +12,7 @@ Linearizability is local: each key is examined by itself (Herlihy and Wing, 1990
 What is assumed beyond the usual:
 
 - A write of unknown outcome may take effect at any later time, or never. But once the server has answered it (with
-  5xx), it does not replace a content whose write began after that answer and was acknowledged (docs/consistency.md).
+  5xx), it does not replace a content whose write began after that answer and was acknowledged.
 - An ETag belongs to one content, but a content may get another ETag, after a write whose outcome was unknown. So a
   412 for an ETag must be right only where no such write began before the 412 came.
 - An answer that says that it is stale need only be something that was written before.
@@ -50,21 +50,27 @@ class Violation:
 
     def text(self, zero: float) -> str:
         """The key's operations up to this one, and what is wrong with it."""
-        lines = shown(self.context, self.operation, zero)
+        lines = last_lines(self.context, zero, self.operation)
         return "\n".join([f"{self.key}: {self.reason}", *lines])
 
 
-def shown(operations: Sequence[Operation], wrong: Operation, zero: float) -> list[str]:
-    """What happened last before the end of an operation, and the earlier writes of the contents in it, as lines."""
-    before = sorted((each for each in operations if each.begin <= wrong.end), key=lambda each: each.begin)
+def last_lines(operations: Iterable[Operation], zero: float, wrong: Operation | None = None) -> list[str]:
+    """The last operations, and the earlier writes that may explain them, as lines.
+
+    :param wrong: these are the last ones that began before its end.
+    """
+    before = sorted(
+        (each for each in operations if wrong is None or each.begin <= wrong.end), key=lambda each: each.begin
+    )
     recent = before[-SHOWN:]
-    contents = {each.content for each in (*recent, wrong)} | {wrong.expected}
+    contents = {each.content for each in recent} | {each.expected for each in recent}
     earlier = [each for each in before[:-SHOWN] if each is wrong or _writes_one_of(each, contents)]
     return [f"  {'!!' if each is wrong else '  '} {each.line(zero)}" for each in earlier[-SHOWN:] + recent]
 
 
 def _writes_one_of(operation: Operation, contents: set[int | None]) -> bool:
-    return operation.is_write and operation.content is not None and operation.content in contents
+    """Whether it wrote one of these contents, or is a deletion that may still take effect."""
+    return operation.is_write and (operation.content in contents if operation.content else operation.is_pending)
 
 
 def violations(history: Iterable[Operation], zero: float = 0.0) -> list[Violation]:
@@ -145,7 +151,9 @@ class _Search:
         indices = range(len(self._all))
         self._pending = frozenset(index for index in indices if self._all[index].is_pending)
         self._reads = frozenset(index for index in indices if not _changes(self._all[index]))
+        self._by_number = {self._all[index].number: index for index in indices}
         self._open: set[int] = set()  # the running operations
+        self._over: set[int] = set()  # those that have ended
 
     def run(self) -> Violation | None:
         possible = [Configuration(None, frozenset())]
@@ -157,6 +165,7 @@ class _Search:
             if not possible:
                 return self._violation(index, before)
             self._open.discard(index)
+            self._over.add(index)
             possible = self._without(possible, index)
         return None
 
@@ -187,8 +196,15 @@ class _Search:
     def _with_reads(self, configuration: Configuration) -> Configuration:
         """The configuration after the running operations that hold now and change nothing: that loses nothing."""
         stored, done = configuration
-        hold = [index for index in self._open & self._reads - done if self._holds(self._all[index], stored)]
+        hold = [index for index in self._open & self._reads - done if self._may_hold(index, configuration)]
         return Configuration(stored, done.union(hold))
+
+    def _may_hold(self, index: int, configuration: Configuration) -> bool:
+        read = self._all[index]
+        before = (self._by_number[number] for number in read.after)
+        return all(each in self._over or each in configuration.done for each in before) and self._holds(
+            read, configuration.stored
+        )
 
     def _successors(self, configuration: Configuration) -> Iterator[Configuration]:
         """What one more write makes of it. Of pending ones that do the same, the first to be too late is enough."""

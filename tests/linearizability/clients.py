@@ -69,6 +69,7 @@ class Version:
 class History:
     """What all clients did and saw."""
 
+    keys: tuple[str, ...] = KEYS
     operations: list[Operation] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)  # bodies and headers that contradict themselves
     results: Counter[str] = field(default_factory=Counter)  # by request and result
@@ -79,7 +80,8 @@ class History:
     def add(self, *operations: Operation) -> None:
         """Write down."""
         with self._lock:
-            self.operations.extend(operations)
+            for operation in operations:
+                self.operations.append(replace(operation, number=len(self.operations)))
 
     def count(self, request: str, result: object) -> None:
         """Count a request."""
@@ -95,12 +97,20 @@ class History:
 
 
 class Client:
-    """A client. It may have any machine's server answer, each request over a connection of its own."""
+    """A client, each request of which has a connection of its own.
 
-    def __init__(self, system: System, history: History, known: dict[str, Version], seed: object):
+    :param known: the versions that were seen last, shared with other clients.
+    :param seed: decides what it does.
+    :param machine: which server it asks; None: any of them.
+    """
+
+    def __init__(
+        self, system: System, history: History, known: dict[str, Version], seed: object, machine: int | None = None
+    ):
         self._system = system
         self._history = history
-        self._known = known  # shared by all clients
+        self._known = known
+        self._only_machine = machine
         self._random = random.Random(f"{seed}")
         self._headers = system.servers[0].headers()
         self._actions: list[tuple[Callable[[str], None], int]] = [
@@ -126,7 +136,7 @@ class Client:
     # Requests
 
     def _machine(self) -> int:
-        return self._random.randrange(len(self._system.servers))
+        return self._random.randrange(len(self._system.servers)) if self._only_machine is None else self._only_machine
 
     def _send(
         self, machine: int, method: str, path: str, headers: Mapping[str, str], body: bytes | None = None
@@ -413,7 +423,7 @@ class Client:
 
     def _listed(self, lines: Iterable[bytes], begin: float, end: float, machine: int) -> Iterable[Operation]:
         entries: dict[str, Any] = {entry["path"]: entry for entry in map(json.loads, lines)}
-        for key in KEYS:
+        for key in self._history.keys:
             entry = entries.get(key)
             content, etag = (number_of(entry["size"]), entry["etag"].strip('"')) if entry else (None, "")
             yield Operation(Kind.LIST, key, begin, end, Outcome.DONE, content, how=etag, machine=machine, etag=etag)

@@ -5,12 +5,11 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
 
 import requests
 
-from tests.linearizability.checker import shown
-from tests.linearizability.clients import KEYS, Client, History
+from tests.linearizability.checker import last_lines
+from tests.linearizability.clients import Client, History
 from tests.linearizability.contents import LARGE, content_of
 from tests.linearizability.operations import Operation, Outcome
 from tests.linearizability.system import WORKERS, System
@@ -28,6 +27,11 @@ def settle(system: System) -> None:
     for server in system.servers:
         wait_until(lambda server=server: _is_up(server), SETTLE_SECONDS, "all workers")
     wait_until(lambda: not system.is_busy(), SETTLE_SECONDS, "the end of all requests")
+    wait_until_known(system)
+
+
+def wait_until_known(system: System) -> None:
+    """Wait until every machine has noticed what another one has done."""
     time.sleep(2 * system.mode.revalidate_after)
 
 
@@ -51,23 +55,18 @@ class Ending:
         self._began = time.monotonic()
 
     def problems(self) -> list[str]:
-        """What is wrong, and what the key's last operations were."""
-        return [f"{problem}\n{self._context(key)}" for key in KEYS for problem in self._problems_of(key)]
+        """What is wrong, each with the last operations of its key."""
+        keys = self._history.keys
+        found = [(key, self._disagreement(key)) for key in keys] + [(key, self._refusal(key)) for key in keys]
+        if not any(problem for _, problem in found):
+            wait_until_known(self._system)
+            found = [(key, self._disagreement(key)) for key in keys]
+        return [f"{problem}\n{self._context(key)}" for key, problem in found if problem]
 
     def _context(self, key: str) -> str:
         """What has happened to a key before these questions."""
         before = [each for each in self._history.operations if each.key == key and each.end < self._began]
-        return "\n".join(shown(before, before[-1], self._history.zero)) if before else ""
-
-    def _problems_of(self, key: str) -> Iterator[str]:
-        problem = self._disagreement(key)
-        if problem is not None:
-            yield problem
-        refused = self._write(key)
-        if refused is not None:
-            yield refused
-        elif problem is None and (problem := self._disagreement(key)) is not None:
-            yield f"after one more upload, {problem}"
+        return "\n".join(last_lines(before, self._history.zero))
 
     def _disagreement(self, key: str) -> str | None:
         """How the servers, the listing and the backend differ; None: they do not."""
@@ -102,7 +101,7 @@ class Ending:
         assert operation is not None, "no listing"
         return operation.content, operation.etag
 
-    def _write(self, key: str) -> str | None:
+    def _refusal(self, key: str) -> str | None:
         """Replace what GET says is there, or create it; None: it was possible."""
         number = self._history.new_number()
         size = LARGE[0] + LARGE[1] * number if key in self._left_blocks else 256 + number

@@ -49,6 +49,8 @@ class Operation:
     machine: int = 0  # which server answered
     etag: str = ""  # of what was written or read
     answered: bool = True  # whether the server answered; else it may still be about to begin
+    number: int = -1  # of the operation in its history
+    after: frozenset[int] = frozenset()  # the numbers of writes that have taken effect before this read
 
     @property
     def is_write(self) -> bool:

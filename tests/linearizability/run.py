@@ -19,7 +19,7 @@ from tests.linearizability.staleness import widened
 from tests.linearizability.system import Mode, System, running_system
 from tests.support.azurite import Azurite
 
-CLIENTS = 5
+CLIENTS = 7
 
 
 @dataclass

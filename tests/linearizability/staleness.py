@@ -2,8 +2,8 @@
 """How old a read may be that one machine answers while others write.
 
 A copy is served without a question for ``revalidate_after`` seconds. So a read on one machine tells what was stored
-at some time in the last so many seconds, plus the time that fetching or storing the copy took. But it is never older
-than what this machine itself has acknowledged before.
+at some time in the last so many seconds, plus the time that fetching or storing the copy took. But what this machine
+itself has acknowledged before had taken effect by then.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ def _widened(operation: Operation, same: list[Operation], revalidate_after: floa
         return operation
     oldest = operation.begin - revalidate_after - MARGIN
     took = max((each.end - each.begin for each in _that_may_have_brought_it(operation, same, oldest)), default=0.0)
-    acknowledged = max(_acknowledged_before(operation, same), default=oldest - took)
-    return replace(operation, begin=min(operation.begin, max(oldest - took, acknowledged)))
+    return replace(operation, begin=oldest - took, after=frozenset(_acknowledged_before(operation, same)))
 
 
 def _that_may_have_brought_it(read: Operation, same: list[Operation], oldest: float) -> Iterator[Operation]:
     return (each for each in same if each.kind is not Kind.LIST and each.begin < read.begin and each.end >= oldest)
 
 
-def _acknowledged_before(read: Operation, same: list[Operation]) -> Iterator[float]:
-    return (each.end for each in same if each.is_write and each.outcome is Outcome.DONE and each.end < read.begin)
+def _acknowledged_before(read: Operation, same: list[Operation]) -> Iterator[int]:
+    writes = (each for each in same if each.is_write and each.outcome is Outcome.DONE)
+    return (each.number for each in writes if each.end < read.begin)

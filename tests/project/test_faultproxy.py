@@ -21,10 +21,13 @@ from tests.support.faultproxy import (
     SECONDS,
     Cut,
     Delay,
+    DropAnswer,
     Fault,
     FaultProxy,
     Flip,
     Hold,
+    HoldAnswer,
+    Late,
     Lie,
     LieOfAll,
     Refuse,
@@ -32,6 +35,7 @@ from tests.support.faultproxy import (
     Shrink,
     Stall,
 )
+from tests.support.harness import wait_until
 
 CONTENT_BYTES = random.Random(0).randbytes(200_000)  # the same in every process, as the tests' names show it
 
@@ -40,6 +44,7 @@ class Backend(BaseHTTPRequestHandler):
     """Sends the same content for every path, and accepts every upload."""
 
     protocol_version = "HTTP/1.1"
+    stored = 0  # uploads that it has taken
 
     def do_GET(self) -> None:
         start = int(self.headers.get("Range", "bytes=0-")[6:-1])
@@ -57,6 +62,7 @@ class Backend(BaseHTTPRequestHandler):
     def do_PUT(self) -> None:
         size = int(self.headers["Content-Length"])
         same = self.rfile.read(size) == CONTENT_BYTES[:size]
+        Backend.stored += 1
         self.send_response(201 if same else 400)
         self.send_header("Content-Length", "0")
         self.end_headers()
@@ -77,6 +83,7 @@ class Server(ThreadingHTTPServer):
 @pytest.fixture
 def proxy() -> Iterator[FaultProxy]:
     """A proxy in front of a backend that never fails."""
+    Backend.stored = 0
     backend = Server(("127.0.0.1", 0), Backend)
     threading.Thread(target=backend.serve_forever, args=(0.01,), daemon=True).start()
     proxy = FaultProxy(f"http://127.0.0.1:{backend.server_address[1]}/account")
@@ -221,6 +228,64 @@ def test_a_held_request_has_not_reached_the_backend(proxy: FaultProxy) -> None:
     rule.release()
     asking.join()
     assert answers == [CONTENT_BYTES]
+
+
+def test_a_late_request_is_carried_out_though_its_client_has_left(proxy: FaultProxy) -> None:
+    rule = proxy.inject(Late(), kind=PUT)
+    connection = http.client.HTTPConnection(urlsplit(proxy.endpoint).netloc, timeout=SECONDS)
+    connection.request("PUT", "/account/container/a", CONTENT_BYTES)
+    rule.wait_until_reached()
+    connection.close()
+    assert (Backend.stored, proxy.running) == (0, 1)
+    rule.release()
+    wait_until(lambda: proxy.running == 0, SECONDS, "the request's end")
+    assert Backend.stored == 1
+
+
+def test_a_late_request_goes_on_by_itself(proxy: FaultProxy) -> None:
+    proxy.inject(Late(0.1), kind=PUT)
+    assert ask(proxy, "PUT").status == 201
+
+
+def test_the_answer_to_a_late_request_may_be_kept_back(proxy: FaultProxy) -> None:
+    proxy.inject(Late(0, silence=0.2), kind=PUT)
+    started = time.monotonic()
+    assert ask(proxy, "PUT").status == 201
+    assert time.monotonic() - started >= 0.2
+
+
+def test_an_answer_that_is_held_or_lost_is_to_a_request_that_was_carried_out(proxy: FaultProxy) -> None:
+    rule = proxy.inject(HoldAnswer(), kind=PUT, times=1)
+    proxy.inject(DropAnswer(), kind=PUT, times=1)
+    answers: list[int] = []
+    asking = threading.Thread(target=lambda: answers.append(ask(proxy, "PUT").status))
+    asking.start()
+    rule.wait_until_reached()
+    assert (Backend.stored, answers) == (1, [])
+    with pytest.raises((ConnectionError, http.client.RemoteDisconnected)):
+        ask(proxy, "PUT")
+    assert Backend.stored == 2
+    rule.release()
+    asking.join()
+    assert answers == [201]
+
+
+def test_an_operation_is_the_method_and_what_the_query_calls_it(proxy: FaultProxy) -> None:
+    proxy.inject(Say(503, "ServerBusy"), kind=None, operation="PUT blocklist")
+    assert [ask(proxy, "PUT", key=key).status for key in ("a", "a?comp=block", "a?comp=blocklist")] == [201, 201, 503]
+
+
+def test_a_rule_that_has_ceased_holds_on_to_what_it_holds(proxy: FaultProxy) -> None:
+    rule = proxy.inject(Late(), kind=PUT)
+    asking = threading.Thread(target=ask, args=(proxy, "PUT"))
+    asking.start()
+    rule.wait_until_reached()
+    rule.cease()
+    assert ask(proxy, "PUT").status == 201
+    assert Backend.stored == 1
+    rule.end()
+    asking.join()
+    assert Backend.stored == 2
 
 
 def test_delay_and_bandwidth(proxy: FaultProxy) -> None:

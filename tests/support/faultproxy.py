@@ -106,14 +106,19 @@ class Late(Fault):
     """The whole request is received, and is passed on later: also if the client has given it up meanwhile.
 
     :param seconds: until then; the rule's release ends it earlier.
+    :param silence: seconds for which the answer is kept back then.
     """
 
     seconds: float = HOLD_SECONDS
+    silence: float = 0.0
     takes_whole = True
 
     def before(self, rule: Rule) -> bytes | None:
         rule.wait(self.seconds)
         return None
+
+    def answered(self, rule: Rule) -> None:
+        time.sleep(self.silence)
 
 
 @dataclass
