@@ -14,14 +14,14 @@ import signal
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from functools import partial
 
 import pytest
 import requests
 from azure.core.exceptions import ResourceNotFoundError
 
 from tests.support.cold import MIB, Bench, from_each_worker, in_background
-from tests.support.faultproxy import OTHER, PROPERTIES, PUT, Fault, Hold, Request, Reset, Rule, Say
+from tests.support.faultproxy import PROPERTIES, DropAnswer, Late, Rule, Say
 from tests.support.harness import Server, wait_until
 from tests.support.wire import SECONDS, get, new_folder, put, wait_until_tidy
 
@@ -30,42 +30,18 @@ READ_TIMEOUT = 1.0  # seconds after which the server gives up a request to the b
 PUT_BLOB, PUT_BLOCK_LIST, DELETE, SET_METADATA = "PUT", "PUT blocklist", "DELETE", "PUT metadata"
 
 
-@dataclass
-class Late(Hold):
-    """A request of one operation, which has come whole, is passed on only when the rule is released."""
-
-    operation: str
-
-    def concerns(self, request: Request) -> bool:
-        return request.operation == self.operation
-
-
-@dataclass
-class Lost(Fault):
+class Overtaken(DropAnswer):
     """The request is carried out, and its answer is lost.
 
     :param meanwhile: called in between.
     """
 
-    operation: str
-    meanwhile: Callable[[], object] = field(default=lambda: None)
+    def __init__(self, meanwhile: Callable[[], object]):
+        self._meanwhile = meanwhile
 
-    def concerns(self, request: Request) -> bool:
-        return request.operation == self.operation
-
-    def head(self, lines: list[bytes]) -> list[bytes]:
-        self.meanwhile()
-        raise Reset
-
-
-@dataclass
-class Refused(Say):
-    """One operation is refused."""
-
-    operation: str = ""
-
-    def concerns(self, request: Request) -> bool:
-        return request.operation == self.operation
+    def answered(self, rule: Rule) -> None:
+        self._meanwhile()
+        super().answered(rule)
 
 
 @pytest.fixture
@@ -125,8 +101,7 @@ def assert_all_agree(bench: Bench, key: str) -> bytes | None:
 
 
 def hold(bench: Bench, key: str, operation: str) -> Rule:
-    kind = OTHER if operation in (DELETE, SET_METADATA) else PUT
-    return bench.proxy.inject(Late(operation), kind, key, times=1)
+    return bench.proxy.inject(Late(), None, key, times=1, operation=operation)
 
 
 def let_go(rule: Rule) -> None:
@@ -204,7 +179,7 @@ def test_a_reader_between_fences_the_late_change(impatient: Bench, key: str, cha
 def test_without_a_fence_every_reader_asks(impatient: Bench, key: str, change: str) -> None:
     """The backend does not take the write that would be a fence: the change lands after some have read."""
     assert put(impatient.server, key, b"first").ok
-    impatient.proxy.inject(Refused(403, "AuthorizationFailure", operation=SET_METADATA), OTHER, key)
+    impatient.proxy.inject(Say(403, "AuthorizationFailure"), None, key, operation=SET_METADATA)
     rule = late_change(impatient, key, change)
     for _ in range(2):
         asked = impatient.proxy.count(PROPERTIES, key)
@@ -273,7 +248,7 @@ def holds(server: Server, key: str, pid: int) -> bool:
 def test_an_upload_whose_answer_was_lost_is_stored(
     impatient: Bench, key: str, operation: str, condition: dict[str, str]
 ) -> None:
-    impatient.proxy.inject(Lost(operation), PUT, key, times=1)
+    impatient.proxy.inject(DropAnswer(), None, key, times=1, operation=operation)
     expected = content(operation)
     assert put(impatient.server, key, expected, **condition).status_code == 201
     assert assert_all_agree(impatient, key) == expected
@@ -282,8 +257,8 @@ def test_an_upload_whose_answer_was_lost_is_stored(
 def test_a_retry_never_replaces_another_machines_upload(impatient: Bench, key: str) -> None:
     """The first try was stored and replaced since; whether it was is not known here."""
     assert put(impatient.server, key, b"first").ok
-    replace = lambda: impatient.store(b"another machine's", key)  # noqa: E731
-    impatient.proxy.inject(Lost(PUT_BLOB, replace), PUT, key, times=1)
+    replace = partial(impatient.store, b"another machine's", key)
+    impatient.proxy.inject(Overtaken(replace), None, key, times=1, operation=PUT_BLOB)
     assert put(impatient.server, key, b"second").status_code == 502
     assert assert_all_agree(impatient, key) == b"another machine's"
 
@@ -291,14 +266,15 @@ def test_a_retry_never_replaces_another_machines_upload(impatient: Bench, key: s
 def test_a_conditional_upload_that_was_stored_and_replaced_is_no_412(impatient: Bench, key: str) -> None:
     assert put(impatient.server, key, b"first").ok
     etag = get(impatient.server, key).headers["ETag"]
-    impatient.proxy.inject(Lost(PUT_BLOB, lambda: impatient.store(b"another", key)), PUT, key, times=1)
+    replace = partial(impatient.store, b"another", key)
+    impatient.proxy.inject(Overtaken(replace), None, key, times=1, operation=PUT_BLOB)
     assert put(impatient.server, key, b"second", **{"If-Match": etag}).status_code == 502
     assert assert_all_agree(impatient, key) == b"another"
 
 
 def test_a_deletion_whose_answer_was_lost_is_none_that_found_nothing(impatient: Bench, key: str) -> None:
     assert put(impatient.server, key, b"first").ok
-    impatient.proxy.inject(Lost(DELETE), OTHER, key, times=1)
+    impatient.proxy.inject(DropAnswer(), None, key, times=1, operation=DELETE)
     assert delete(impatient.server, key).status_code == 204
     assert assert_all_agree(impatient, key) is None
 
@@ -307,7 +283,7 @@ def test_a_conditional_deletion_whose_answer_was_lost_is_unknown(impatient: Benc
     """Another machine may have replaced the version, and a third one deleted that."""
     assert put(impatient.server, key, b"first").ok
     etag = get(impatient.server, key).headers["ETag"]
-    impatient.proxy.inject(Lost(DELETE), OTHER, key, times=1)
+    impatient.proxy.inject(DropAnswer(), None, key, times=1, operation=DELETE)
     assert delete(impatient.server, key, If_Match=etag).status_code == 502
     assert assert_all_agree(impatient, key) is None
 
