@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import requests
 
 import kci_storage
 from tests.server.load import Load, slow_download
@@ -109,6 +111,14 @@ def test_a_restart_refuses_no_client_and_finishes_running_requests(server: Activ
     with waiting:
         server.restart()
         assert waiting.answer().body == b"content"
+
+
+def test_sigusr2_is_refused(server: Activated):
+    """The next master would end with the first one, and would not find the socket."""
+    server.expected_errors.append("event=upgrade_refused")
+    server.process.send_signal(signal.SIGUSR2)
+    wait_until(lambda: "event=upgrade_refused" in server.log(), SECONDS, "the refusal")
+    assert requests.get(f"{server.url}/v1/health", timeout=SECONDS).status_code == 200
 
 
 def test_restarts_under_load(server: Activated):

@@ -317,6 +317,21 @@ def test_systemd(start_server: Callable[..., Server]) -> None:
     assert answers(server)
 
 
+@pytest.mark.expected_errors("event=upgrade_refused")
+def test_a_container(start_server: Callable[..., Server]) -> None:
+    """It ends with its first process."""
+    container = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child"]
+    if subprocess.run([*container, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no process may have a namespace of its own here")
+    server = start_server(server={"workers": 1}, wrapper=container)
+    [first] = psutil.Process(server.process.pid).children()
+    first.send_signal(signal.SIGUSR2)
+    wait_until(lambda: "event=upgrade_refused" in server.log(), SECONDS, "the refusal")
+    assert answers(server)
+    first.terminate()
+    first.wait(STOP_SECONDS)
+
+
 def test_a_daemon_whose_workers_are_sent_away(tmp_path_factory: pytest.TempPathFactory) -> None:
     """SIGWINCH ends the old master's workers, but not itself; SIGHUP starts them again."""
     server = Server(tmp_path_factory.mktemp("server"), {"server": {"workers": WORKERS}})
