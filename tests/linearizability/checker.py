@@ -13,8 +13,8 @@ What is assumed beyond the usual:
 
 - A write of unknown outcome may take effect at any later time, or never. But once the server has answered it (with
   5xx), it does not replace a content whose write began after that answer and was acknowledged.
-- An ETag belongs to one content, but a content may get another ETag, after a write whose outcome was unknown. So a
-  412 for an ETag must be right only where no such write began before the 412 came.
+- An ETag belongs to one content, but a content may get another ETag after a write whose outcome was unknown, or when
+  a process was killed that may have been writing. So a 412 for an ETag must be right only if neither came before it.
 - An answer that says that it is stale need only be something that was written before.
 """
 
@@ -73,20 +73,23 @@ def _writes_one_of(operation: Operation, contents: set[int | None]) -> bool:
     return operation.is_write and (operation.content in contents if operation.content else operation.is_pending)
 
 
-def violations(history: Iterable[Operation], zero: float = 0.0) -> list[Violation]:
-    """What is wrong with a history: at most one thing of the reads of a key, and one of its listings."""
+def violations(history: Iterable[Operation], killed: float = inf) -> list[Violation]:
+    """What is wrong with a history: at most one thing of each key that cannot be explained, and each wrong ETag.
+
+    :param killed: when the first process was killed.
+    """
     by_key: dict[str, list[Operation]] = defaultdict(list)
     for operation in history:
         by_key[operation.key].append(operation)
-    return [wrong for operations in by_key.values() for wrong in _violations(operations)]
+    return [wrong for operations in by_key.values() for wrong in _violations(operations, killed)]
 
 
-def _violations(operations: list[Operation]) -> Iterator[Violation]:
+def _violations(operations: list[Operation], killed: float) -> Iterator[Violation]:
     yield from _wrong_etags(operations)
     yield from _wrong_stale(operations)
     # While a write is running, a hit may be the old version and a listing the new one.
     for left_out in (Kind.LIST, Kind.READ):
-        found = first_violation([each for each in operations if each.kind is not left_out])
+        found = first_violation([each for each in operations if each.kind is not left_out], killed)
         if found is not None:
             yield replace(found, context=tuple(operations))
             return
@@ -115,9 +118,9 @@ def _was_written(read: Operation, operations: list[Operation]) -> bool:
 # One key
 
 
-def first_violation(operations: Sequence[Operation]) -> Violation | None:
+def first_violation(operations: Sequence[Operation], killed: float = inf) -> Violation | None:
     """The first operation of a key that cannot be explained; None: all can."""
-    return _Search(operations).run()
+    return _Search(_checked(operations, killed)).run()
 
 
 class _Configurations:
@@ -142,10 +145,10 @@ class _Configurations:
 
 
 class _Search:
-    """The search through one key's operations."""
+    """The search through one key's operations, of those that have to be explained."""
 
     def __init__(self, operations: Sequence[Operation]):
-        self._operations = _checked(operations)
+        self._operations = operations
         self._all = _canonical(self._operations)
         self._writers = {each.content: each for each in self._all if each.is_write and each.content is not None}
         indices = range(len(self._all))
@@ -236,7 +239,7 @@ class _Search:
 
     def _is_too_late(self, write: int, stored: int | None) -> bool:
         """Whether a write whose outcome is unknown would replace a later one that was acknowledged."""
-        present = self._writers.get(stored)
+        present = self._writers.get(stored) if stored is not None else None
         return present is not None and present.outcome is Outcome.DONE and present.begin > self._deadline(write)
 
     def _no_configurations(self) -> _Configurations:
@@ -256,15 +259,16 @@ def _changes(operation: Operation) -> bool:
     return operation.is_write and operation.outcome in (Outcome.DONE, Outcome.UNKNOWN)
 
 
-def _checked(operations: Sequence[Operation]) -> list[Operation]:
+def _checked(operations: Sequence[Operation], killed: float) -> list[Operation]:
     """The operations that have to be explained."""
     first = min((each.begin for each in operations if each.is_pending), default=inf)
-    return [each for each in operations if _counts(each, first)]
+    return [each for each in operations if _counts(each, min(first, killed))]
 
 
-def _counts(operation: Operation, first_pending: float) -> bool:
+def _counts(operation: Operation, etags_end: float) -> bool:
+    """Whether an operation has to be explained; 412 for an ETag only if it came before contents may get others."""
     if operation.outcome is Outcome.UNMET:
-        return operation.kind is Kind.CREATE or operation.end < first_pending
+        return operation.kind is Kind.CREATE or operation.end < etags_end
     if operation.outcome is Outcome.UNKNOWN:
         return operation.is_write
     return operation.outcome in (Outcome.DONE, Outcome.ABSENT)

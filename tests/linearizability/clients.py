@@ -18,6 +18,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from email.message import Message
 from typing import Any
 from urllib.parse import quote
 
@@ -48,7 +49,7 @@ class Answer:
     """A whole answer."""
 
     status: int
-    headers: Mapping[str, str]
+    headers: Message
     body: bytes
 
     @property
@@ -113,9 +114,9 @@ class Client:
         self._only_machine = machine
         self._random = random.Random(f"{seed}")
         self._headers = system.servers[0].headers()
-        self._actions: list[tuple[Callable[[str], None], int]] = [
+        self._actions: list[tuple[Callable[[str], object], int]] = [
             (self.put, 14), (self.replace, 14), (self.create, 6), (self.delete, 6), (self.delete_if, 4),
-            (self.get, 30), (self.head, 8), (self.get_range, 8), (self.get_if_changed, 4), (self.list, 8),
+            (self.get, 30), (self.head, 8), (self.get_range, 8), (self.get_if_changed, 4), (self.list_keys, 8),
             (self.post_form, 5), (self.post_archive, 3), (self.put_and_leave, 4),
         ]  # fmt: skip
 
@@ -404,7 +405,7 @@ class Client:
             return _WRONG
         return number
 
-    def list(self, key: str, machine: int | None = None) -> Operation | None:
+    def list_keys(self, key: str, machine: int | None = None) -> Operation | None:
         """List all keys, and write down what is said of each; what is said of this one."""
         machine = self._machine() if machine is None else machine
         begin = time.monotonic()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from functools import partial
 
 import requests
 
@@ -17,15 +18,15 @@ from tests.support.harness import Server, wait_until
 from tests.support.wire import temporary_files
 
 SETTLE_SECONDS = 90  # for which requests may still be under way
-STALE_SECONDS = 30  # after which the servers must have noticed that the backend is back
-LEFTOVER_SECONDS = 20  # after which nothing of a dead worker may be there
+STALE_SECONDS = 90  # after which the servers must have noticed that the backend is back
+LEFTOVER_SECONDS = 40  # after which nothing of a dead worker may be there
 ROUNDS = 3  # a first question may settle a doubt, which gives the version a new ETag
 
 
 def settle(system: System) -> None:
     """Wait until every server runs, nothing is under way, and no machine may be behind another one."""
     for server in system.servers:
-        wait_until(lambda server=server: _is_up(server), SETTLE_SECONDS, "all workers")
+        wait_until(partial(_is_up, server), SETTLE_SECONDS, "all workers")
     wait_until(lambda: not system.is_busy(), SETTLE_SECONDS, "the end of all requests")
     wait_until_known(system)
 
@@ -70,12 +71,13 @@ class Ending:
 
     def _disagreement(self, key: str) -> str | None:
         """How the servers, the listing and the backend differ; None: they do not."""
+        told = self._told(key)
         for _ in range(ROUNDS):
-            told = self._told(key)
             if len({content for content, _ in told.values()}) > 1:
                 break
             if len({etag for _, etag in told.values() if etag}) <= 1:
                 return None
+            told = self._told(key)
         return f"{key}: " + ", ".join(f"{name}: {content} {etag}" for name, (content, etag) in told.items())
 
     def _told(self, key: str) -> dict[str, tuple[int | None, str]]:
@@ -97,7 +99,7 @@ class Ending:
         return operation.content, operation.etag
 
     def _listed(self, key: str, machine: int) -> tuple[int | None, str]:
-        operation = self._client.list(key, machine)
+        operation = self._client.list_keys(key, machine)
         assert operation is not None, "no listing"
         return operation.content, operation.etag
 

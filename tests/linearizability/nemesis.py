@@ -8,8 +8,10 @@ import os
 import random
 import signal
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Collection
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +65,7 @@ class Nemesis:
         self._rules: list[Rule] = []
         self.faults: Counter[str] = Counter()
         self.left_blocks: set[str] = set()  # keys on which another program has left uncommitted blocks
+        self.killed = inf  # when the first process was killed, on the monotonic clock
         self.error: BaseException | None = None
 
     def run(self, end: threading.Event) -> None:
@@ -169,6 +172,7 @@ class Nemesis:
 
     def kill_worker(self) -> None:
         """SIGKILL to a worker."""
+        self._note_kill()
         self._signal_worker(self._server(), signal.SIGKILL)
 
     def pause_worker(self) -> None:
@@ -182,8 +186,12 @@ class Nemesis:
         _signal(pid, number)
         return pid
 
+    def _note_kill(self) -> None:
+        self.killed = min(self.killed, time.monotonic())
+
     def kill_server(self) -> None:
         """SIGKILL to a whole server, and a new start."""
+        self._note_kill()
         server = self._server()
         server.kill()
         server.start()
@@ -198,6 +206,7 @@ class Nemesis:
 
     def upgrade(self) -> None:
         """SIGUSR2, and the end of the old master; before that a reload, or not."""
+        self._note_kill()  # SIGQUIT waits for nothing
         server = self._server()
         if self._random.random() < 0.5:
             old = set(server.worker_pids())

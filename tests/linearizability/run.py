@@ -9,6 +9,7 @@ import traceback
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 
 from tests.linearizability.checker import violations
@@ -53,14 +54,13 @@ def run_history(
     :param folder: empty, for the servers.
     :param faults: the only ones that the nemesis chooses from; None: all.
     """
-    report = Report(mode.name, seed)
-    history = History()
+    report, history, killed = Report(mode.name, seed), History(), inf
     try:
         with running_system(mode, folder, azurite) as system:
             history.zero = time.monotonic()
             nemesis = Nemesis(system, f"{seed} nemesis", faults)
             _work(system, history, nemesis, seed, seconds)
-            report.faults = nemesis.faults
+            report.faults, killed = nemesis.faults, nemesis.killed
             settle(system)
             client = Client(system, history, {}, f"{seed} ending")
             report.problems += Ending(system, history, client, nemesis.left_blocks).problems()
@@ -68,7 +68,7 @@ def run_history(
             report.problems += [text for server in system.servers for text in close(server)]
     except Exception:  # noqa: BLE001  (it is one more thing that went wrong)
         report.problems.append(traceback.format_exc())
-    found = violations(widened(history.operations, mode.revalidate_after))
+    found = violations(widened(history.operations, mode.revalidate_after), killed)
     report.problems += history.wrong + [wrong.text(history.zero) for wrong in found]
     report.operations, report.results = len(history.operations), history.results
     return report

@@ -13,6 +13,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,11 @@ from kci_storage.cache.directory import Cache
 from tests.linearizability.clients import FOLDER, Client, History, Version
 from tests.linearizability.ending import Ending, left_behind, settle
 from tests.linearizability.system import READ_TIMEOUT, WORKERS, System, upgrade
-from tests.support.faultproxy import OTHER, PUT, DropAnswer, Fault, Late, Refuse, Rule
+from tests.support.faultproxy import DropAnswer, Fault, Late, Refuse, Rule
 from tests.support.harness import START_SECONDS, Server, wait_until
 from tests.support.wire import BOUNDARY, SECONDS, part, temporary_files
 
-COMMIT = {"kind": PUT, "operation": "PUT"}
-DELETION = {"kind": OTHER, "operation": "DELETE"}
+COMMIT, DELETION = "PUT", "DELETE"  # operations of the backend
 FORM = f"Content-Type: multipart/form-data; boundary={BOUNDARY}\r\n"
 FILE = part("file0", bytes(300_000), "file")
 NEAR_END = 0.9  # of the read time-out: a request that is held for so long is not given up
@@ -55,10 +55,10 @@ class Stage:
         """The first machine's."""
         return self.system.servers[0]
 
-    def fault(self, fault: Fault, times: float = 1, **target: Any) -> Rule:
-        """From now on, have a fault befall so many requests about the key."""
+    def fault(self, fault: Fault, operation: str, times: float = 1) -> Rule:
+        """From now on, have a fault befall so many of these requests about the key."""
         assert self.system.proxy is not None
-        self._rules.append(self.system.proxy.inject(fault, key=self.key, times=times, **target))
+        self._rules.append(self.system.proxy.inject(fault, kind=None, key=self.key, times=times, operation=operation))
         return self._rules[-1]
 
     def put(self, machine: int = 0) -> None:
@@ -78,9 +78,9 @@ class Stage:
         for _ in range(4 * WORKERS):
             self.clients[machine].get(self.key)
 
-    def list(self, machine: int = 0) -> None:
+    def look(self, machine: int = 0) -> None:
         """See what the backend has."""
-        self.clients[machine].list(self.key)
+        self.clients[machine].list_keys(self.key)
 
     def background(self, act: Callable[..., None], *args: Any) -> Future[None]:
         """Do something while the scenario goes on."""
@@ -95,9 +95,10 @@ class Stage:
     def let_land(self, rule: Rule) -> None:
         """Let go of a request that is held, and wait until it has been carried out."""
         rule.release()
-        self._wait_for_backend()
+        self.wait_for_backend()
 
-    def _wait_for_backend(self) -> None:
+    def wait_for_backend(self) -> None:
+        """Wait until no request to the backend is under way."""
         proxy = self.system.proxy
         assert proxy is not None
         wait_until(lambda: proxy.running == 0, SECONDS, "the end of all requests to the backend")
@@ -119,12 +120,12 @@ class Stage:
 def a_commit_lands_over_a_later_one(stage: Stage) -> None:
     """An upload times out, the next one is acknowledged, then the first one lands."""
     stage.put()
-    late = stage.fault(Late(), **COMMIT)
+    late = stage.fault(Late(), COMMIT)
     stage.put()
     stage.put()
     stage.read()
     stage.let_land(late)
-    stage.list()
+    stage.look()
     stage.evict()
     stage.read()
 
@@ -132,7 +133,7 @@ def a_commit_lands_over_a_later_one(stage: Stage) -> None:
 def a_commit_lands_after_its_doubt(stage: Stage) -> None:
     """An upload times out, readers ask the backend and find the old version, then it lands."""
     stage.put()
-    late = stage.fault(Late(), **COMMIT)
+    late = stage.fault(Late(), COMMIT)
     stage.put()
     stage.read()
     stage.let_land(late)
@@ -142,7 +143,7 @@ def a_commit_lands_after_its_doubt(stage: Stage) -> None:
 def a_deletion_lands_after_its_doubt(stage: Stage) -> None:
     """The same of a deletion."""
     stage.put()
-    late = stage.fault(Late(), **DELETION)
+    late = stage.fault(Late(), DELETION)
     stage.delete()
     stage.read()
     stage.let_land(late)
@@ -152,29 +153,29 @@ def a_deletion_lands_after_its_doubt(stage: Stage) -> None:
 def a_deletion_lands_over_a_later_upload(stage: Stage) -> None:
     """A deletion times out, an upload is acknowledged, then the deletion lands."""
     stage.put()
-    late = stage.fault(Late(), **DELETION)
+    late = stage.fault(Late(), DELETION)
     stage.delete()
     stage.put()
     stage.read()
     stage.let_land(late)
-    stage.list()
+    stage.look()
     stage.read()
 
 
 def a_new_file_lands_after_its_doubt(stage: Stage) -> None:
     """The first upload of a key times out, readers are told that there is none, then it lands."""
-    late = stage.fault(Late(), **COMMIT)
+    late = stage.fault(Late(), COMMIT)
     stage.put()
     stage.read()
     stage.let_land(late)
-    stage.list()
+    stage.look()
     stage.read()
 
 
 def a_commit_lands_after_a_kill(stage: Stage) -> None:
     """The server is killed while a commit is on its way; the next one's readers find the old version; it lands."""
     stage.put()
-    late = stage.fault(Late(), **COMMIT)
+    late = stage.fault(Late(), COMMIT)
     upload = stage.background(stage.put)
     late.wait_until_reached()
     stage.server.kill()
@@ -189,22 +190,22 @@ def a_second_doubt(stage: Stage) -> None:
     """A copy is in doubt, and asked about while another commit is on its way, whose answer is then lost."""
     stage.put()
     stage.read()
-    refused = stage.fault(Refuse(), times=inf, **COMMIT)
+    refused = stage.fault(Refuse(), COMMIT, times=inf)
     stage.put()
     refused.cease()
-    held = stage.fault(Late(NEAR_END * READ_TIMEOUT, silence=READ_TIMEOUT), **COMMIT)
+    held = stage.fault(Late(NEAR_END * READ_TIMEOUT, silence=READ_TIMEOUT), COMMIT)
     upload = stage.background(stage.put)
     held.wait_until_reached()
     stage.read()
     upload.result()
-    stage._wait_for_backend()
+    stage.wait_for_backend()
     stage.read()
 
 
 def a_deletion_whose_answer_is_lost(stage: Stage) -> None:
     """It has deleted; the next try finds nothing."""
     stage.put()
-    stage.fault(DropAnswer(), **DELETION)
+    stage.fault(DropAnswer(), DELETION)
     stage.delete()
 
 
@@ -242,7 +243,7 @@ def a_worker_dies_with_files(stage: Stage) -> None:
                 stack.enter_context(_unfinished(stage, f"PUT /{stage.key}{number} HTTP/1.1\r\n", FILE))
             wait_until(lambda: len(_files(stage.server)) == 4 * WORKERS, SECONDS, "the files of uploads")
             os.kill(pid, signal.SIGKILL)
-            wait_until(lambda pid=pid: _is_replaced(stage.server, pid), START_SECONDS, "a new worker")
+            wait_until(partial(_is_replaced, stage.server, pid), START_SECONDS, "a new worker")
 
 
 def _is_replaced(server: Server, pid: int) -> bool:
@@ -282,25 +283,25 @@ def an_upgrade_after_a_reload(stage: Stage) -> None:
 def a_retry_lands_over_another_machines_upload(stage: Stage) -> None:
     """An upload is stored, but the answer is lost; another machine replaces it; then the first one tries again."""
     stage.put()
-    stage.fault(DropAnswer(), **COMMIT)
-    retry = stage.fault(Late(NEAR_END * READ_TIMEOUT), **COMMIT)
+    stage.fault(DropAnswer(), COMMIT)
+    retry = stage.fault(Late(NEAR_END * READ_TIMEOUT), COMMIT)
     upload = stage.background(stage.put, 0)
     retry.wait_until_reached()
-    stage.list(1)
+    stage.look(1)
     stage.put(1)
     stage.let_land(retry)
     upload.result()
-    stage.list(1)
+    stage.look(1)
 
 
 def a_retry_of_what_another_machine_has_replaced(stage: Stage) -> None:
     """A compare-and-set is stored, but the answer is lost; it is read and replaced; its next try is not met."""
     stage.put()
-    stage.fault(DropAnswer(), **COMMIT)
-    retry = stage.fault(Late(NEAR_END * READ_TIMEOUT), **COMMIT)
+    stage.fault(DropAnswer(), COMMIT)
+    retry = stage.fault(Late(NEAR_END * READ_TIMEOUT), COMMIT)
     upload = stage.background(stage.replace, 0)
     retry.wait_until_reached()
-    stage.list(1)
+    stage.look(1)
     stage.put(1)
     stage.let_land(retry)
     upload.result()
@@ -309,13 +310,13 @@ def a_retry_of_what_another_machine_has_replaced(stage: Stage) -> None:
 def a_deletion_by_etag_meets_a_replacement(stage: Stage) -> None:
     """A deletion by ETag is on its way when another machine replaces that version, by its ETag too."""
     stage.put()
-    held = stage.fault(Late(NEAR_END * READ_TIMEOUT), **DELETION)
+    held = stage.fault(Late(NEAR_END * READ_TIMEOUT), DELETION)
     deletion = stage.background(stage.clients[0].delete_if, stage.key)
     held.wait_until_reached()
     stage.replace(1)
     stage.let_land(held)
     deletion.result()
-    stage.list(1)
+    stage.look(1)
 
 
 def another_machines_new_file(stage: Stage) -> None:

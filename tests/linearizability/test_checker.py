@@ -159,6 +159,12 @@ def test_keys_have_nothing_to_do_with_each_other() -> None:
     assert violations([up(1, 0, 1), other, get(1, 4, 5)]) == []
 
 
+def test_after_a_kill_an_etag_may_be_another_one() -> None:
+    history = [up(1, 0, 1), get(1, 2, 3), cas(1, 2, 4, 5, UNMET)]
+    assert violations(history, killed=4.5) == []
+    assert len(violations(history, killed=6)) == 1
+
+
 def test_the_context_is_short_and_has_the_writes_that_matter() -> None:
     history = [
         up(1, 0, 1),

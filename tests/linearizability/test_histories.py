@@ -13,6 +13,8 @@ from tests.support.azurite import Azurite
 
 SECONDS = 6  # of each, without its start and its end
 
+pytestmark = pytest.mark.timeout(600)  # what waits has time-outs of its own
+
 
 @pytest.mark.parametrize(("mode", "seed"), [("azure", 1), ("azure-two", 2), ("azure-tiny", 3), ("azure-disk", 4)])
 def test_azure(azurite: Azurite, tmp_path: Path, mode: str, seed: int) -> None:
