@@ -47,23 +47,30 @@ class Violation:
     operation: Operation
     reason: str
     context: tuple[Operation, ...] = ()  # the key's operations, in order
+    stored: frozenset[int | None] = frozenset()  # what may have been there before
 
     def text(self, zero: float) -> str:
         """The key's operations up to this one, and what is wrong with it."""
-        lines = last_lines(self.context, zero, self.operation)
+        lines = last_lines(self.context, zero, self.operation, self.stored)
         return "\n".join([f"{self.key}: {self.reason}", *lines])
 
 
-def last_lines(operations: Iterable[Operation], zero: float, wrong: Operation | None = None) -> list[str]:
+def last_lines(
+    operations: Iterable[Operation],
+    zero: float,
+    wrong: Operation | None = None,
+    stored: Iterable[int | None] = (),
+) -> list[str]:
     """The last operations, and the earlier writes that may explain them, as lines.
 
     :param wrong: these are the last ones that began before its end.
+    :param stored: contents whose writes are shown as well.
     """
     before = sorted(
         (each for each in operations if wrong is None or each.begin <= wrong.end), key=lambda each: each.begin
     )
     recent = before[-SHOWN:]
-    contents = {each.content for each in recent} | {each.expected for each in recent}
+    contents = {each.content for each in recent} | {each.expected for each in recent} | set(stored)
     earlier = [each for each in before[:-SHOWN] if each is wrong or _writes_one_of(each, contents)]
     return [f"  {'!!' if each is wrong else '  '} {each.line(zero)}" for each in earlier[-SHOWN:] + recent]
 
@@ -246,9 +253,9 @@ class _Search:
         return _Configurations(self._pending, self._reads)
 
     def _violation(self, index: int, before: Iterable[Configuration]) -> Violation:
-        wrong = self._operations[index]
-        stored = sorted({_name(each.stored) for each in before})
-        return Violation(wrong.key, wrong, f"cannot be explained; before it, {' or '.join(stored)} was stored")
+        wrong, stored = self._operations[index], frozenset(each.stored for each in before)
+        reason = f"cannot be explained; before it, {' or '.join(sorted(map(_name, stored)))} was stored"
+        return Violation(wrong.key, wrong, reason, stored=stored)
 
 
 def _name(stored: int | None) -> str:
