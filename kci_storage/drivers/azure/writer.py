@@ -155,10 +155,10 @@ class AzureWriter(ObjectWriter):
     def _put(self, digests: Digests, expected: str | None) -> tuple[str, int]:
         """Commit the content with one request; the object's ETag and time of modification."""
         metadata = {"sha256": digests.sha256, _UPLOAD_ID: self._upload_id}
-        headers = properties(self._content_type, digests.md5, metadata, self._tags) | condition(expected)
+        headers = properties(self._content_type, digests.md5, metadata, self._tags) | self._condition(expected)
         if self._whole is not None:
             return self._put_whole(self._whole, headers, expected)
-        if not self._block_ids and not self._lost and not self._must_stage(expected):
+        if not self._block_ids and not self._lost:
             with _content(self._block) as content:
                 return self._writes.put(self._key, content, headers, self._lost_answers)
         if self._block.tell():
@@ -174,7 +174,6 @@ class AzureWriter(ObjectWriter):
         except PreconditionFailed:
             if expected is not None or self._exists():
                 raise
-        # With "If-None-Match: *", Azurite takes uncommitted blocks for an object; with this condition it does not.
         headers = {name: value for name, value in headers.items() if name != "If-None-Match"} | NOT_SINCE_1970
         return self._writes.put(self._key, content, headers, self._lost_answers)
 
@@ -184,12 +183,13 @@ class AzureWriter(ObjectWriter):
             return True
         return False
 
-    def _must_stage(self, expected: str | None) -> bool:
-        """Whether even a small content is staged and committed by a list.
+    def _condition(self, expected: str | None) -> dict[str, str]:
+        """The headers that make a commit conditional.
 
-        Azurite refuses a new object by Put Blob if there are blocks of an upload that was not committed.
+        With ``If-None-Match: *``, Azurite takes uncommitted blocks for an object. So a commit that was refused for
+        that, and is called again since there is none, has another condition that no object meets.
         """
-        return expected is None and self._refused_as_new
+        return NOT_SINCE_1970 if expected is None and self._refused_as_new else condition(expected)
 
     def _landed(self) -> ObjectInfo | None:
         """The stored object, if a try of this commit whose answer was lost has stored it; None: it is another one."""
