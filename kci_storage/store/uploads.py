@@ -157,6 +157,7 @@ class Upload:
     ):
         self.key = key
         self._driver = uploads.driver
+        self._cached = uploads.cached
         self._events = uploads.events
         self._content_type = content_type
         self._max_bytes = uploads.max_bytes
@@ -216,8 +217,11 @@ class Upload:
             raise DigestMismatch(f"the body's MD5 is {md5.hex()}, not what Content-MD5 says")
 
     def known_version(self) -> str | None:
-        """The ETag of the version that is probably stored: that of the copy; None: there is no copy."""
-        return self._copy.known_version()
+        """The ETag of the version that is probably stored, found out without a request to a backend elsewhere.
+
+        That is the copy's; None: there is no copy.
+        """
+        return self._copy.known_version() if self._cached else self.present_version()
 
     def present_version(self, may_replace: Rule | None = None) -> str | None:
         """The ETag of the version that is stored; None: there is none.
@@ -354,7 +358,7 @@ class _NoCopy:
     def write(self, data: bytes | memoryview) -> None: ...
 
     def known_version(self) -> str | None:
-        """Unknown."""
+        """There is none."""
         return None
 
     def publish(self, info: ObjectInfo, *, replaced: bool) -> None: ...
