@@ -8,7 +8,7 @@ For a key whose SHA-512 is ``abcd…``, in the folder ``ab``:
 ``abcd….<generation>.data``  the content; never modified once it has this name
 ``abcd….<generation>.part``  a content that is being written, locked by its writer
 ``abcd….fill``               the claim of a running fill, with the record that the copy will get (:class:`.Claim`)
-``abcd….doubt``              until when a change of the object whose answer was lost may still be carried out
+``abcd….doubt``              the changes of the object whose answer was lost (:class:`.Doubt`)
 ===========================  ===========================================================================
 
 The rename of the record is the commit. Each version has its own generation, hence its own content file, and the old
@@ -26,7 +26,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
-import json
 import os
 import threading
 import time
@@ -35,6 +34,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from kci_storage.cache.doubt import ABSENT, ANY, Doubt
 from kci_storage.cache.entry import Entry, Record, Usage, last_use, new_record
 from kci_storage.cache.names import (
     CACHE_FILE,
@@ -58,7 +58,6 @@ from kci_storage.files.locks import KeyLocks, Lease
 
 TOUCH_INTERVAL = 300  # seconds; a hit updates a content file's access time at most this often
 LANDING_SECONDS = 300  # after a writer's death, in which its last request may still be carried out by the backend
-MAX_DOUBT_SECONDS = 24 * 3600  # what ends later was written while the clock was wrong
 MAX_REMEMBERED_RECORDS = 20_000  # per process; about 1 KiB each
 
 
@@ -211,7 +210,7 @@ class Cache:
             self._repair(location)
 
     def _repair(self, location: Location) -> None:
-        self._doubt(location, time.time() + LANDING_SECONDS)
+        self._doubt(location, ANY, time.time() + LANDING_SECONDS)
         self._clear(location)
 
     def is_being_written(self, key: str) -> bool:
@@ -252,7 +251,7 @@ class Cache:
         return record.info.etag if record is not None else None
 
     def publish(self, part: durable.NewFile, info: ObjectInfo) -> None:
-        """Make the part file the object's copy, in place of the old one, and end the doubt about the key.
+        """Make the part file the object's copy, in place of the old one.
 
         The backend has acknowledged this version, and the caller holds the key's lock.
 
@@ -261,7 +260,7 @@ class Cache:
         location, new = self.location(info.key), new_record(info)
         with self._replacing(location, new) as old, self._new_record(location, new) as file:
             self._put_in_place(part, file, old, new)
-        durable.remove(location.doubt)
+        self._end_doubt(location)
 
     def publish_filled(self, part: durable.NewFile, record: Record, file: durable.NewFile) -> None:
         """As :meth:`publish`, with a record that is written already.
@@ -321,12 +320,12 @@ class Cache:
         return removed
 
     def acknowledge(self, key: str) -> None:
-        """The backend has acknowledged a version of which there is no copy: remove the old one, and end the doubt.
+        """The backend has acknowledged a version of which there is no copy: remove the old one.
 
         The caller holds the key's lock.
         """
         self.remove(key)
-        durable.remove(self.location(key).doubt)
+        self._end_doubt(self.location(key))
 
     def remove_version(self, record: Record) -> None:
         """Remove the copy if it still has this record, and its key is not locked."""
@@ -334,52 +333,56 @@ class Cache:
 
     # Doubt
 
-    def doubt(self, key: str, until: float) -> None:
+    def doubt(self, key: str, replaces: str | None, until: float) -> None:
         """A change of the object may have been carried out, or may still be. The caller holds the key's lock.
 
         From now on each reader asks the backend before it gets the copy, until the doubt is settled. (On a full disk,
         the copy is removed.) No running fill is published.
 
+        :param replaces: the ETag of the version that the change requires; None: it requires that there is none.
         :param until: when the change cannot be carried out any more, in seconds since the epoch.
         """
-        self._doubt(self.location(key), until)
+        self._doubt(self.location(key), ABSENT if replaces is None else replaces, until)
 
-    def _doubt(self, location: Location, until: float) -> None:
+    def _doubt(self, location: Location, named: str, until: float) -> None:
         self._revoke_fill(location)
         record = self._parse(location)
         try:
-            self._prolong_doubt(location, until)
+            if until > time.time():
+                self._write_doubt(location, self._read_doubt(location).with_change(named, until))
             if record is not None:
                 # Each doubt has a generation of its own, so that no worker trusts an answer from before it.
                 self._replace_record(location, record, replace(record, generation=new_generation(), doubtful=True))
         except InsufficientStorage:
             self._unlink_entry(location, record)
 
-    def _prolong_doubt(self, location: Location, until: float) -> None:
-        if until <= max(time.time(), self._doubt_ends(location)):
-            return
+    @staticmethod
+    def _write_doubt(location: Location, doubt: Doubt) -> None:
         with durable.NewFile(Path(f"{location.stem}.{new_generation()}{DOUBT}{PART}")) as file:
-            file.write(json.dumps({"until": until}).encode())
+            file.write(doubt.to_json())
             file.publish(location.doubt)
 
-    def doubt_ends(self, key: str) -> float:
-        """When a lost change of the object cannot be carried out any more, in seconds since the epoch; 0: now."""
-        return self._doubt_ends(self.location(key))
+    def doubt_of(self, key: str) -> Doubt:
+        """The changes of the object that may still be carried out."""
+        return self._read_doubt(self.location(key))
 
     @staticmethod
-    def _doubt_ends(location: Location) -> float:
-        with contextlib.suppress(FileNotFoundError, ValueError, TypeError, KeyError):
-            until = float(json.loads(location.doubt.read_bytes())["until"])
-            if until - time.time() < MAX_DOUBT_SECONDS:
-                return until
-        return 0.0
+    def _read_doubt(location: Location) -> Doubt:
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            return Doubt.from_json(location.doubt.read_bytes())
+        return Doubt()
 
-    def is_in_doubt(self, key: str) -> bool:
-        """Whether a lost change of the object may still be carried out."""
-        return time.time() < self.doubt_ends(key)
+    def _end_doubt(self, location: Location) -> None:
+        """The versions that lost changes name are gone. A lost creation may still be carried out after a deletion."""
+        with contextlib.suppress(FileNotFoundError, ValueError, InsufficientStorage):
+            left = Doubt.from_json(location.doubt.read_bytes()).of_creations()
+            if not left.is_over(time.time()):
+                self._write_doubt(location, left)
+                return
+        durable.remove(location.doubt)
 
     def settle(self, found: ObjectInfo, renewed: ObjectInfo, asked: float) -> None:
-        """End the doubt about a key: no lost change of it can be carried out any more. The caller holds its lock.
+        """End the doubt about a version: no lost change can replace it any more. The caller holds the key's lock.
 
         :param found: the version that the backend has.
         :param renewed: the same with the ETag that it has got since; the copy, if it is of this version, gets it too.
@@ -396,20 +399,14 @@ class Cache:
                 self._replace_record(location, record, settled)
         if renewed.etag != found.etag:
             self._revoke_fill(location)
-        durable.remove(location.doubt)
+        self._end_doubt(location)
 
-    def forget(self, key: str, asked: float) -> None:
-        """The backend has no such object: remove the copy, and the doubt if it is over.
-
-        The caller holds the key's lock.
-
-        :param asked: when the backend was asked, in seconds since the epoch.
-        """
+    def forget(self, key: str) -> None:
+        """The backend has no such object: remove the copy. The caller holds the key's lock."""
         location = self.location(key)
         self.remove(key)
         self._revoke_fill(location)
-        if self._doubt_ends(location) <= asked:
-            durable.remove(location.doubt)
+        self._end_doubt(location)
 
     # Replacing and removing
 
@@ -582,7 +579,7 @@ class Cache:
 
     def _remove_outdated_doubt(self, location: Location) -> bool:
         """A doubtful copy stays so without it: the next reader asks once more, and that is enough."""
-        return self._doubt_ends(location) <= time.time() and durable.remove(location.doubt)
+        return self._read_doubt(location).is_over(time.time()) and durable.remove(location.doubt)
 
     def check(self) -> list[str]:
         """Check the directory's invariants, while no other thread or process uses it.

@@ -44,11 +44,11 @@ class Doubts:
                 found = self._driver.stat(key)
             except ObjectNotFound:
                 if free:
-                    self._cache.forget(key, asked)
+                    self._cache.forget(key)
                 raise
             if not free:
                 return found
-            renewed = found if self._cache.doubt_ends(key) <= asked else self._fence(found)
+            renewed = self._fence(found) if self._cache.doubt_of(key).concerns(found.etag, asked) else found
             if renewed is None:
                 return found
             self._cache.settle(found, renewed, asked)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -139,7 +140,7 @@ class Filler:
 
     def _publish(self, part: durable.NewFile, record: Record) -> None:
         """Make the part the cache's copy, unless the key is locked, was changed meanwhile, or is in doubt."""
-        key = record.info.key
+        key, etag = record.info.key, record.info.etag
         with self._cache.writing_if_free(key) as free:
-            if free and self._claim.is_current() and not self._cache.is_in_doubt(key):
+            if free and self._claim.is_current() and not self._cache.doubt_of(key).concerns(etag, time.time()):
                 self._cache.publish_filled(part, record, self._claim.file())

@@ -22,10 +22,12 @@ UNCHANGED = PreconditionFailed, KeyConflict, WriteConflict, ObjectNotFound  # er
 
 
 @contextlib.contextmanager
-def changing(cache: Cache, negative_cache: NegativeCache, key: str) -> Iterator[None]:
+def changing(cache: Cache, negative_cache: NegativeCache, key: str, expected: str | None) -> Iterator[None]:
     """The driver commits or deletes during the block. The caller holds the key's lock.
 
     If it may have done so although the block fails, the key is in doubt, for as long as it may still do so.
+
+    :param expected: the ETag of the version that the change requires; None: it requires that there is none.
     """
     cache.announce_commit(key)
     try:
@@ -33,7 +35,7 @@ def changing(cache: Cache, negative_cache: NegativeCache, key: str) -> Iterator[
     except UNCHANGED:
         raise
     except BaseException as exc:
-        cache.doubt(key, _lands_until(exc))
+        cache.doubt(key, expected, _lands_until(exc))
         negative_cache.changed(key)
         raise
 

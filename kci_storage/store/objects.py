@@ -154,10 +154,10 @@ class Objects:
         before_blocking()
         if self._cache.is_being_written(key):
             return None
-        if self._cache.is_in_doubt(key):
+        if not self._cache.doubt_of(key).is_over(time.time()):
             info = self._doubts.settle(key)
-            if self._cache.is_in_doubt(key):  # what another request has been told may be out of date by now
-                return self._remote(None, info)
+            if self._cache.doubt_of(key).concerns(info.etag, time.time()):
+                return self._remote(None, info)  # what another request has been told may be out of date by now
         if self._negative_cache.remembers(key):
             raise ObjectNotFound("no such file")
         question = self._negative_cache.question(key)
@@ -218,8 +218,7 @@ class Objects:
         with self._events.waiting_for(self._cache.writing(key, self._wait_timeout)):
             slots.refuse_no_longer()  # a failure from here on has the key doubted
             try:
-                with changing(self._cache, self._negative_cache, key):
-                    self._delete(key, may_delete)
+                self._delete(key, may_delete)
             except ObjectNotFound:
                 self._forget(key)
                 raise
@@ -231,7 +230,8 @@ class Objects:
         for _ in range(DELETIONS):
             etag = etag or self._present_version(key, may_delete)
             try:
-                self._driver.delete(key, etag)
+                with changing(self._cache, self._negative_cache, key, etag):
+                    self._driver.delete(key, etag)
             except PreconditionFailed:
                 etag = None
             except OutcomeUnknown as exc:

@@ -267,7 +267,7 @@ class Upload:
 
     def _commit(self, expected: str | None, replay: bool) -> ObjectInfo:
         digests = Digests(self._size, self.sha256, self._digests.digest("md5"))
-        with self._copy.committing():
+        with self._copy.committing(expected):
             info = self._writer.commit(digests, expected, self._copy.replay if replay else None)
         self._copy.publish(info, replaced=expected is not None)
         self._events.uploaded()
@@ -319,9 +319,12 @@ class _Copy:
         return self._cache.known_version(self._key)
 
     @contextlib.contextmanager
-    def committing(self) -> Iterator[None]:
-        """The driver commits during the block. If the outcome is unknown, the key is in doubt."""
-        with changing(self._cache, self._negative_cache, self._key):
+    def committing(self, expected: str | None) -> Iterator[None]:
+        """The driver commits during the block. If the outcome is unknown, the key is in doubt.
+
+        :param expected: as for :func:`.changing`.
+        """
+        with changing(self._cache, self._negative_cache, self._key, expected):
             yield
         # From here on, no request may be answered with the state before the commit, whether or not there is a copy.
         self._cache.revoke_fill(self._key)
@@ -353,7 +356,10 @@ class _NoCopy:
     """In place of :class:`_Copy` where the driver's objects are local files, which need no copy."""
 
     replay = None
-    committing = contextlib.nullcontext
+
+    def committing(self, expected: str | None) -> contextlib.AbstractContextManager[None]:
+        """Nothing can be in doubt."""
+        return contextlib.nullcontext()
 
     def write(self, data: bytes | memoryview) -> None: ...
 

@@ -85,8 +85,14 @@ def doubt(cache: Cache, seconds: float = 60) -> Record:
     :param seconds: for which a lost change may be carried out.
     """
     with cache.writing(KEY, TIMEOUT):
-        cache.doubt(KEY, time.time() + seconds)
+        cache.doubt(KEY, cache.known_version(KEY), time.time() + seconds)
     return record_of(cache)
+
+
+def is_in_doubt(cache: Cache) -> bool:
+    """Whether a lost change may still be carried out, given the version of the copy, or none."""
+    with cache.writing(KEY, TIMEOUT):
+        return cache.doubt_of(KEY).concerns(cache.known_version(KEY), time.time())
 
 
 def settle(cache: Cache, found: ObjectInfo, etag: str | None = None) -> None:
@@ -334,10 +340,10 @@ class TestDoubt:
     def test_a_doubt_is_settled(self, cache: Cache) -> None:
         store(cache, b"content")
         doubtful = doubt(cache)
-        assert cache.is_in_doubt(KEY)
+        assert is_in_doubt(cache)
         settle(cache, doubtful.info)
         settled = record_of(cache)
-        assert not cache.is_in_doubt(KEY)
+        assert not is_in_doubt(cache)
         assert not settled.doubtful
         assert settled.validated > doubtful.validated
         assert settled.generation != doubtful.generation
@@ -359,24 +365,46 @@ class TestDoubt:
         store(cache, b"old")
         settle(cache, replace(doubt(cache).info, etag="another"))
         assert load(cache) is None
-        assert not cache.is_in_doubt(KEY)
+        assert not is_in_doubt(cache)
 
     def test_an_acknowledged_version_ends_the_doubt(self, cache: Cache) -> None:
         store(cache, b"old")
         doubt(cache)
         store(cache, b"new")
-        assert not cache.is_in_doubt(KEY)
+        assert not is_in_doubt(cache)
         assert not record_of(cache).doubtful
 
-    def test_a_deletion_does_not_end_the_doubt(self, cache: Cache) -> None:
-        """A lost upload of a new key may be carried out after it."""
+    @pytest.mark.parametrize("end", ["publish", "acknowledge", "settle", "forget"])
+    def test_a_lost_creation_may_land_after_a_deletion(self, cache: Cache, end: str) -> None:
+        doubt_nothing(cache)
+        if end == "publish":
+            store(cache, b"next")
+        with cache.writing(KEY, TIMEOUT):
+            if end == "acknowledge":
+                cache.acknowledge(KEY)
+            elif end == "settle":
+                cache.settle(info_of(b"next"), info_of(b"next"), time.time())
+            elif end == "forget":
+                cache.forget(KEY)
+            assert not cache.doubt_of(KEY).concerns("etag", time.time())
+            cache.remove(KEY)
+        cache.sweep()
+        assert is_in_doubt(cache)
+
+    def test_a_lost_change_of_a_version_that_is_gone_cannot_land(self, cache: Cache) -> None:
         store(cache, b"old")
         doubt(cache)
-        with cache.writing(KEY, TIMEOUT):
-            cache.remove(KEY)
-        assert cache.is_in_doubt(KEY)
+        store(cache, b"new")
+        assert not cache.location(KEY).doubt.exists()
+
+    def test_a_dead_writers_change_may_concern_any_version(self, cache: Cache, peer: Peer) -> None:
+        store(cache, b"content")
+        peer.call(begin_upload, cache.directory)
+        peer.kill()
+        cache.recover_locks()
+        assert cache.doubt_of(KEY).concerns("another", time.time())
+        assert cache.doubt_of(KEY).concerns(None, time.time())
         cache.sweep()
-        assert cache.is_in_doubt(KEY)
 
     def test_each_doubt_is_a_new_one(self, cache: Cache) -> None:
         """What a worker has been told between two doubts says nothing after the second."""
@@ -386,11 +414,10 @@ class TestDoubt:
 
     def test_the_longest_doubt_counts(self, cache: Cache) -> None:
         doubt_nothing(cache, 60)
-        ends = cache.doubt_ends(KEY)
         doubt_nothing(cache, 10)
-        assert cache.doubt_ends(KEY) == ends
+        assert cache.doubt_of(KEY).concerns(None, time.time() + 50)
         doubt_nothing(cache, 100)
-        assert cache.doubt_ends(KEY) > ends
+        assert cache.doubt_of(KEY).concerns(None, time.time() + 90)
 
     def test_a_doubt_that_is_over_is_swept(self, cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
         """The copy stays doubtful: the next reader asks once more."""
@@ -398,24 +425,35 @@ class TestDoubt:
         doubtful = doubt(cache)
         later = time.time() + 61
         monkeypatch.setattr(time, "time", lambda: later)
-        assert not cache.is_in_doubt(KEY)
+        assert not is_in_doubt(cache)
         cache.sweep()
         assert not cache.location(KEY).doubt.exists()
         assert record_of(cache) == doubtful
 
-    @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"until": "soon"}', b'{"until": 1e300}', b"{}"])
+    @pytest.mark.parametrize(
+        "content",
+        [
+            b"",
+            b"{",
+            b"[]",
+            b'{"lands_until": 1}',
+            b'{"lands_until": {"*": "x"}}',
+            b'{"lands_until": {"*": 1e300}}',
+            b"{}",
+        ],
+    )
     def test_a_doubt_that_makes_no_sense_is_none(self, cache: Cache, content: bytes) -> None:
         """It may have been written while the clock was wrong, or by another version."""
         store(cache, b"content")
         cache.location(KEY).doubt.write_bytes(content)
-        assert not cache.is_in_doubt(KEY)
+        assert not is_in_doubt(cache)
         cache.sweep()
         assert not cache.location(KEY).doubt.exists()
 
     def test_nothing_to_doubt(self, cache: Cache) -> None:
         doubt_nothing(cache)
         assert load(cache) is None
-        assert cache.is_in_doubt(KEY)
+        assert is_in_doubt(cache)
 
     def test_a_running_fill_is_not_published_after_a_doubt(self, cache: Cache) -> None:
         """It may have read the version before a commit whose outcome is unknown."""
@@ -428,7 +466,7 @@ class TestDoubt:
 
 def doubt_nothing(cache: Cache, seconds: float = 60) -> None:
     with cache.writing(KEY, TIMEOUT):
-        cache.doubt(KEY, time.time() + seconds)
+        cache.doubt(KEY, None, time.time() + seconds)
 
 
 class TestDeadWriters:

@@ -149,7 +149,7 @@ def prepare_nothing(world: World) -> None:
 def prepare_doubt(world: World) -> None:
     prepare_copy(world)
     with world.cache.writing(KEY, 1):
-        world.cache.doubt(KEY, time.time() + 60)
+        world.cache.doubt(KEY, world.cache.known_version(KEY), time.time() + 60)
 
 
 def prepare_broken(world: World) -> None:
