@@ -22,7 +22,7 @@ from email.message import Message
 from typing import Any
 from urllib.parse import quote
 
-from tests.linearizability.contents import NUMBERS, SMALLEST, content_of, number_of, size_of
+from tests.linearizability.contents import LARGE, NUMBERS, SMALLEST, content_of, number_of, size_of
 from tests.linearizability.operations import CONDITIONAL, Kind, Operation, Outcome
 from tests.linearizability.system import System
 from tests.support.wire import FORM_TYPE, form, part
@@ -172,6 +172,11 @@ class Client:
     def put(self, key: str) -> None:
         """Store a content over whatever is there."""
         self._put(Kind.PUT, key, {})
+
+    def put_large(self, key: str) -> None:
+        """The same with one that is larger than Azure's limit for one request."""
+        number = self._history.new_number()
+        self._store(Kind.PUT, key, number, content_of(key, number, LARGE[0] + LARGE[1] * number), {}, None)
 
     def create(self, key: str) -> None:
         """Store a content if there is none."""

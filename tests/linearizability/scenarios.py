@@ -26,7 +26,7 @@ from tests.support.faultproxy import DropAnswer, Fault, Late, Refuse, Rule
 from tests.support.harness import START_SECONDS, Server, wait_until
 from tests.support.wire import BOUNDARY, SECONDS, part, temporary_files
 
-COMMIT, DELETION = "PUT", "DELETE"  # operations of the backend
+COMMIT, COMMIT_BLOCKS, DELETION = "PUT", "PUT blocklist", "DELETE"  # operations of the backend
 FORM = f"Content-Type: multipart/form-data; boundary={BOUNDARY}\r\n"
 FILE = part("file0", bytes(300_000), "file")
 NEAR_END = 0.9  # of the read time-out: a request that is held for so long is not given up
@@ -130,6 +130,19 @@ def a_commit_lands_over_a_later_one(stage: Stage) -> None:
     stage.read()
 
 
+def a_list_of_blocks_lands_over_a_later_upload(stage: Stage) -> None:
+    """The same of a large upload, which is committed by a list of its blocks."""
+    stage.put()
+    late = stage.fault(Late(), COMMIT_BLOCKS)
+    stage.clients[0].put_large(stage.key)
+    stage.clients[0].put_large(stage.key)
+    stage.read()
+    stage.let_land(late)
+    stage.look()
+    stage.evict()
+    stage.read()
+
+
 def a_commit_lands_after_its_doubt(stage: Stage) -> None:
     """An upload times out, readers ask the backend and find the old version, then it lands."""
     stage.put()
@@ -183,6 +196,31 @@ def a_commit_lands_after_a_kill(stage: Stage) -> None:
     stage.server.start()
     stage.read()
     stage.let_land(late)
+    stage.read()
+
+
+def a_new_file_lands_after_a_later_one_was_deleted(stage: Stage) -> None:
+    """The first upload of a key times out, the next one is acknowledged and deleted, then the first one lands."""
+    late = stage.fault(Late(), COMMIT)
+    stage.put()
+    stage.put()
+    stage.delete()
+    stage.read()
+    stage.let_land(late)
+    stage.look()
+    stage.read()
+
+
+def a_deletion_lands_after_the_same_was_acknowledged(stage: Stage) -> None:
+    """A deletion times out, the next one is acknowledged, a new file is stored, then the first deletion lands."""
+    stage.put()
+    late = stage.fault(Late(), DELETION)
+    stage.delete()
+    stage.delete()
+    stage.put()
+    stage.read()
+    stage.let_land(late)
+    stage.look()
     stage.read()
 
 
@@ -319,6 +357,36 @@ def a_deletion_by_etag_meets_a_replacement(stage: Stage) -> None:
     stage.look(1)
 
 
+def a_commit_lands_over_another_machines_upload(stage: Stage) -> None:
+    """An upload times out, another machine's is acknowledged and read everywhere, then the first one lands."""
+    stage.put(0)
+    late = stage.fault(Late(), COMMIT)
+    stage.put(0)
+    stage.put(1)
+    time.sleep(1.2 * stage.system.mode.revalidate_after)
+    stage.read(0)
+    stage.read(1)
+    stage.let_land(late)
+    stage.look(1)
+    time.sleep(1.2 * stage.system.mode.revalidate_after)
+    stage.read(0)
+    stage.read(1)
+
+
+def a_commit_lands_after_its_doubt_on_another_machine(stage: Stage) -> None:
+    """An upload times out, readers of both machines find the old version, then it lands."""
+    stage.put(0)
+    late = stage.fault(Late(), COMMIT)
+    stage.put(0)
+    stage.read(0)
+    stage.read(1)
+    stage.let_land(late)
+    stage.look(1)
+    time.sleep(1.2 * stage.system.mode.revalidate_after)
+    stage.read(0)
+    stage.read(1)
+
+
 def another_machines_new_file(stage: Stage) -> None:
     """A machine is asked in vain for a file that another one then stores."""
     for _ in range(3):
@@ -332,11 +400,14 @@ def another_machines_new_file(stage: Stage) -> None:
 
 ONE_MACHINE = (
     a_commit_lands_over_a_later_one,
+    a_list_of_blocks_lands_over_a_later_upload,
     a_commit_lands_after_its_doubt,
     a_deletion_lands_after_its_doubt,
     a_deletion_lands_over_a_later_upload,
     a_new_file_lands_after_its_doubt,
     a_commit_lands_after_a_kill,
+    a_new_file_lands_after_a_later_one_was_deleted,
+    a_deletion_lands_after_the_same_was_acknowledged,
     a_second_doubt,
     a_deletion_whose_answer_is_lost,
     a_record_that_is_removed_by_hand,
@@ -349,6 +420,8 @@ TWO_MACHINES = (
     a_retry_lands_over_another_machines_upload,
     a_retry_of_what_another_machine_has_replaced,
     a_deletion_by_etag_meets_a_replacement,
+    a_commit_lands_over_another_machines_upload,
+    a_commit_lands_after_its_doubt_on_another_machine,
     another_machines_new_file,
 )
 LOCAL = (a_worker_dies_with_files, an_upgrade_after_a_reload)
