@@ -12,7 +12,7 @@ import requests
 from tests.linearizability.checker import last_lines
 from tests.linearizability.clients import Client, History
 from tests.linearizability.contents import LARGE, content_of
-from tests.linearizability.operations import Operation, Outcome
+from tests.linearizability.operations import Outcome
 from tests.linearizability.system import WORKERS, System
 from tests.support.harness import Server, wait_until
 from tests.support.wire import temporary_files
@@ -20,6 +20,7 @@ from tests.support.wire import temporary_files
 SETTLE_SECONDS = 90  # for which requests may still be under way
 STALE_SECONDS = 90  # after which the servers must have noticed that the backend is back
 LEFTOVER_SECONDS = 40  # after which nothing of a dead worker may be there
+POLL_SECONDS = 0.2
 ROUNDS = 3  # a first question may settle a doubt, which gives the version a new ETag
 
 
@@ -91,12 +92,14 @@ class Ending:
         return told
 
     def _read(self, key: str, method: str, machine: int) -> tuple[int | None, str]:
-        def read() -> Operation | None:
+        deadline = time.monotonic() + STALE_SECONDS
+        while True:
             operation = self._client.read(key, method, {}, machine)
-            return operation if operation is not None and operation.outcome is Outcome.DONE else None
-
-        operation = wait_until(read, STALE_SECONDS, f"an answer to {method} of {key} that is not stale")
-        return operation.content, operation.etag
+            if operation is not None and operation.outcome is Outcome.DONE:
+                return operation.content, operation.etag
+            last = next(each for each in reversed(self._history.operations) if each.key == key)
+            assert time.monotonic() < deadline, f"still no answer that is not stale: {last.line(self._history.zero)}"
+            time.sleep(POLL_SECONDS)
 
     def _listed(self, key: str, machine: int) -> tuple[int | None, str]:
         operation = self._client.list_keys(key, machine)
