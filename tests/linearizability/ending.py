@@ -21,7 +21,7 @@ SETTLE_SECONDS = 90  # for which requests may still be under way
 STALE_SECONDS = 90  # after which the servers must have noticed that the backend is back
 LEFTOVER_SECONDS = 40  # after which nothing of a dead worker may be there
 POLL_SECONDS = 0.2
-ROUNDS = 3  # a first question may settle a doubt, which gives the version a new ETag
+ROUNDS = 3  # a first question may settle a doubt, which gives the version a new ETag on all machines
 
 
 def settle(system: System) -> None:
@@ -78,6 +78,7 @@ class Ending:
                 break
             if len({etag for _, etag in told.values() if etag}) <= 1:
                 return None
+            wait_until_known(self._system)
             told = self._told(key)
         return f"{key}: " + ", ".join(f"{name}: {content} {etag}" for name, (content, etag) in told.items())
 

@@ -414,8 +414,8 @@ ONE_MACHINE = (
     blocks_of_another_program,
     a_worker_dies_with_files,
     an_upgrade_after_a_reload,
+    a_new_file_lands_after_a_later_one_was_deleted,
 )
-OPEN = (a_new_file_lands_after_a_later_one_was_deleted,)  # with one machine; they are not as they should be yet
 TWO_MACHINES = (
     a_retry_lands_over_another_machines_upload,
     a_retry_of_what_another_machine_has_replaced,
