@@ -130,7 +130,7 @@ def left_behind(server: Server) -> list[str]:
     deadline = time.monotonic() + LEFTOVER_SECONDS
     while (files := temporary_files(server)) and time.monotonic() < deadline:
         time.sleep(0.2)
-    return [f"left behind: {path.relative_to(server.folder)}" for path in files]
+    return [f"left behind: {path.relative_to(server.folder)}, locked by {server.holders(path)}" for path in files]
 
 
 def close(server: Server) -> list[str]:
