@@ -19,7 +19,7 @@ from tests.support.wire import temporary_files
 
 SETTLE_SECONDS = 90  # for which requests may still be under way
 STALE_SECONDS = 90  # after which the servers must have noticed that the backend is back
-LEFTOVER_SECONDS = 40  # after which nothing of a dead worker may be there
+LEFTOVER_SECONDS = 120  # after which nothing of a dead worker may be there
 POLL_SECONDS = 0.2
 ROUNDS = 3  # a first question may settle a doubt, which gives the version a new ETag on all machines
 
