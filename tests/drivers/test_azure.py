@@ -27,10 +27,10 @@ from azure.storage.blob import BlobBlock, ContainerClient, ContentSettings, gene
 
 from kci_storage.config.settings import Config
 from kci_storage.drivers.azure import driver as azure
-from kci_storage.drivers.azure import foreign_blocks, reads, service, signature
+from kci_storage.drivers.azure import foreign_blocks, outcomes, reads, service, signature
 from kci_storage.drivers.azure.driver import AzureDriver
 from kci_storage.drivers.azure.writer import BLOCKS_IN_FLIGHT
-from kci_storage.drivers.base import Driver
+from kci_storage.drivers.base import Driver, ObjectInfo
 from kci_storage.drivers.guard import GuardedDriver
 from kci_storage.errors import (
     TABLE,
@@ -586,6 +586,37 @@ def test_a_lost_answer_to_a_commit_is_no_failure(driver, proxy):
     assert proxy.seen().count("PUT comp=blocklist") == 2
     assert driver.stat("a") == info
     assert get(driver, "a") == content
+
+
+def put_unmet(driver: AzureDriver) -> ObjectInfo:
+    return put(driver, "a", b"new", expected=None)
+
+
+def delete_unmet(driver: AzureDriver) -> None:
+    driver.delete("a", "0x8D0000000000000")
+
+
+@pytest.mark.parametrize(("change", "wanted"), [(put_unmet, "PUT"), (delete_unmet, "DELETE")])
+def test_a_lost_answer_is_known_if_what_is_stored_is_older(driver, proxy, monkeypatch, change, wanted):
+    """Such as that of an idle connection that ended just then: the condition was not met at any time."""
+    monkeypatch.setattr(outcomes, "CLOCK_SECONDS", 0)
+    old = put(driver, "a", b"old")
+    time.sleep(2.1)  # the service's times are whole seconds
+    proxy.requests.clear()
+    lose_answers(proxy, wanted)
+    with pytest.raises(PreconditionFailed):
+        change(driver)
+    assert driver.stat("a") == old
+
+
+@pytest.mark.parametrize(("change", "wanted"), [(put_unmet, "PUT"), (delete_unmet, "DELETE")])
+def test_a_lost_answer_is_unknown_if_what_is_stored_is_as_new(driver, proxy, change, wanted):
+    """The change may have been carried out, and its result replaced since."""
+    put(driver, "a", b"old")
+    proxy.requests.clear()
+    lose_answers(proxy, wanted)
+    with pytest.raises(OutcomeUnknown):
+        change(driver)
 
 
 def test_the_same_content_by_somebody_else_is_not_ours(driver):

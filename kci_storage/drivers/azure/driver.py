@@ -31,7 +31,7 @@ from kci_storage.drivers.azure.signature import signature
 from kci_storage.drivers.azure.writer import AzureWriter
 from kci_storage.drivers.azure.writes import BlobWrites
 from kci_storage.drivers.base import Driver, ObjectInfo, ObjectReader, ObjectWriter, Page
-from kci_storage.errors import BadRequest, ObjectNotFound
+from kci_storage.errors import BadRequest, ObjectNotFound, PreconditionFailed
 
 BLOCK_SIZE = 8 * 1024 * 1024  # bytes; at most 50,000 blocks make an object, so 390 GiB
 THREADS = 128  # of one process, for staging blocks and requesting ranges ahead
@@ -78,9 +78,14 @@ class AzureDriver(Driver):
         return AzureWriter(process.reads, process.writes, self.block_size, key, content_type, tags)
 
     def delete(self, key: str, expected: str) -> None:
-        lost = LostAnswers()
+        process, lost = self._process, LostAnswers()
         with certain(lost, expected):
-            self._process.writes.delete(key, expected, lost)
+            try:
+                process.writes.delete(key, expected, lost)
+            except PreconditionFailed:
+                if lost:
+                    lost.forget_if_older(process.reads.stat_with_metadata(key)[1])
+                raise
 
     def fence(self, key: str, expected: str) -> ObjectInfo | None:
         process = self._process

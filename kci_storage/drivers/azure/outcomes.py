@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from email.utils import parsedate_to_datetime
 
 from kci_storage.errors import (
     BackendError,
@@ -23,6 +24,7 @@ from kci_storage.errors import (
 
 SERVICE_TIMEOUT = 60  # seconds that the service may take for a change, beside those for its body
 SLOWEST_BODY = 64 * 1024  # bytes a second of a request's body
+CLOCK_SECONDS = 5  # by which the clocks of the service's machines may differ; its times are whole seconds
 
 
 def service_timeout(size: int) -> int:
@@ -41,6 +43,7 @@ class LostAnswers:
     def __init__(self) -> None:
         self._lands_until = 0.0  # seconds since the epoch
         self._timeout = 0.0  # seconds
+        self._began: float | None = None  # when the first request was sent, on the monotonic clock
 
     def __bool__(self) -> bool:
         return self._lands_until > 0
@@ -51,10 +54,24 @@ class LostAnswers:
         :param size: of its body, in bytes.
         """
         self._timeout = service_timeout(size)
+        if self._began is None:
+            self._began = time.monotonic()
 
     def note(self) -> None:
         """Its answer was lost, just now."""
         self._lands_until = time.time() + self._timeout
+
+    def forget_if_older(self, headers: Mapping[str, str]) -> None:
+        """Forget them if the stored version is older than all of them, and so has been stored all the time.
+
+        They required another version, or none, so none of them was carried out.
+
+        :param headers: of an answer about the stored version, with names in lower case.
+        """
+        with contextlib.suppress(KeyError, ValueError):
+            now, modified = (parsedate_to_datetime(headers[name]).timestamp() for name in ("date", "last-modified"))
+            if self._began is not None and modified + CLOCK_SECONDS < now - (time.monotonic() - self._began):
+                self._lands_until = 0.0
 
     def unknown(self, error: Exception, *, replaced: bool = False) -> OutcomeUnknown:
         """The error for the whole change.

@@ -197,7 +197,10 @@ class AzureWriter(ObjectWriter):
             info, headers = self._reads.stat_with_metadata(self._key)
         except ObjectNotFound:
             return None
-        return info if headers.get(f"x-ms-meta-{_UPLOAD_ID}") == self._upload_id else None
+        if headers.get(f"x-ms-meta-{_UPLOAD_ID}") == self._upload_id:
+            return info
+        self._lost_answers.forget_if_older(headers)
+        return None
 
     def _send_again(self, size: int, replay: Callable[[], Iterable[bytes]]) -> None:
         """Stage the content once more, with ids as others' blocks have them; or prepare to put it as a whole.
