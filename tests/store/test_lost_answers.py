@@ -12,7 +12,7 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 
@@ -20,7 +20,8 @@ import pytest
 import requests
 from azure.core.exceptions import ResourceNotFoundError
 
-from tests.support.cold import MIB, Bench, from_each_worker, in_background
+from tests.support.azurite import Azurite
+from tests.support.cold import MIB, Bench, cold_bench, from_each_worker, in_background
 from tests.support.faultproxy import PROPERTIES, DropAnswer, Late, Rule, Say
 from tests.support.harness import Server, wait_until
 from tests.support.wire import SECONDS, get, new_folder, put, wait_until_tidy
@@ -44,10 +45,19 @@ class Overtaken(DropAnswer):
         super().answered(rule)
 
 
+@pytest.fixture(scope="module")
+def shared_impatient(azurite: Azurite, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    """The one behind ``impatient``."""
+    options = {"azure": {"read_timeout": READ_TIMEOUT}, "server": {"workers": 2}}
+    with cold_bench(azurite, tmp_path_factory.mktemp("impatient"), options) as bench:
+        yield bench
+
+
 @pytest.fixture
-def impatient(new_bench: Callable[..., Bench]) -> Bench:
-    """A server that soon gives up on its backend."""
-    return new_bench(azure={"read_timeout": READ_TIMEOUT}, server={"workers": 2})
+def impatient(shared_impatient: Bench) -> Iterator[Bench]:
+    """A server that soon gives up on its backend, shared by the tests: each uses a key of its own."""
+    yield shared_impatient
+    shared_impatient.proxy.end_all()
 
 
 @pytest.fixture

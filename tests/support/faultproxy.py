@@ -385,10 +385,14 @@ class FaultProxy:
         """Be up again."""
         self.away = False
 
-    def close(self) -> None:
-        """Stop; everything that is held is let go, and cut."""
+    def end_all(self) -> None:
+        """Nothing more befalls anybody, and nothing is held."""
         for rule in self._rules:
             rule.end()
+
+    def close(self) -> None:
+        """Stop; everything that is held is let go, and cut."""
+        self.end_all()
         _shut(self._listener)
         self.go_away()
 
