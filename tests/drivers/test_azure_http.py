@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import random
 import socket
 import ssl
+import struct
 import threading
 import time
-import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ class Peer:
     def __init__(self, *answers: bytes, tls: ssl.SSLContext | None = None, take: Take | None = None):
         self.requests: list[bytes] = []
         self.connections = 0
+        self.sockets: list[socket.socket] = []
+        self.pause = 0.0  # seconds before each answer
         self.hang_up = False  # whether the connection ends after an answer
         self._answers = iter(answers)
         self._tls = tls
@@ -56,6 +59,7 @@ class Peer:
             while True:
                 sock, _ = self._listener.accept()
                 self.connections += 1
+                self.sockets.append(sock)
                 threading.Thread(target=self._serve, args=(sock,), daemon=True).start()
 
     def _serve(self, sock: socket.socket) -> None:
@@ -66,6 +70,7 @@ class Peer:
         while request := self._request(sock):
             self.requests.append(request)
             answer = next(self._answers, b"")
+            time.sleep(self.pause)
             sock.sendall(answer)
             if request.startswith(b"CONNECT") and self._tls is not None:
                 sock = self._tls.wrap_socket(sock, server_side=True)
@@ -266,7 +271,7 @@ def test_a_new_connection_that_ends_at_once_is_not_made_again(peer: Callable[...
 def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """Turns the pool's clock on by so many seconds."""
     now = [0.0]
-    monkeypatch.setattr(http, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(http, "_now", lambda: now[0])
     return lambda seconds: now.__setitem__(0, now[0] + seconds)
 
 
@@ -295,6 +300,48 @@ def test_old_ones_are_closed(peer: Callable[..., Peer], clock: Callable[[float],
     assert there.connections == 2
     assert first._connection.sock.fileno() == -1, "it is still open"
     assert second._connection.sock.fileno() >= 0
+
+
+def test_time_for_which_the_machine_slept_counts() -> None:
+    now = time.clock_gettime(time.CLOCK_BOOTTIME)
+    assert now <= http._now() <= now + SECONDS
+
+
+DROP_ALL = struct.pack("HBBI", 0x06, 0, 0, 0)  # a program for the kernel's packet filter: accept 0 bytes of each
+SO_ATTACH_FILTER = 26  # socket(7)
+
+
+def forget(sock: socket.socket) -> None:
+    """Have the kernel drop whatever comes for this connection, as a relay does that has forgotten it."""
+    program = ctypes.create_string_buffer(DROP_ALL)
+    sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("HP", 1, ctypes.addressof(program)))
+
+
+@pytest.mark.parametrize("body", [b"", b"x" * MIB], ids=["small", "large"])
+def test_one_that_a_relay_has_forgotten_costs_a_moment_and_no_answer(peer: Callable[..., Peer], body: bytes) -> None:
+    """And only once, however many were idle."""
+    there = peer(*[OK] * 3, *[CREATED] * 2)
+    pool = ConnectionPool(Connector(f"http://{there.address}", None, None, connect_timeout=0.5), read_timeout=5.0)
+    for answer in [pool.ask("GET", "/a", {}) for _ in range(3)]:
+        body_of(answer)
+    assert there.connections == 3
+    for sock in there.sockets:
+        forget(sock)
+    lost: list[str] = []
+    for name in ("first", "second"):
+        headers = {"Content-Length": str(len(body))}
+        assert pool.ask("PUT", f"/{name}", headers, body, functools.partial(lost.append, name)).status == 201
+    assert (lost, there.connections) == (["first"], 4)
+
+
+def test_an_answer_that_takes_its_time_is_waited_for(peer: Callable[..., Peer]) -> None:
+    """As long as the other side acknowledges the request."""
+    there = peer(OK, OK)
+    pool = ConnectionPool(Connector(f"http://{there.address}", None, None, connect_timeout=0.2), SECONDS)
+    body_of(pool.ask("GET", "/a", {}))
+    there.pause = 1.0
+    body_of(pool.ask("GET", "/a", {}))
+    assert there.connections == 1
 
 
 def test_connections_are_kept_alive(peer: Callable[..., Peer]) -> None:

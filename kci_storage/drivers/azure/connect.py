@@ -40,7 +40,7 @@ class Connector:
         self._url = urlsplit(url)
         self._proxy = urlsplit(proxy if "://" in proxy else f"http://{proxy}") if proxy else None
         self._tls = _trusting(authorities) if self._url.scheme == "https" else None
-        self._connect_timeout = connect_timeout
+        self.connect_timeout = connect_timeout
         self.target_prefix = ""  # of each request's target
         self.headers = {"Host": self._url.netloc}  # of each request
         if self._proxy is not None and self._tls is None:  # the proxy forwards what it understands (RFC 9112, 3.2.2)
@@ -72,7 +72,7 @@ class Connector:
         if self._proxy is not None and self._proxy.scheme != "http":
             raise ValueError("a proxy must be one of http://")
         peer = self._proxy or self._url
-        host, timeout = peer.hostname or "", self._connect_timeout
+        host, timeout = peer.hostname or "", self.connect_timeout
         if self._tls is None:
             return http.client.HTTPConnection(host, peer.port or 80, timeout=timeout)
         port = peer.port or (80 if self._proxy else 443)

@@ -9,6 +9,7 @@ reader's own buffer, and one thread may wait for several answers at once (docs/d
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import re
 import select
@@ -30,6 +31,7 @@ DISCARD_SIZE = 64 * 1024  # bytes of a body that are received and thrown away, t
 DISCARD_SECONDS = 1  # that it may take for its next bytes
 CONNECTIONS = 128  # idle ones kept for later requests
 IDLE_SECONDS = 60  # after which an idle one is not used again; load balancers forget it, Azure's after 4 minutes
+MOST_OF_TIMEOUT = 0.8  # of the read time-out, in which the next bytes of a large body must be acknowledged
 
 _STATUS = re.compile(r"HTTP/1\.[01] ([1-5][0-9]{2})(?: |$)")
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;|$)")
@@ -56,6 +58,10 @@ class RepeatableBody:
 
 
 Body: TypeAlias = bytes | memoryview | RepeatableBody
+
+
+class Forgotten(Unanswered):
+    """The other side, or a relay on the way, does not know the connection any more: it acknowledges nothing."""
 
 
 def _ignore() -> None:
@@ -85,7 +91,8 @@ class ConnectionPool:
         """Send a request, and wait for the head of its answer.
 
         An idle connection may have ended unnoticed. If it did, the request is sent once more on a new connection,
-        unless a part of an answer had come.
+        unless a part of an answer had come. If a relay has forgotten it, that is noticed after the connector's
+        time-out; the other idle connections are closed then, since they have probably been forgotten too.
 
         :param target: path and query, quoted.
         :param body: its length is one of the headers.
@@ -97,11 +104,14 @@ class ConnectionPool:
         head = self._head(method, target, headers)
         connection = self._idle_connection()
         if connection is not None:
+            connection.limit_silence(self._connector.connect_timeout, len(body))
             try:
                 return connection.ask(head, body, method, on_lost)
-            except Unanswered:
+            except Unanswered as exc:
                 if connection.heard:
                     raise
+                if isinstance(exc, Forgotten):
+                    self.close()
         return PooledConnection(self, self._connector.connect()).ask(head, body, method, on_lost)
 
     def _head(self, method: str, target: str, headers: Mapping[str, str]) -> bytes:
@@ -145,16 +155,32 @@ class PooledConnection:
         self._pool = pool
         self.sock = sock
         self.heard = False  # whether any byte of an answer to the last request has come
-        self._idle_since = 0.0  # on the monotonic clock
+        self._idle_since = 0.0  # seconds since the machine's start
         self._low_water = 1  # bytes that must have come before poll() reports the socket
+        self._user_timeout = 0  # milliseconds; 0: the kernel's own, of about 15 minutes
 
     def is_old(self) -> bool:
         """Whether it has been idle for too long."""
-        return time.monotonic() - self._idle_since > IDLE_SECONDS
+        return _now() - self._idle_since > IDLE_SECONDS
 
     def is_quiet(self) -> bool:
         """Whether the other side has neither ended it nor said anything unasked."""
         return not _readable([self.sock], 0)
+
+    def limit_silence(self, seconds: float, body_size: int) -> None:
+        """Have a request fail whose bytes are not even acknowledged (TCP_USER_TIMEOUT, tcp(7)).
+
+        While the other side takes no more of a large body it acknowledges nothing either, which is no reason yet.
+
+        :param seconds: to wait for the acknowledgement.
+        :param body_size: of the request, in bytes.
+        """
+        if body_size > TOGETHER:
+            seconds = self._pool.read_timeout * MOST_OF_TIMEOUT
+        milliseconds = int(seconds * 1000)
+        if milliseconds != self._user_timeout:
+            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
+            self._user_timeout = milliseconds
 
     def ask(self, head: bytes, body: Body, method: str, on_lost: Callable[[], None]) -> Answer:
         """Send a request, and wait for the head of its answer. A failure closes the connection.
@@ -176,7 +202,9 @@ class PooledConnection:
             status, headers, rest = self._receive_head()
             self.sock.settimeout(0)
             return Answer(self, status, headers, rest, method == "HEAD")
-        except TimeoutError:
+        except TimeoutError as exc:
+            if exc.errno == errno.ETIMEDOUT:
+                raise breakage(repr(exc), Forgotten) from exc
             raise silence("no answer") from None
         except OSError as exc:
             raise breakage(repr(exc), Unanswered) from exc
@@ -264,7 +292,7 @@ class PooledConnection:
     def keep(self) -> None:
         """Return it to the pool."""
         self.set_low_water(1)
-        self._idle_since = time.monotonic()
+        self._idle_since = _now()
         self._pool.keep(self)
 
     def close(self) -> None:
@@ -452,6 +480,11 @@ class Answer:
         if not self._closed:
             self._closed = True
             self._connection.close()
+
+
+def _now() -> float:
+    """Seconds since the machine's start, those included for which it slept: its peers did not."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def wait_for(answers: Iterable[Answer], seconds: float) -> list[Answer]:
