@@ -158,6 +158,13 @@ class AzureConfig:
         minimum=0.1,
         maximum=600,
     )
+    retry_timeout: float = _setting(
+        60.0,
+        "how long an upload is retried while the backend cannot be reached, breaks off or is busy",
+        unit="seconds",
+        minimum=0,
+        maximum=600,
+    )
 
 
 @dataclass(frozen=True, slots=True)

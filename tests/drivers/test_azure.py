@@ -255,6 +255,25 @@ def lose_answers(proxy: Proxy, wanted: str) -> None:
 # How many requests it takes
 
 
+def test_slow_uploads_are_in_no_downloads_way(azurite, proxy, driver, monkeypatch):
+    """They use all threads for blocks; a download has its own for reading ahead."""
+    content = content_of(8 * BLOCK)
+    put(driver, "a", content)
+    monkeypatch.setattr(reads, "PATIENCE_SECONDS", 0)
+    held = threading.Event()
+    proxy.before = lambda request: held.wait(SECONDS) and None if str(request) == "PUT comp=block" else None
+    uploads = [threading.Thread(target=put, args=(driver, f"b{number}", content)) for number in range(40)]
+    for upload in uploads:
+        upload.start()
+    wait_until(
+        lambda: proxy.seen().count("PUT comp=block") >= azure.UPLOAD_THREADS, SECONDS, "all threads to be busy"
+    )
+    assert get(driver, "a") == content
+    held.set()
+    for upload in uploads:
+        upload.join()
+
+
 def test_a_small_upload_is_one_request(driver, proxy):
     put(driver, "a", content_of(BLOCK), "text/plain", None)
     assert proxy.seen() == ["PUT"]
@@ -860,16 +879,71 @@ def sas_token(azurite: Azurite, container: str, permissions: str = "racwdl") -> 
     return generate_container_sas(azurite.account, container, azurite.key, permission=permissions, expiry=expiry)
 
 
-def test_reads_are_authorised_for_reading_alone_and_anew_in_time(azurite, monkeypatch):
-    renewed = signature.RenewedToken(azurite.settings(), "r")
-    token = renewed()
+class Clocks:
+    """The machine's clocks, which a test turns on and back."""
+
+    CLOCK_BOOTTIME = time.CLOCK_BOOTTIME
+
+    def __init__(self) -> None:
+        self.since_start, self.of_day = 1000.0, time.time()
+
+    def clock_gettime(self, clock: int) -> float:
+        return self.since_start
+
+    def time(self) -> float:
+        return self.of_day
+
+
+@pytest.fixture
+def clocks(monkeypatch: pytest.MonkeyPatch) -> Clocks:
+    """The clocks by which signatures are renewed."""
+    clocks = Clocks()
+    monkeypatch.setattr(signature, "time", clocks)
+    return clocks
+
+
+def test_reads_are_authorised_for_reading_alone(azurite):
+    token = signature.RenewedToken(azurite.settings(), "r")()
     assert parse_qs(token)["sp"] == ["r"]
     expires = datetime.fromisoformat(parse_qs(token)["se"][0])
     assert timedelta(0) < expires - datetime.now(UTC) <= timedelta(seconds=signature.SIGNATURE_SECONDS)
+
+
+@pytest.mark.parametrize("clock", ["since_start", "of_day"], ids=["it got old, awake or asleep", "it was set right"])
+def test_signatures_are_renewed_by_real_time(azurite, clocks, clock):
+    renewed = signature.RenewedToken(azurite.settings(), "r")
+    token = renewed()
+    setattr(clocks, clock, getattr(clocks, clock) + signature.SIGNATURE_SECONDS / 2 - 1)
     assert renewed() is token
-    now = time.monotonic()
-    monkeypatch.setattr(signature.time, "monotonic", lambda: now + signature.SIGNATURE_SECONDS / 2 + 1)
+    setattr(clocks, clock, getattr(clocks, clock) + 2)
     assert renewed() is not token
+
+
+def test_a_refused_signature_is_renewed_once_by_the_services_time(azurite, proxy, small_sizes, monkeypatch):
+    """The machine's clock is three hours behind."""
+
+    class Behind(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return datetime.now(tz) - timedelta(hours=3)
+
+    monkeypatch.setattr(signature, "datetime", Behind)
+    with closing(AzureDriver(azurite.settings(endpoint=proxy.endpoint), block_size=BLOCK)) as driver:
+        monkeypatch.setattr(signature.time, "time", lambda: datetime.now(UTC).timestamp() - 3 * 3600)
+        put(driver, "a", content_of(SOME))
+        assert get(driver, "a") == content_of(SOME)
+        proxy.requests.clear()
+        assert driver.stat("a").size == SOME
+        assert len(proxy.requests) == 1, "the new signature is kept"
+
+
+def test_a_signature_that_is_refused_for_another_reason_is_not_renewed_for_ever(azurite, proxy, small_sizes):
+    settings = azurite.settings(endpoint=proxy.endpoint, key=b64encode(b"another key").decode())
+    with closing(AzureDriver(settings)) as driver:
+        for number in (1, 2):
+            with pytest.raises(BackendError, match="credentials"):
+                driver.stat("a")
+            assert len(proxy.requests) == number
 
 
 @pytest.mark.parametrize("mark", ["", "?"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ssl
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,11 +23,12 @@ from tests.drivers.contract import KIB, content_of, delete, get, put
 from tests.drivers.test_azure import Answer, Proxy, closing, proxy, small_sizes
 from tests.support.azurite import Azurite
 from tests.support.certificates import self_signed
-from tests.support.faultproxy import Cut, FaultProxy, Hint, Hold, Refuse, Say, fault_proxy
+from tests.support.faultproxy import Cut, DropAnswer, Fault, FaultProxy, Hint, Hold, Refuse, Say, fault_proxy
 
 __all__ = ["proxy", "small_sizes"]  # fixtures
 
 BLOCK = 64 * KIB
+SECONDS = 60
 CONTENT = content_of(3 * BLOCK)
 Operation = Callable[[AzureDriver], object]
 
@@ -113,6 +115,89 @@ def test_a_busy_backend_is_asked_a_few_times_and_says_when_to_come_back(
         operation(driver)
     assert caught.value.retry_after == 17
     assert busy.hits == service.RETRIES + 1 or operation is OPERATIONS["put in blocks"]
+
+
+UPLOADS = ("put", "put in blocks")
+
+
+@pytest.fixture
+def patient(azurite: Azurite, faults: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[AzureDriver]:
+    """A driver behind the proxy whose uploads are retried for a minute."""
+    monkeypatch.setattr(service, "RETRY_WAIT", 0.1)
+    settings = azurite.settings(endpoint=faults.endpoint, retry_timeout=SECONDS)
+    with closing(AzureDriver(settings, block_size=BLOCK)) as driver:
+        yield driver
+
+
+@pytest.mark.parametrize("name", UPLOADS)
+@pytest.mark.parametrize(
+    "fault",
+    [Say(503, "ServerBusy"), Say(500, "InternalError"), Refuse(), DropAnswer()],
+    ids=["busy", "broken", "reset", "lost answers"],
+)
+def test_an_upload_survives_what_a_download_survives(
+    patient: AzureDriver, faults: FaultProxy, name: str, fault: Fault
+) -> None:
+    """More than two retries bridge. What is stored is one version, that of the upload."""
+    requests = 1 if name == "put" else 3
+    failing = faults.inject(fault, kind=None, times=requests * (service.RETRIES + 1) + 1)
+    info = OPERATIONS[name](patient)
+    assert failing.hits == requests * (service.RETRIES + 1) + 1
+    assert patient.stat("b") == info
+    assert get(patient, "b") == (b"small" if name == "put" else CONTENT)
+
+
+@pytest.mark.parametrize("name", UPLOADS)
+def test_an_upload_survives_a_backend_that_is_away(patient: AzureDriver, faults: FaultProxy, name: str) -> None:
+    """It refuses connections."""
+    faults.go_away()
+    ending = threading.Timer(2, faults.come_back)
+    ending.start()
+    OPERATIONS[name](patient)
+    ending.join()
+    assert get(patient, "b") == (b"small" if name == "put" else CONTENT)
+
+
+def test_silence_about_a_block_is_no_end(azurite: Azurite, faults: FaultProxy) -> None:
+    """It does not matter whether it was stored. Of a commit it does, so that is given up; see docs/consistency.md."""
+    settings = azurite.settings(endpoint=faults.endpoint, retry_timeout=SECONDS, read_timeout=2.0)
+    with closing(AzureDriver(settings, block_size=BLOCK)) as driver:
+        silent = faults.inject(Hold(), kind=None, times=2, operation="PUT block")
+        OPERATIONS["put in blocks"](driver)
+        assert silent.hits == 2
+        silent.end()
+        assert get(driver, "b") == CONTENT
+        silent = faults.inject(Hold(), kind=None, times=1, operation="PUT")
+        with pytest.raises(BackendTimeout):
+            put(driver, "c", b"small")
+        silent.end()
+
+
+def test_an_upload_comes_back_when_the_backend_says(patient: AzureDriver, faults: FaultProxy) -> None:
+    busy = faults.inject(Say(503, "ServerBusy", retry_after=2), kind=None, times=1)
+    started = time.monotonic()
+    OPERATIONS["put"](patient)
+    assert busy.hits == 1
+    assert 2 <= time.monotonic() - started < SECONDS
+
+
+@pytest.mark.parametrize("name", UPLOADS)
+def test_patience_ends(azurite: Azurite, faults: FaultProxy, name: str, small_sizes: None) -> None:
+    settings = azurite.settings(endpoint=faults.endpoint, retry_timeout=1.0)
+    with closing(AzureDriver(settings, block_size=BLOCK)) as driver:
+        busy = faults.inject(Say(503, "ServerBusy"), kind=None)
+        with pytest.raises(BackendThrottled):
+            OPERATIONS[name](driver)
+        assert busy.hits > service.RETRIES
+
+
+def test_a_read_is_not_as_patient(patient: AzureDriver, faults: FaultProxy) -> None:
+    """Its client has nothing to lose yet."""
+    busy = faults.inject(Say(503, "ServerBusy"), kind=None)
+    for number, name in enumerate(("stat", "read", "list", "probe"), start=1):
+        with pytest.raises(BackendThrottled):
+            OPERATIONS[name](patient)
+        assert busy.hits == number * (service.RETRIES + 1)
 
 
 def test_a_refusal_is_not_asked_again(driver: AzureDriver, faults: FaultProxy) -> None:

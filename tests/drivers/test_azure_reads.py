@@ -33,7 +33,7 @@ def driver(azurite: Azurite, monkeypatch: pytest.MonkeyPatch) -> Iterator[AzureD
     monkeypatch.setattr(reads, "PATIENCE_SECONDS", 0)
     monkeypatch.setattr(reads, "FAST_RATE", math.inf)
     monkeypatch.setattr(base, "PIECE_SIZE", 64 * KIB)
-    monkeypatch.setattr(azure, "THREADS", 2)
+    monkeypatch.setattr(azure, "READ_THREADS", 2)
     driver = AzureDriver(azurite.settings())
     yield driver
     driver.close()

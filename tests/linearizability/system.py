@@ -28,6 +28,7 @@ from tests.support.harness import START_SECONDS, STOP_SECONDS, Server, wait_unti
 WORKERS = 2
 READ_TIMEOUT = 1.5  # seconds; faults that last longer make an outcome unknown
 CONNECT_TIMEOUT = 1.5  # seconds
+RETRY_TIMEOUT = 1  # seconds; soon enough for many operations in a short history
 LOCK_TIMEOUT = 4  # seconds
 REVALIDATE_AFTER = 1.0  # seconds; with several machines
 DISK_SIZE = 40 * 1024**2  # bytes; of a disk that is to be filled up
@@ -120,6 +121,7 @@ def running_system(mode: Mode, folder: Path, azurite: Azurite | None) -> Iterato
             container = stack.enter_context(azurite.client(name))
             document["azure"] = {"account": azurite.account, "key": azurite.key, "endpoint": proxy.endpoint}
             document["azure"] |= {"read_timeout": READ_TIMEOUT, "connect_timeout": CONNECT_TIMEOUT, "container": name}
+            document["azure"] |= {"retry_timeout": RETRY_TIMEOUT}
         servers = [_server(folder / f"machine{number}", document) for number in range(mode.machines)]
         disk = stack.enter_context(_disk(mode, servers[0])) if mode.has_small_disk else None
         for server in servers:

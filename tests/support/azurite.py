@@ -64,8 +64,9 @@ class Azurite:
         return ContainerClient(self.endpoint, container, credential=key)
 
     def settings(self, **changes: Any) -> AzureConfig:
-        """The ``[azure]`` section for a new container, with some values changed."""
-        values = {"account": self.account, "key": self.key, "endpoint": self.endpoint, **changes}
+        """The ``[azure]`` section for a new container, with some values changed; uploads are not retried for long."""
+        account = {"account": self.account, "key": self.key, "endpoint": self.endpoint}
+        values = {**account, "retry_timeout": 0.0, **changes}
         return AzureConfig(**{"container": values.pop("container", None) or self.new_container(), **values})
 
     def kill(self) -> None:

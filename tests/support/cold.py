@@ -107,7 +107,7 @@ def cold_bench(
         document = {
             "driver": "azure",
             **options,
-            "azure": {**azure, "read_timeout": READ_TIMEOUT, **options.get("azure", {})},
+            "azure": {**azure, "read_timeout": READ_TIMEOUT, "retry_timeout": 0, **options.get("azure", {})},
             "server": {"workers": 3, **options.get("server", {})},
         }
         server = Server(folder, document)

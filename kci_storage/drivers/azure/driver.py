@@ -34,7 +34,8 @@ from kci_storage.drivers.base import Driver, ObjectInfo, ObjectReader, ObjectWri
 from kci_storage.errors import BadRequest, ObjectNotFound, PreconditionFailed
 
 BLOCK_SIZE = 8 * 1024 * 1024  # bytes; at most 50,000 blocks make an object, so 390 GiB
-THREADS = 128  # of one process, for staging blocks and requesting ranges ahead
+UPLOAD_THREADS = 64  # of one process, for staging blocks
+READ_THREADS = 64  # of one process, for requesting ranges ahead: uploads that are slow do not slow downloads
 LIST_SIZE, NAMES_SIZE = 1000, 5000  # entries in one page of a listing; 0.2 ms and 0.04 ms of work each
 
 _PROBE_KEY = ".kci/probe"  # not a valid key, so never stored
@@ -133,21 +134,25 @@ class _Process:
         endpoint = settings.endpoint or f"https://{settings.account}.blob.core.windows.net"
         connector = Connector.from_environment(endpoint, settings.connect_timeout)
         self._pool = ConnectionPool(connector, settings.read_timeout)
-        self._service = Service(self._pool)
+        self._service = Service(self._pool, settings.retry_timeout)
         self._settings = settings
-        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="azure")
+        self._threads = {
+            name: ThreadPoolExecutor(size, thread_name_prefix=f"azure-{name}")
+            for name, size in (("upload", UPLOAD_THREADS), ("read", READ_THREADS))
+        }
         self.container = container_client(settings, endpoint, self._service)
-        self.reads = BlobReads(self._blobs("r"), self._threads.submit)
-        self.writes = BlobWrites(self._blobs("cwdt"), self._threads.submit)
+        self.reads = BlobReads(self._blobs("r"), self._threads["read"].submit)
+        self.writes = BlobWrites(self._blobs("cwdt"), self._threads["upload"].submit)
 
     def _blobs(self, permissions: str) -> Blobs:
         """The container's blobs, with a signature for these permissions (read, create, write, delete, tag)."""
         path, version = urlsplit(self.container.url).path, self.container.api_version
-        return Blobs(self._service, path, version, signature(self._settings, self.container, permissions))
+        return Blobs(self._service, path, version, signature(self._settings, permissions))
 
     def close(self) -> None:
         """Close idle connections and end idle threads. Running operations end by themselves."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in self._threads.values():
+            threads.shutdown(wait=False, cancel_futures=True)
         self._pool.close()
 
 

@@ -26,12 +26,16 @@ class Unanswered(BackendError):
 class BackendRefusal(BackendError):
     """The backend answered with an error that has no class of its own.
 
-    :param status: of the answer; 0 in a copy that was made for another thread.
+    :param status: of the answer.
+    :param code: the backend's own code of the error.
+    :param date: the backend's time, as a header has it; empty: it did not say.
     """
 
-    def __init__(self, message: str, *, detail: str | None = None, retry_after: int | None = None, status: int = 0):
-        super().__init__(message, detail=detail, retry_after=retry_after)
+    def __init__(self, message: str, *, detail: str | None = None, status: int = 0, code: str = "", date: str = ""):
+        super().__init__(message, detail=detail)
         self.status = status
+        self.code = code
+        self.date = date
 
 
 def refusal(status: int, headers: Mapping[str, str], meanings: Meanings) -> Exception:
@@ -60,9 +64,10 @@ def _refusal(status: int, code: str, headers: Mapping[str, str]) -> StorageError
     if status in (429, 503) or code in ("ServerBusy", "OperationTimedOut"):
         seconds = _seconds(headers.get("retry-after", ""))
         return BackendThrottled("the backend is busy; try later", detail=detail, retry_after=seconds)
+    message = f"the backend failed ({code or status})"
     if status in (401, 403):
-        return BackendRefusal("the backend refused this server's credentials", status=status, detail=detail)
-    return BackendRefusal(f"the backend failed ({code or status})", status=status, detail=detail)
+        message = "the backend refused this server's credentials"
+    return BackendRefusal(message, detail=detail, status=status, code=code, date=headers.get("date", ""))
 
 
 def _seconds(retry_after: str) -> int:

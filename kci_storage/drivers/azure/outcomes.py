@@ -44,6 +44,7 @@ class LostAnswers:
         self._lands_until = 0.0  # seconds since the epoch
         self._timeout = 0.0  # seconds
         self._began: float | None = None  # when the first request was sent, on the monotonic clock
+        self.noted_last = False  # whether the answer to the last request was lost
 
     def __bool__(self) -> bool:
         return self._lands_until > 0
@@ -56,10 +57,12 @@ class LostAnswers:
         self._timeout = service_timeout(size)
         if self._began is None:
             self._began = time.monotonic()
+        self.noted_last = False
 
     def note(self) -> None:
         """Its answer was lost, just now."""
         self._lands_until = time.time() + self._timeout
+        self.noted_last = True
 
     def forget_if_older(self, headers: Mapping[str, str]) -> None:
         """Forget them if the stored version is older than all of them, and so has been stored all the time.

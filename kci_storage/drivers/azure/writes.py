@@ -138,6 +138,7 @@ _WRITE = Operation(
         "ConditionNotMet": _unmet,
         "BlobAlreadyExists": _unmet,
     },
+    patient=True,
 )
 
 
