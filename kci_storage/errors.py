@@ -105,6 +105,13 @@ class WriteConflict(StorageError):
     """Another writer has locked the key, or has changed it from another machine."""
 
 
+class ObjectBlocked(WriteConflict):
+    """The backend does not do this with the object as it is, however often it is asked. The message says what helps.
+
+    Such as reading or replacing an archived object, or replacing one that is immutable, or locked by another program.
+    """
+
+
 class PreconditionFailed(StorageError):
     """The stored version is not the one that the request asked for."""
 
@@ -196,6 +203,7 @@ TABLE: dict[type[StorageError], Meaning] = {
     ObjectNotFound: Meaning(404, "Not Found", "not_found"),
     KeyConflict: Meaning(409, "Conflict", "key_conflict"),
     WriteConflict: Meaning(409, "Conflict", "write_conflict"),
+    ObjectBlocked: Meaning(409, "Conflict", "object_blocked"),
     PreconditionFailed: Meaning(412, "Precondition Failed", "precondition_failed"),
     UploadTooLarge: Meaning(413, "Content Too Large", "too_large"),
     InsufficientStorage: Meaning(507, "Insufficient Storage", "no_space"),

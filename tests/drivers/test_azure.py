@@ -37,6 +37,7 @@ from kci_storage.errors import (
     BackendError,
     BackendThrottled,
     BackendTimeout,
+    ObjectBlocked,
     ObjectChanged,
     ObjectNotFound,
     OutcomeUnknown,
@@ -283,7 +284,7 @@ def test_a_small_upload_is_one_request(driver, proxy):
 
 def test_a_large_upload_is_its_blocks_and_one_commit(driver, proxy):
     put(driver, "a", content_of(4 * BLOCK + 1))
-    assert sorted(proxy.seen()) == 5 * ["PUT comp=block"] + ["PUT comp=blocklist"]
+    assert sorted(proxy.seen()) == ["HEAD"] + 5 * ["PUT comp=block"] + ["PUT comp=blocklist"]
     assert proxy.seen()[-1] == "PUT comp=blocklist"
 
 
@@ -538,14 +539,92 @@ def test_a_replayed_content_must_be_whole(driver, other):
     assert get(driver, "a") == b"other"
 
 
-def test_a_locked_blob_is_a_conflict(driver, other):
+def lock(container: ContainerClient, key: str) -> None:
+    container.upload_blob(key, b"old").acquire_lease(60)
+
+
+def archive(container: ContainerClient, key: str) -> None:
+    container.upload_blob(key, b"old").set_standard_blob_tier("Archive")
+
+
+def append(container: ContainerClient, key: str) -> None:
+    container.upload_blob(key, b"old", blob_type="AppendBlob")
+
+
+def page(container: ContainerClient, key: str) -> None:
+    container.upload_blob(key, bytes(512), blob_type="PageBlob")
+
+
+def refused(function: Callable[[], object]) -> str:
+    """The message of the error that a function raises, which must not be counted as the backend's failure."""
+    with pytest.raises(ObjectBlocked) as caught:
+        function()
+    assert meaning(caught.value) == (409, "Conflict", "object_blocked")
+    return caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("block", "helps"),
+    [(lock, "end its lease"), (archive, "access tier"), (append, "another name"), (page, "another name")],
+)
+def test_what_cannot_be_replaced_says_so_and_what_helps(driver, other, proxy, block, helps):
+    """Long before the end of a large body."""
+    block(other, "a")
+    before = driver.stat("a")
+    with driver.writer("a", "text/plain") as writer:
+        assert helps in refused(lambda: write_for_ever(writer))
+    assert driver.stat("a") == before
+    if block in (lock, archive):  # Azurite replaces a blob of another type
+        assert helps in refused(lambda: put(driver, "a", b"small"))
+
+
+def write_for_ever(writer: Any) -> None:
+    piece = content_of(BLOCK)
+    for _ in range(1000):
+        writer.write(piece)
+
+
+def test_what_is_archived_cannot_be_read_but_looked_at_and_deleted(driver, other):
+    archive(other, "a")
+    assert driver.stat("a").size == 3
+    assert "access tier" in refused(lambda: driver.read("a"))
+    delete(driver, "a")
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "helps"),
+    [
+        (409, "BlobImmutableDueToPolicy", "another name"),
+        (409, "BlobBeingRehydrated", "try again then"),
+        (409, "InvalidBlobType", "another name"),
+        (409, "PendingCopyOperation", "try again"),
+        (409, "BlobUsesCustomerSpecifiedEncryption", "key of its own"),
+        (412, "LeaseIdMissing", "end its lease"),
+    ],
+)
+def test_refusals_that_no_repetition_changes(driver, proxy, status, code, helps):
+    info = put(driver, "a", b"content")
+    proxy.before = fail_with(status, code)
+    for function in (
+        lambda: put(driver, "a", b"small"),
+        lambda: put(driver, "a", content_of(SOME)),
+        lambda: driver.delete("a", info.etag),
+        lambda: driver.read("a"),
+    ):
+        proxy.requests.clear()
+        assert helps in refused(function)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [("x-ms-legal-hold", "true"), ("x-ms-immutability-policy-until-date", "Fri, 01 Jan 2100 00:00:00 GMT")],
+)
+def test_an_immutable_blob_is_known_by_its_properties(driver, proxy, header):
+    """Azurite knows no such policies."""
     put(driver, "a", b"content")
-    other.get_blob_client("a").acquire_lease(60)
-    with pytest.raises(WriteConflict):
-        put(driver, "a", b"new")
-    with pytest.raises(WriteConflict):
-        delete(driver, "a")
-    assert get(driver, "a") == b"content"
+    proxy.after = lambda request, answer: answer.headers.append(header)
+    with driver.writer("a", "text/plain") as writer:
+        assert "another name" in refused(lambda: write_for_ever(writer))
 
 
 def test_snapshots_are_deleted_with_their_blob(driver, other):
@@ -764,7 +843,7 @@ def changes(driver: Driver) -> Iterator[Callable[[], object]]:
         (403, "AuthorizationFailure", BackendError),
         (409, "ContainerBeingDeleted", BackendError),
         (400, "InvalidHeaderValue", BackendError),
-        (412, "LeaseIdMissing", WriteConflict),
+        (412, "LeaseIdMissing", ObjectBlocked),
         (429, "", BackendThrottled),
         (503, "ServerBusy", BackendThrottled),
         (500, "OperationTimedOut", BackendThrottled),

@@ -5,14 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from kci_storage.errors import (
-    BackendError,
-    BackendThrottled,
-    BackendTimeout,
-    ObjectNotFound,
-    StorageError,
-    WriteConflict,
-)
+from kci_storage.drivers.azure.blocked import by_code
+from kci_storage.errors import BackendError, BackendThrottled, BackendTimeout, ObjectNotFound, StorageError
 
 RETRY_AFTER = 5  # seconds, when a throttling backend does not say it itself
 
@@ -59,8 +53,8 @@ def _refusal(status: int, code: str, headers: Mapping[str, str]) -> StorageError
     detail = f"{status} {code}, request {headers.get('x-ms-request-id')}"
     if code == "BlobNotFound":
         return ObjectNotFound("no such file")
-    if code.startswith("Lease"):
-        return WriteConflict("another program has locked this file in the backend", detail=detail)
+    if (blocked := by_code(code, detail)) is not None:
+        return blocked
     if status in (429, 503) or code in ("ServerBusy", "OperationTimedOut"):
         seconds = _seconds(headers.get("retry-after", ""))
         return BackendThrottled("the backend is busy; try later", detail=detail, retry_after=seconds)
