@@ -36,6 +36,8 @@ _SEGMENT = r"(?!\.\.?(?:/|\Z))[ -.0-\[\]-~]{1,255}"
 _COMMON = re.compile(rf"(?!{_RESERVED}){_SEGMENT}(?:/{_SEGMENT}){{0,253}}\Z")  # valid, and nothing but ASCII
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+# Azure and XML listings cannot hold such keys in every case, so none is stored; where there is one, it is served.
+_NOT_STORABLE = re.compile("\\.(?:/|\\Z)|[\ufffe\uffff]")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
@@ -99,7 +101,9 @@ def folder(path: str) -> str:
 
 
 def for_put(path_info: str) -> str:
-    """The key of an upload by PUT: the request path without its leading slash.
+    """The key of a request by its path: the path without its leading slash.
+
+    A driver's guard refuses an upload to a key that can only be read.
 
     :param path_info: ``PATH_INFO``, see :func:`from_path_info`.
     :raises BadKey: it breaks a rule, such as by an empty segment, also at the end.
@@ -111,7 +115,7 @@ def for_put(path_info: str) -> str:
 
 
 def _for_put(path_info: str) -> str:
-    return check(from_path_info(path_info))
+    return check_readable(from_path_info(path_info))
 
 
 _for_put_remembered = functools.lru_cache(MAX_REMEMBERED)(_for_put)
@@ -132,12 +136,22 @@ def from_path_info(path_info: str) -> str:
 
 
 def check(key: str) -> str:
-    """Return the key if it is valid.
+    """Return the key if an object may be stored under it.
 
     :raises BadKey: it breaks a rule; the message says which one.
 
     >>> check("folder/file.txt")
     'folder/file.txt'
+    """
+    if found := _NOT_STORABLE.search(check_readable(key)):
+        raise BadKey(_not_storable(key, found))
+    return key
+
+
+def check_readable(key: str) -> str:
+    """Return the key if an object under it is served, listed and deleted.
+
+    :raises BadKey: it breaks a rule; the message says which one.
     """
     fault = _fault(key)
     if fault is not None:
@@ -146,7 +160,7 @@ def check(key: str) -> str:
 
 
 def is_valid(key: str) -> bool:
-    """Whether the key is valid.
+    """Whether an object under the key is served, listed and deleted.
 
     This is called for every download, so a key of plain ASCII costs one match of a compiled pattern (about a
     microsecond); only other keys are checked rule by rule.
@@ -203,6 +217,13 @@ def _segment_faults(segment: str) -> Iterator[str]:
         yield f"the key is not UTF-8: {_quote(segment)}"
     elif len(segment.encode()) > MAX_SEGMENT_BYTES:
         yield f"the key has a segment of more than {MAX_SEGMENT_BYTES} bytes: {_quote(segment)}"
+
+
+def _not_storable(key: str, found: re.Match[str]) -> str:
+    if found[0].startswith("."):
+        segment = key[: found.start() + 1].rpartition("/")[2]
+        return f"the key has a segment that ends in a dot: {_quote(segment)}"
+    return f"the key has U+{ord(found[0]):04X}, which is no character"
 
 
 def _quote(text: str) -> str:

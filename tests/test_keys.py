@@ -27,7 +27,7 @@ UPLOADS = [
     ("a", "folder/", "a/folder"),
     ("a b", "c d.txt", "a b/c d.txt"),
     ("文件", "日志.log", "文件/日志.log"),
-    ("a", "...", "a/..."),
+    ("a", "...b", "a/...b"),
     ("a", ".hidden", "a/.hidden"),
     ("a", "..name", "a/..name"),
     ("a", "%2e%2e", "a/%2e%2e"),  # was decoded by the form's parser, or is meant so
@@ -76,7 +76,7 @@ GOOD = {
     "folders": "a/b/c.txt",
     "space": "a b/ c ",
     "every printable": "".join(map(chr, range(0x20, 0x7F))).replace("\\", "").replace("/", "") + "/x",
-    "dots in names": "..a/a../.../a.b",
+    "dots in names": "..a/a..a/...a/a.b",
     "non-ASCII": "文/é/😀",
     "no-break space": "a\xa0b",
     "line separator": "a\u2028b",  # no control character by Unicode, and no line feed
@@ -144,6 +144,26 @@ def test_bad_key_is_refused_with_one_line_that_names_the_rule(key: str, rule: st
     message.encode()
 
 
+@pytest.mark.parametrize(
+    ("key", "rule"),
+    [
+        ("a.", r"ends in a dot: 'a\.'"),
+        ("b/a./c", r"ends in a dot: 'a\.'"),
+        ("...", r"ends in a dot"),
+        ("文./c", r"ends in a dot"),
+        ("a\ufffeb", r"U\+FFFE"),
+        ("a/\uffff", r"U\+FFFF"),
+    ],
+)
+def test_what_listings_cannot_hold_is_read_and_not_stored(key: str, rule: str) -> None:
+    assert keys.is_valid(key)
+    assert keys.check_readable(key) == key
+    assert keys.for_put("/" + key.encode().decode("latin-1")) == key
+    for store in (lambda: keys.check(key), lambda: keys.for_upload("", key)):
+        with pytest.raises(BadKey, match=rule):
+            store()
+
+
 def test_the_table_reaches_both_limits_exactly() -> None:
     assert len(GOOD["1,024 characters"]) == keys.MAX_CHARACTERS
     assert len(GOOD["1,024 characters that are not ASCII"]) == keys.MAX_CHARACTERS
@@ -201,7 +221,26 @@ def test_put_drops_nothing_and_refuses_instead(path_info: str) -> None:
 
 # Texts that keys are likely to go wrong with, joined at random.
 PIECES = st.sampled_from(
-    ["/", "//", ".", "..", "a", "v1", ".kci", "upload", "metrics", "\\", "\0", "\n", "\x85", "\ud800", "文", "é"]
+    [
+        "/",
+        "//",
+        ".",
+        "..",
+        "a",
+        "a.",
+        "\ufffe",
+        "v1",
+        ".kci",
+        "upload",
+        "metrics",
+        "\\",
+        "\0",
+        "\n",
+        "\x85",
+        "\ud800",
+        "文",
+        "é",
+    ]
     + ["x" * 127, "x" * 254, "文" * 84, "/x" * 126, "/x" * 250]
 )
 

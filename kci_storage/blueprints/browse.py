@@ -48,7 +48,7 @@ def directory() -> Response:
     exchange().route = "browse"
     try:
         prefix = keys.from_path_info(request.environ["PATH_INFO"])
-        keys.check(f"{prefix}x")
+        keys.check_readable(f"{prefix}x")
     except BadKey as exc:
         raise ObjectNotFound("no such folder", detail=exc.message) from exc
     return directory_page(prefix)

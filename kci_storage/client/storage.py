@@ -110,7 +110,7 @@ class Storage:
         The key is checked first, since a library would resolve ``..`` itself, and request another file.
         """
         try:
-            return f"{self._url}/{quote(keys.check(key))}"
+            return f"{self._url}/{quote(keys.check_readable(key))}"
         except BadKey as exc:
             raise UsageError(exc.message) from exc
 

@@ -89,6 +89,11 @@ def is_service_url(url: str) -> bool:
     return not url or bool(usable and not parts.query and not parts.fragment and not parts.username)
 
 
+def is_verify(text: str) -> bool:
+    """Whether it says whose digests bind."""
+    return text in ("own", "all")
+
+
 AGE_TEXT = "nothing or an age such as 30d, 6m or 2y"
 
 

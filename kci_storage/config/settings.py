@@ -29,6 +29,7 @@ from kci_storage.config.checks import (
     is_sas_token,
     is_service_url,
     is_subnet,
+    is_verify,
 )
 from kci_storage.config.cores import usable_cores
 
@@ -157,6 +158,13 @@ class AzureConfig:
         unit="seconds",
         minimum=0.1,
         maximum=600,
+    )
+    verify: str = _setting(
+        "own",
+        'whose digests an object must have to be served: "own", those of this server\'s uploads, or "all"; '
+        "a wrong one of another program is logged",
+        expects='"own" or "all"',
+        accepts=is_verify,
     )
     retry_timeout: float = _setting(
         60.0,

@@ -22,12 +22,13 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
+import requests
 from azure.core.exceptions import ResourceNotFoundError
 from azure.storage.blob import BlobBlock, ContainerClient, ContentSettings, generate_container_sas
 
 from kci_storage.config.settings import Config
 from kci_storage.drivers.azure import driver as azure
-from kci_storage.drivers.azure import foreign_blocks, outcomes, reads, service, signature
+from kci_storage.drivers.azure import foreign_blocks, listing, outcomes, reads, service, signature
 from kci_storage.drivers.azure.driver import AzureDriver
 from kci_storage.drivers.azure.writer import BLOCKS_IN_FLIGHT
 from kci_storage.drivers.base import Driver, ObjectInfo
@@ -37,6 +38,7 @@ from kci_storage.errors import (
     BackendError,
     BackendThrottled,
     BackendTimeout,
+    KeyConflict,
     ObjectBlocked,
     ObjectChanged,
     ObjectNotFound,
@@ -77,8 +79,8 @@ def small_sizes(monkeypatch):
     monkeypatch.setattr(service, "RETRY_WAIT", 0.01)
     monkeypatch.setattr(reads, "READ_SIZE", 64 * KIB)
     monkeypatch.setattr(reads, "LONG_READ_SIZE", 64 * KIB)
-    monkeypatch.setattr(azure, "LIST_SIZE", 7)
-    monkeypatch.setattr(azure, "NAMES_SIZE", 7)
+    monkeypatch.setattr(listing, "LIST_SIZE", 7)
+    monkeypatch.setattr(listing, "NAMES_SIZE", 7)
 
 
 @contextlib.contextmanager
@@ -108,7 +110,7 @@ class TestAzureDriver(DriverContract):
         return driver.read(key, etag=driver.stat(key).etag)
 
     def leftovers(self, driver):
-        return list(driver._process.container.list_blob_names())
+        return listed(driver, details=False)
 
 
 # A proxy between the driver and Azurite
@@ -666,6 +668,94 @@ def test_invalid_keys_in_the_container_are_not_listed(driver, other):
     assert [page.folders for page in pages] == [("a/", "folder/"), ()]
 
 
+def add_folder_markers(container: ContainerClient, prefix: str = "") -> None:
+    """As accounts with a hierarchical namespace, Hadoop, and other programs show folders."""
+    container.upload_blob(f"{prefix}hadoop", b"", metadata={"hdi_isfolder": "true"})
+    container.upload_blob(f"{prefix}hadoop/file", b"content")
+    container.upload_blob(f"{prefix}other/", b"")
+    container.upload_blob(f"{prefix}other/file", b"content")
+
+
+def test_folder_markers_are_no_objects(driver, other):
+    add_folder_markers(other)
+    guarded = GuardedDriver(driver)
+    assert listed(guarded) == listed(guarded, details=False) == ["hadoop/file", "other/file"]
+    page = guarded.list(delimiter="/")
+    assert (page.objects, page.folders) == ((), ("hadoop/", "other/"))
+    for key in ("hadoop", "other/"):
+        for function in (guarded.stat, guarded.read, lambda key: guarded.delete(key, "etag")):
+            with pytest.raises((ObjectNotFound, PreconditionFailed)):
+                function(key)
+        with pytest.raises(ObjectNotFound):
+            guarded.read(key, 0, 10)
+
+
+def test_a_folder_marker_is_not_replaced(driver, other):
+    add_folder_markers(other)
+    for content in (b"small", content_of(SOME)):
+        with driver.writer("hadoop", "text/plain") as writer:
+            writer.write(content)
+            with pytest.raises(KeyConflict, match="folder"):
+                commit_over_anything(driver, "hadoop", writer, content)
+    assert other.get_blob_client("hadoop").get_blob_properties().metadata["hdi_isfolder"] == "true"
+
+
+ODD_NAMES = ["a&b<c>\"d'", "a%20b", "a.", "a./b", "&lt;", "é", "e\u0301", "😀", "a b ", "~"]
+
+
+def test_odd_names_are_listed_and_read(driver, other):
+    for name in ODD_NAMES:
+        other.upload_blob(name, name.encode())
+    guarded = GuardedDriver(driver)
+    assert sorted(listed(guarded)) == sorted(listed(guarded, details=False)) == sorted(ODD_NAMES)
+    for name in ODD_NAMES:
+        assert get(guarded, name) == name.encode()
+        delete(guarded, name)
+    assert listed(guarded) == []
+
+
+def test_a_listing_of_the_service_itself_is_read(driver, proxy):
+    """It sends names that XML cannot hold percent-encoded, where Azurite fails, and has further elements."""
+    entry = (
+        "<Properties><Creation-Time>x</Creation-Time><Last-Modified>Tue, 01 Dec 2026 10:00:00 GMT</Last-Modified>"
+        "<Etag>0x8D1</Etag><Content-Length>7</Content-Length><Content-Type>text/plain</Content-Type><Content-MD5 />"
+        "<ResourceType>file</ResourceType></Properties><Metadata><Name>no name</Name><NextMarker>none</NextMarker>"
+        f"<uploadid>1</uploadid><sha256>{'0' * 64}</sha256></Metadata><OrMetadata />"
+    )
+    proxy.before = lambda request: Answer(
+        200,
+        [],
+        '\ufeff<?xml version="1.0" encoding="utf-8"?><EnumerationResults ServiceEndpoint="https://x/">'
+        f'<Blobs><Blob><Name Encoded="true">a%EF%BF%BE%25</Name>{entry}</Blob><Blob><Name>b</Name>broken</Blob>'
+        "<BlobPrefix><Name>c&amp;/</Name><Properties /></BlobPrefix></Blobs><NextMarker>2!92!M&amp;</NextMarker>"
+        "</EnumerationResults>".encode(),
+    )
+    page = driver.list(delimiter="/")
+    assert [(info.key, info.size, info.etag, info.sha256) for info in page.objects] == [
+        ("a\ufffe%", 7, "0x8D1", "0" * 64)
+    ]
+    assert (page.folders, page.next_marker) == (("c&/",), "2!92!M&")
+
+
+def test_a_server_among_other_programs_objects(azure_server: Server, azurite: Azurite, tmp_path: Path):
+    """Pages, the list and downloads of a whole folder work."""
+    folder = new_folder()
+    with azurite.client(azure_server.document["azure"]["container"]) as container:
+        add_folder_markers(container, f"{folder}/")
+    answer = get_over_http(azure_server, f"v1/list?prefix={folder}")
+    assert answer.text.splitlines() == [f"{folder}/hadoop/file", f"{folder}/other/file"]
+    page = requests.get(
+        f"{azure_server.url}/{folder}/", headers={"Accept": "application/json"}, timeout=SECONDS
+    ).json()
+    assert [entry["name"] for entry in page["folders"]] == ["hadoop/", "other/"]
+    assert page["files"] == []
+    assert get_over_http(azure_server, f"{folder}/hadoop/").status_code == 200
+    assert get_over_http(azure_server, f"{folder}/hadoop").status_code == 404
+    assert put_over_http(azure_server, f"{folder}/hadoop", b"content").status_code == 409
+    for name in ("a.", "a./b", "%EF%BF%BF"):
+        assert put_over_http(azure_server, f"{folder}/{name}", b"content").status_code == 400
+
+
 # When the backend fails
 
 
@@ -1120,6 +1210,6 @@ def test_the_default_endpoint_is_azures_own(azurite):
     settings = azurite.settings(endpoint="", account="someaccount", container="things")
     with closing(AzureDriver(settings)) as driver:
         assert (
-            driver._process.container.get_blob_client("a b").url
+            driver._process._container.get_blob_client("a b").url
             == "https://someaccount.blob.core.windows.net/things/a%20b"
         )

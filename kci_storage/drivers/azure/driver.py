@@ -10,36 +10,32 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
 from urllib.parse import urlsplit
 
-from azure.storage.blob import BlobPrefix, BlobProperties
+from azure.storage.blob import ContainerClient
 
 from kci_storage.config.settings import AzureConfig, Config
 from kci_storage.drivers.azure.connect import Connector
-from kci_storage.drivers.azure.errors import BackendRefusal
 from kci_storage.drivers.azure.http import ConnectionPool
+from kci_storage.drivers.azure.listing import BlobListing
 from kci_storage.drivers.azure.outcomes import LostAnswers, certain
-from kci_storage.drivers.azure.reads import BlobReads, valid_sha256
-from kci_storage.drivers.azure.sdk import container_client, sdk_errors
+from kci_storage.drivers.azure.properties import Properties
+from kci_storage.drivers.azure.reads import BlobReads
 from kci_storage.drivers.azure.service import Blobs, Service
 from kci_storage.drivers.azure.signature import signature
 from kci_storage.drivers.azure.writer import AzureWriter
 from kci_storage.drivers.azure.writes import BlobWrites
 from kci_storage.drivers.base import Driver, ObjectInfo, ObjectReader, ObjectWriter, Page
-from kci_storage.errors import BadRequest, ObjectNotFound, PreconditionFailed
+from kci_storage.errors import ObjectNotFound, PreconditionFailed
 
 BLOCK_SIZE = 8 * 1024 * 1024  # bytes; at most 50,000 blocks make an object, so 390 GiB
 UPLOAD_THREADS = 64  # of one process, for staging blocks
 READ_THREADS = 64  # of one process, for requesting ranges ahead: uploads that are slow do not slow downloads
-LIST_SIZE, NAMES_SIZE = 1000, 5000  # entries in one page of a listing; 0.2 ms and 0.04 ms of work each
 
 _PROBE_KEY = ".kci/probe"  # not a valid key, so never stored
-_NOT_IN_URLS = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 class AzureDriver(Driver):
@@ -96,25 +92,7 @@ class AzureDriver(Driver):
         return replace(info, etag=etag, last_modified=modified)
 
     def list(self, prefix: str = "", delimiter: str = "", marker: str | None = None, details: bool = True) -> Page:
-        if _NOT_IN_URLS.search(marker or ""):
-            raise BadRequest("there is no such page of the listing")
-        try:
-            with sdk_errors():
-                pages = self._listing(prefix, delimiter, details).by_page(continuation_token=marker)
-                items = list(next(pages))
-        except BackendRefusal as exc:
-            if marker is None or exc.status != 400:
-                raise
-            raise BadRequest("there is no such page of the listing") from None
-        return _page(items, pages.continuation_token)
-
-    def _listing(self, prefix: str, delimiter: str, details: bool) -> Any:
-        container, start = self._process.container, prefix or None
-        if delimiter:
-            return container.walk_blobs(start, delimiter=delimiter, results_per_page=LIST_SIZE)
-        if details:
-            return container.list_blobs(start, results_per_page=LIST_SIZE)
-        return container.list_blob_names(name_starts_with=start, results_per_page=NAMES_SIZE)
+        return self._process.listing.page(prefix, delimiter, marker, details)
 
     def probe(self) -> None:
         """Ask for an object that is never there. Any credential that may read may do this."""
@@ -140,13 +118,15 @@ class _Process:
             name: ThreadPoolExecutor(size, thread_name_prefix=f"azure-{name}")
             for name, size in (("upload", UPLOAD_THREADS), ("read", READ_THREADS))
         }
-        self.container = container_client(settings, endpoint, self._service)
-        self.reads = BlobReads(self._blobs("r"), self._threads["read"].submit)
+        properties = Properties(settings.verify == "all")
+        self._container = ContainerClient(endpoint, settings.container)  # for the form of URLs and the version
+        self.reads = BlobReads(self._blobs("r"), properties, self._threads["read"].submit)
         self.writes = BlobWrites(self._blobs("cwdt"), self._threads["upload"].submit)
+        self.listing = BlobListing(self._blobs("l"), properties)
 
     def _blobs(self, permissions: str) -> Blobs:
-        """The container's blobs, with a signature for these permissions (read, create, write, delete, tag)."""
-        path, version = urlsplit(self.container.url).path, self.container.api_version
+        """The container's blobs, with a signature for these permissions (read, create, write, delete, tag, list)."""
+        path, version = urlsplit(self._container.url).path, self._container.api_version
         return Blobs(self._service, path, version, signature(self._settings, permissions))
 
     def close(self) -> None:
@@ -154,31 +134,6 @@ class _Process:
         for threads in self._threads.values():
             threads.shutdown(wait=False, cancel_futures=True)
         self._pool.close()
-
-
-def _info(key: str, properties: BlobProperties) -> ObjectInfo:
-    settings, metadata = properties.content_settings, properties.metadata or {}
-    return ObjectInfo(
-        key,
-        properties.size,
-        properties.etag.strip('"'),
-        int(properties.last_modified.timestamp()),
-        settings.content_type,
-        valid_sha256(metadata.get("sha256")),
-        bytes(settings.content_md5) if settings.content_md5 else None,
-    )
-
-
-def _page(items: list[Any], marker: str | None) -> Page:
-    objects, folders = [], []
-    for item in items:
-        if isinstance(item, BlobPrefix):
-            folders.append(item.name)
-        elif isinstance(item, str):
-            objects.append(ObjectInfo(item, 0, "", 0))
-        else:
-            objects.append(_info(item.name, item))
-    return Page(tuple(objects), tuple(folders), marker or None)
 
 
 def _quieten(logger: str, level: int) -> None:

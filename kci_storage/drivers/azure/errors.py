@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The backend's refusals and failures, mapped to the server's errors: for both the SDK and the driver itself."""
+"""The backend's refusals and failures, mapped to the server's errors."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """HTTP/1.1 (RFC 9112) as far as the backend's protocol needs it: requests with a body of known length, and answers.
 
-All requests to the backend go through one pool, those of the SDK too. urllib3 needs three times as much processor
+All requests to the backend go through one pool. urllib3 needs three times as much processor
 time for a small request, and copies a large body through several buffers. Here a body goes from the socket into the
 reader's own buffer, and one thread may wait for several answers at once (docs/decisions/azure-http.md).
 """

@@ -12,16 +12,15 @@ from __future__ import annotations
 import contextlib
 import re
 import time
-from base64 import b64decode
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from email.utils import parsedate_to_datetime
 from typing import Any
 
 from kci_storage.drivers.azure import service
 from kci_storage.drivers.azure.errors import Unanswered, nonsense, silence
 from kci_storage.drivers.azure.http import Answer, wait_for
+from kci_storage.drivers.azure.properties import Properties
 from kci_storage.drivers.azure.service import Blobs, Operation
 from kci_storage.drivers.base import ObjectInfo, ObjectReader
 from kci_storage.errors import (
@@ -45,7 +44,6 @@ HELD_PIECE = 64 * 1024  # bytes of a further range received at a time; malloc() 
 LOOK_SECONDS = 0.02  # between two checks whether another thread's request has been answered
 GATHER_SECONDS = 0.005  # that a reader waits for more bytes once it has some
 
-_SHA256 = re.compile(r"[0-9a-f]{64}\Z")
 _RANGE = re.compile(r"bytes ([0-9]+)-(-?[0-9]+)/([0-9]+)\Z")  # Azurite says 0--1/0 of nothing
 
 
@@ -53,11 +51,13 @@ class BlobReads:
     """The reading half of one container.
 
     :param blobs: with a signature that allows reading.
+    :param properties: makes the objects' properties.
     :param submit: calls a function in another thread.
     """
 
-    def __init__(self, blobs: Blobs, submit: Callable[..., Future[Any]]):
+    def __init__(self, blobs: Blobs, properties: Properties, submit: Callable[..., Future[Any]]):
         self.submit = submit
+        self._properties = properties
         self.read_timeout = blobs.service.pool.read_timeout  # seconds
         self._blobs = blobs
 
@@ -71,8 +71,16 @@ class BlobReads:
 
     def stat_with_metadata(self, key: str) -> tuple[ObjectInfo, dict[str, str]]:
         """An object's properties, and the headers that have its metadata; as :meth:`stat` otherwise."""
-        headers = self._blobs.ask(_PROPERTIES, key, {}).headers
-        return _info(key, headers, headers.get("content-length"), headers.get("content-md5")), headers
+        headers = self.headers(key)
+        return self._properties.of(key, headers, headers.get("content-length"), headers.get("content-md5")), headers
+
+    def headers(self, key: str) -> dict[str, str]:
+        """The headers that have a blob's properties, also those of another program's folder marker.
+
+        :raises ObjectNotFound: there is no blob.
+        :raises BackendError: the backend failed.
+        """
+        return self._blobs.ask(_PROPERTIES, key, {}).headers
 
     def read(self, key: str, start: int, stop: int | None, etag: str | None) -> ObjectReader:
         """See :meth:`kci_storage.drivers.base.Driver.read`."""
@@ -99,13 +107,33 @@ class BlobReads:
         if answer is None:
             info = self.stat(key)
         else:
-            info = _checked_info(key, answer, start, stop)
+            info = self._checked_info(key, answer, start, stop)
         # Azurite takes the headers later than the content, and does not compare them with the condition.
         if etag not in (None, info.etag) or (answer is None and start < min(stop, info.size)):
             if answer is not None:
                 answer.close()
             raise ObjectChanged("the object was replaced")
         return info, answer
+
+    def _checked_info(self, key: str, answer: Answer, start: int, stop: int) -> ObjectInfo:
+        """The properties of the object, from an answer that has a range of it.
+
+        :raises CorruptObject: the range is another one than was requested, cut at the object's end.
+        :raises BackendError: the answer makes no sense.
+        """
+        try:
+            found = _RANGE.match(answer.headers.get("content-range", ""))
+            if found is None:
+                raise nonsense("there is no range in it")
+            first, last, size = map(int, found.groups())
+            # This MD5 is of the whole object; Content-MD5 is of the range.
+            info = self._properties.of(key, answer.headers, size, answer.headers.get("x-ms-blob-content-md5"))
+            if (first, last + 1) != (start, min(stop, size)):
+                raise CorruptObject("the backend sent something else than was asked for", detail=found[0])
+        except (BackendError, ObjectNotFound):
+            answer.close()
+            raise
+        return info
 
     def ask_again(self, info: ObjectInfo, start: int, stop: int) -> Answer:
         """Request a further range of the same version.
@@ -399,47 +427,6 @@ class _Range:
 def _close_answer(asked: Future[Answer]) -> None:
     if not asked.cancelled() and asked.exception() is None:
         asked.result().close()
-
-
-def _checked_info(key: str, answer: Answer, start: int, stop: int) -> ObjectInfo:
-    """The properties of the object, from an answer that has a range of it.
-
-    :raises CorruptObject: the range is another one than was requested, cut at the object's end.
-    :raises BackendError: the answer makes no sense.
-    """
-    try:
-        found = _RANGE.match(answer.headers.get("content-range", ""))
-        if found is None:
-            raise nonsense("there is no range in it")
-        first, last, size = map(int, found.groups())
-        # This MD5 is of the whole object; Content-MD5 is of the range.
-        info = _info(key, answer.headers, size, answer.headers.get("x-ms-blob-content-md5"))
-        if (first, last + 1) != (start, min(stop, size)):
-            raise CorruptObject("the backend sent something else than was asked for", detail=found[0])
-    except BackendError:
-        answer.close()
-        raise
-    return info
-
-
-def _info(key: str, headers: Mapping[str, str], size: Any, md5: str | None) -> ObjectInfo:
-    try:
-        return ObjectInfo(
-            key,
-            int(size),
-            headers["etag"].strip('"'),
-            int(parsedate_to_datetime(headers["last-modified"]).timestamp()),
-            headers.get("content-type"),
-            valid_sha256(headers.get("x-ms-meta-sha256")),
-            b64decode(md5) if md5 else None,
-        )
-    except (KeyError, TypeError, ValueError) as exc:
-        raise nonsense(repr(exc)) from exc
-
-
-def valid_sha256(text: str | None) -> str | None:
-    """The text, if it is a SHA-256 in hex. Another program's metadata may have anything under that name."""
-    return text if text and _SHA256.match(text) else None
 
 
 def _condition(etag: str | None) -> dict[str, str]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Requests to the storage service, for the SDK too: the one retry policy, and errors in place of refusals."""
+"""Requests to the storage service: the one retry policy, and errors in place of refusals."""
 
 from __future__ import annotations
 
@@ -167,7 +167,23 @@ class Blobs:
         :param query: parameters that select the operation, quoted, with a closing ``&``; may be empty.
         :param lost: as for :meth:`Service.ask`.
         """
-        path = f"{self._path}/{quote(key, safe='~/')}?{query}"
+        return self._ask(operation, f"{self._path}/{quote(key, safe='~/')}?{query}", headers, body, lost)
+
+    def ask_container(self, operation: Operation[T], query: str) -> T:
+        """Do an operation on the container that changes nothing.
+
+        :param query: as for :meth:`ask`.
+        """
+        return self._ask(operation, f"{self._path}?{query}", {})
+
+    def _ask(
+        self,
+        operation: Operation[T],
+        path: str,
+        headers: Mapping[str, str],
+        body: Body = b"",
+        lost: LostAnswers | None = None,
+    ) -> T:
         # The backend's logs identify the request by its client request ID.
         headers = {"x-ms-version": self._version, "x-ms-client-request-id": secrets.token_hex(16), **headers}
         used = ""

@@ -18,17 +18,17 @@ from kci_storage.drivers.azure import foreign_blocks
 from kci_storage.drivers.azure.blocked import check_replaceable
 from kci_storage.drivers.azure.http import RepeatableBody
 from kci_storage.drivers.azure.outcomes import LostAnswers, certain
+from kci_storage.drivers.azure.properties import UPLOAD_ID, is_folder_marker
 from kci_storage.drivers.azure.reads import BlobReads
 from kci_storage.drivers.azure.writes import BlobWrites, BlocksLost, condition, new_block_id, properties
 from kci_storage.drivers.base import Digests, ObjectInfo, ObjectWriter
-from kci_storage.errors import BackendError, ObjectNotFound, PreconditionFailed, WriteConflict
+from kci_storage.errors import BackendError, KeyConflict, ObjectNotFound, PreconditionFailed, WriteConflict
 
 BLOCKS_IN_FLIGHT = 4  # of one upload; one more block is being filled
 UNCHECKED_BLOCKS = 2  # of an upload, before it is looked whether what is stored can be replaced
 BLOCK_ID_SIZE = 48  # bytes; 64 characters of base64, what most other clients use
 
 NOT_SINCE_1970 = {"If-Unmodified-Since": "Thu, 01 Jan 1970 00:00:00 GMT"}  # no object meets this condition
-_UPLOAD_ID = "uploadid"  # metadata by which a writer recognises its own object
 
 
 class AzureWriter(ObjectWriter):
@@ -111,7 +111,7 @@ class AzureWriter(ObjectWriter):
 
     def _look_at_stored(self) -> None:
         with contextlib.suppress(ObjectNotFound, BackendError):  # the commit will tell
-            check_replaceable(self._reads.stat_with_metadata(self._key)[1])
+            check_replaceable(self._reads.headers(self._key))
 
     def _send(self, block_id: str, block: io.BytesIO) -> io.BytesIO:
         """Stage a block, and return its buffer for reuse."""
@@ -160,7 +160,8 @@ class AzureWriter(ObjectWriter):
         try:
             etag, modified = self._put(digests, expected)
         except (PreconditionFailed, BlocksLost) as exc:
-            self._refused_as_new |= expected is None and isinstance(exc, PreconditionFailed)
+            if expected is None and isinstance(exc, PreconditionFailed):
+                self._refuse_as_new()
             landed = self._landed() if self._lost_answers else None
             if landed is None:
                 raise
@@ -169,7 +170,7 @@ class AzureWriter(ObjectWriter):
 
     def _put(self, digests: Digests, expected: str | None) -> tuple[str, int]:
         """Commit the content with one request; the object's ETag and time of modification."""
-        metadata = {"sha256": digests.sha256, _UPLOAD_ID: self._upload_id}
+        metadata = {"sha256": digests.sha256, UPLOAD_ID: self._upload_id}
         headers = properties(self._content_type, digests.md5, metadata, self._tags) | self._condition(expected)
         if self._whole is not None:
             return self._put_whole(self._whole, headers, expected)
@@ -206,13 +207,26 @@ class AzureWriter(ObjectWriter):
         """
         return NOT_SINCE_1970 if expected is None and self._refused_as_new else condition(expected)
 
+    def _refuse_as_new(self) -> None:
+        """There is a blob. The caller finds out which version to replace, unless it is none for other programs.
+
+        :raises KeyConflict: it is another program's marker of a folder.
+        """
+        if self._refused_as_new:
+            with contextlib.suppress(ObjectNotFound):
+                if is_folder_marker(self._reads.headers(self._key)):
+                    raise KeyConflict(
+                        "another program keeps a folder of this name; use another one, or delete it there"
+                    )
+        self._refused_as_new = True
+
     def _landed(self) -> ObjectInfo | None:
         """The stored object, if a try of this commit whose answer was lost has stored it; None: it is another one."""
         try:
             info, headers = self._reads.stat_with_metadata(self._key)
         except ObjectNotFound:
             return None
-        if headers.get(f"x-ms-meta-{_UPLOAD_ID}") == self._upload_id:
+        if headers.get(f"x-ms-meta-{UPLOAD_ID}") == self._upload_id:
             return info
         self._lost_answers.forget_if_older(headers)
         return None

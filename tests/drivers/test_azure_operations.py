@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Reads and writes go past the SDK, listings and deletions through it.
+"""All operations, one by one.
 
-Both have the same connections, retries, time-outs, proxies, certificates and errors.
+They have the same connections, retries, time-outs, proxies, certificates and errors.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def test_a_connection_that_a_relay_has_dropped_is_no_failure(
     assert dropped.hits == 1
 
 
-def test_both_planes_have_one_pool(driver: AzureDriver, faults: FaultProxy) -> None:
+def test_all_operations_have_one_pool(driver: AzureDriver, faults: FaultProxy) -> None:
     connections = set(faults._open)
     for name in ("stat", "list", "put", "list a folder", "probe", "delete"):
         OPERATIONS[name](driver)
