@@ -28,6 +28,9 @@ class Events(Protocol):
     def uncached(self) -> None:
         """The rest of a download comes straight from the backend, since its fill ended early."""
 
+    def wrong_digest(self) -> None:
+        """An object was fetched whose content does not have the digest that another program stored with it."""
+
     def revalidated(self, result: str) -> None:
         """A copy was revalidated with the backend.
 

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Protocol, Self, runtime_checkable
 
 from kci_storage.config.settings import Config
@@ -47,21 +47,32 @@ class ObjectInfo:
     sha256: str | None = None  # hex, of the whole content; None: the backend knows none
     md5: bytes | None = None  # 16 bytes, of the whole content; None: the backend knows none
     tags: Mapping[str, str] = field(default_factory=dict, hash=False)  # also empty if they would cost another request
+    content_encoding: str | None = None  # of the stored content, by another program's word; sent along with it
+    claimed_digest: tuple[str, str] | None = None  # hashlib's name and hex; another program's word, maybe wrong
 
     def to_fields(self) -> dict[str, Any]:
         """The properties as plain values that JSON can hold."""
         return {**asdict(self), "md5": self.md5.hex() if self.md5 else None}
 
     @classmethod
-    def from_fields(cls, fields: Mapping[str, Any]) -> ObjectInfo:
-        """The reverse of :meth:`to_fields`.
+    def from_fields(cls, values: Mapping[str, Any]) -> ObjectInfo:
+        """The reverse of :meth:`to_fields`. Fields that a later version has added are passed over.
 
         :raises ValueError: these are not such fields.
         """
+        known = {name: value for name, value in values.items() if name in _FIELDS}
         try:
-            return cls(**{**fields, "md5": bytes.fromhex(fields["md5"]) if fields["md5"] else None})
-        except (TypeError, KeyError) as exc:
+            claimed = known.get("claimed_digest")
+            known |= {
+                "md5": bytes.fromhex(known["md5"]) if known["md5"] else None,
+                "claimed_digest": (claimed[0], claimed[1]) if claimed else None,
+            }
+            return cls(**known)
+        except (TypeError, KeyError, IndexError) as exc:
             raise ValueError(f"not an object's properties: {exc}") from exc
+
+
+_FIELDS = {each.name for each in fields(ObjectInfo)}
 
 
 @dataclass(frozen=True, slots=True)

@@ -117,7 +117,7 @@ class Filler:
         info, begun = record.info, part.size > 0
         pieces = resumed(self._driver, info, part.size, info.size, reader, begun, LARGE_BUFFER_SIZE)
         try:
-            for data in verified(info, pieces, before=self._fill.read(0, part.size)):
+            for data in verified(info, pieces, self._parts.events, before=self._fill.read(0, part.size)):
                 self._append(part, data, info.size)
         except CorruptObject:
             part.truncate()

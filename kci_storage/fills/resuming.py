@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 
 from kci_storage.drivers.base import Driver, ObjectInfo, ObjectReader
 from kci_storage.errors import BackendError, CorruptObject, ObjectChanged
+from kci_storage.events import Events
 from kci_storage.net import slots
 
 log = logging.getLogger(__name__)
@@ -89,13 +90,16 @@ class Retries:
         self._backoff = min(2 * self._backoff, MAX_BACKOFF)
 
 
-def verified(info: ObjectInfo, pieces: Iterable[memoryview], before: Iterable[bytes] = ()) -> Iterator[memoryview]:
+def verified(
+    info: ObjectInfo, pieces: Iterable[memoryview], events: Events, before: Iterable[bytes] = ()
+) -> Iterator[memoryview]:
     """Pass on the pieces up to an object's end, the last one only if the whole object matches the backend's digest.
 
+    :param events: told of a digest of another program that does not match, which is no error.
     :param before: the object's bytes before these pieces; they are digested, and not passed on.
     :raises CorruptObject: it does not match.
     """
-    digests, missing = ContentDigests(info), info.size
+    digests, missing = ContentDigests(info, events), info.size
     for piece in before:
         digests.update(piece)
         missing -= len(piece)
@@ -117,8 +121,10 @@ class ContentDigests:
     network links are, and handing the pieces to another thread would cost more than it saves.
     """
 
-    def __init__(self, info: ObjectInfo):
+    def __init__(self, info: ObjectInfo, events: Events):
         self._key = info.key
+        self._events = events
+        self._binds = info.sha256 is not None or info.md5 is not None
         self._expected = _digest(info)
         self._hash = hashlib.new(self._expected[0], usedforsecurity=False) if self._expected else None
 
@@ -130,14 +136,25 @@ class ContentDigests:
     def check(self) -> None:
         """Compare, after the last piece.
 
-        :raises CorruptObject: the digest differs.
+        :raises CorruptObject: the digest differs, and is not just another program's word.
         """
-        if self._hash is not None and self._expected != (self._hash.name, self._hash.digest()):
+        if self._hash is None or self._expected == (self._hash.name, self._hash.digest()):
+            return
+        if self._binds:
             raise CorruptObject("the backend sent a damaged object", detail=f"{self._hash.name} of {self._key!r}")
+        self._events.wrong_digest()
+        log.warning("event=wrong_digest key=%r algorithm=%s", self._key, self._hash.name)
 
 
 def _digest(info: ObjectInfo) -> tuple[str, bytes] | None:
     """hashlib's name of a digest that the backend has of the content, and its value; None: there is none."""
     if info.sha256 is not None:  # MD5 takes twice as long, and proves nothing more
         return "sha256", bytes.fromhex(info.sha256)
-    return ("md5", info.md5) if info.md5 is not None else None
+    if info.md5 is not None:
+        return "md5", info.md5
+    return _claimed(info.claimed_digest) if info.claimed_digest is not None else None
+
+
+def _claimed(digest: tuple[str, str]) -> tuple[str, bytes]:
+    name, value = digest
+    return name, bytes.fromhex(value)

@@ -58,6 +58,9 @@ _received = Counter("kci_storage_received_bytes", "Bytes of request bodies that 
 _served = Counter("kci_storage_cache_requests", "Objects opened, by where they came from", ["result"])
 _revalidations = Counter("kci_storage_cache_revalidations", "Copies checked against the backend", ["result"])
 _uncached = Counter("kci_storage_uncached_downloads", "Downloads served past the cache: no room, or a failed fill")
+_wrong_digests = Counter(
+    "kci_storage_wrong_digests", "Objects fetched that lack the digest that another program stored with them"
+)
 _fills = Counter("kci_storage_fills", "Cold objects brought into the cache", ["result"])
 _filling = Gauge("kci_storage_fills_in_progress", "Cold objects on their way in", multiprocess_mode="livesum")
 _evicted_files = Counter("kci_storage_evicted_files", "Copies removed to make room")
@@ -144,6 +147,10 @@ class Metrics:
     def uncached(self) -> None:
         """The rest of a download comes directly from the backend, since its fill ended early."""
         _uncached.inc()
+
+    def wrong_digest(self) -> None:
+        """An object was fetched whose content does not have the digest that another program stored with it."""
+        _wrong_digests.inc()
 
     def revalidated(self, result: str) -> None:
         """A copy was revalidated.

@@ -105,7 +105,7 @@ class FilledContent(Content):
             pieces = resumed(self._driver, self.info, position, stop, begun=position > start)
             whole = stop - start == self.info.size
             if whole:
-                pieces = verified(self.info, pieces, self._fill.read(0, position))
+                pieces = verified(self.info, pieces, self._events, self._fill.read(0, position))
             yield from map(bytes, pieces)
 
     def close(self) -> None:
@@ -149,7 +149,7 @@ class RemoteContent(Content):
             self._followed.append(content)
             return content.segments(start, stop)
         pieces = resumed(self._driver, self.info, start, stop)
-        return map(bytes, verified(self.info, pieces) if stop - start == self.info.size else pieces)
+        return map(bytes, verified(self.info, pieces, self._events) if stop - start == self.info.size else pieces)
 
     def _wants_most(self, start: int, stop: int) -> bool:
         return 2 * (stop - start) >= self.info.size

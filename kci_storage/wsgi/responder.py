@@ -151,7 +151,8 @@ def _validators(info: ObjectInfo) -> tuple[tuple[str, str], ...]:
 @functools.lru_cache(REMEMBERED_VERSIONS)
 def _descriptors(info: ObjectInfo, asked_for: Purpose) -> tuple[tuple[str, str], ...]:
     """The headers about the content, which the responses with content have."""
-    unpacked_type = media.for_reading(info.content_type, info.key) if asked_for is Purpose.READING else None
+    is_read = asked_for is Purpose.READING and info.content_encoding is None
+    unpacked_type = media.for_reading(info.content_type, info.key) if is_read else None
     if unpacked_type is not None:
         return (
             ("Content-Type", unpacked_type),
@@ -163,6 +164,7 @@ def _descriptors(info: ObjectInfo, asked_for: Purpose) -> tuple[tuple[str, str],
     return (
         ("Content-Type", content_type),
         ("Content-Disposition", media.disposition(info.key, content_type, asked_for is Purpose.ATTACHMENT)),
+        *((("Content-Encoding", info.content_encoding),) if info.content_encoding else ()),
         *_digest(info),
     )
 

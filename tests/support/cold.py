@@ -45,14 +45,16 @@ class Bench:
     container: ContainerClient
 
     def store(self, content: bytes, key: str | None = None, digest: str = "sha256") -> str:
-        """Store an object as another program would.
+        """Store an object as this server does, without it.
 
         :param key: None: a new one.
         :param digest: the one that is stored with the object: ``sha256``, ``md5``, or none.
         :returns: its key.
         """
         key = key or f"{new_folder()}/file.bin"
-        metadata = {"sha256": hashlib.sha256(content).hexdigest()} if digest == "sha256" else None
+        metadata = {"uploadid": secrets.token_hex(16)}
+        if digest == "sha256":
+            metadata["sha256"] = hashlib.sha256(content).hexdigest()
         md5 = bytearray(hashlib.md5(content).digest()) if digest == "md5" else None
         self.container.upload_blob(
             key, content, overwrite=True, metadata=metadata, content_settings=ContentSettings(content_md5=md5)

@@ -22,8 +22,7 @@ from kci_storage.drivers.azure.connect import Connector
 from kci_storage.drivers.azure.http import ConnectionPool
 from kci_storage.drivers.azure.listing import BlobListing
 from kci_storage.drivers.azure.outcomes import LostAnswers, certain
-from kci_storage.drivers.azure.properties import Properties
-from kci_storage.drivers.azure.reads import BlobReads
+from kci_storage.drivers.azure.reads import BlobReads, Properties
 from kci_storage.drivers.azure.service import Blobs, Service
 from kci_storage.drivers.azure.signature import signature
 from kci_storage.drivers.azure.writer import AzureWriter

@@ -15,7 +15,7 @@ from urllib.parse import quote, unquote
 
 from kci_storage.drivers.azure.errors import BackendRefusal, nonsense
 from kci_storage.drivers.azure.http import Answer
-from kci_storage.drivers.azure.properties import Properties, is_folder_marker
+from kci_storage.drivers.azure.reads import Properties, is_folder_marker
 from kci_storage.drivers.azure.service import Blobs, Operation
 from kci_storage.drivers.base import ObjectInfo, Page
 from kci_storage.errors import BackendError, BadRequest

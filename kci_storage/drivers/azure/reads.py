@@ -12,15 +12,17 @@ from __future__ import annotations
 import contextlib
 import re
 import time
+from base64 import b64decode
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
+from dataclasses import replace
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 from kci_storage.drivers.azure import service
 from kci_storage.drivers.azure.errors import Unanswered, nonsense, silence
 from kci_storage.drivers.azure.http import Answer, wait_for
-from kci_storage.drivers.azure.properties import Properties
 from kci_storage.drivers.azure.service import Blobs, Operation
 from kci_storage.drivers.base import ObjectInfo, ObjectReader
 from kci_storage.errors import (
@@ -44,7 +46,78 @@ HELD_PIECE = 64 * 1024  # bytes of a further range received at a time; malloc() 
 LOOK_SECONDS = 0.02  # between two checks whether another thread's request has been answered
 GATHER_SECONDS = 0.005  # that a reader waits for more bytes once it has some
 
+UPLOAD_ID = "uploadid"  # metadata of each upload of this server; by it a writer recognises its own object
+
+_CODINGS = re.compile(r"[A-Za-z0-9._-]+(?: *, *[A-Za-z0-9._-]+)*\Z")
+_SHA256 = re.compile(r"[0-9a-f]{64}\Z")
 _RANGE = re.compile(r"bytes ([0-9]+)-(-?[0-9]+)/([0-9]+)\Z")  # Azurite says 0--1/0 of nothing
+
+
+class Properties:
+    """Makes objects' properties.
+
+    :param verify_all: whether digests bind that another program has stored.
+    """
+
+    def __init__(self, verify_all: bool):
+        self._verify_all = verify_all
+
+    def of(self, key: str, headers: Mapping[str, str], size: Any, md5: str | None) -> ObjectInfo:
+        """The properties of an object.
+
+        :param headers: with names in lower case.
+        :param size: in bytes, maybe as text.
+        :param md5: of the whole content, in base64.
+        :raises ObjectNotFound: it is another program's marker of a folder.
+        :raises BackendError: the headers make no sense.
+        """
+        if is_folder_marker(headers):
+            raise ObjectNotFound("no such file")
+        try:
+            info = ObjectInfo(
+                key,
+                int(size),
+                headers["etag"].strip('"'),
+                int(parsedate_to_datetime(headers["last-modified"]).timestamp()),
+                headers.get("content-type"),
+                valid_sha256(headers.get("x-ms-meta-sha256")),
+                b64decode(md5) if md5 else None,
+                content_encoding=_coding(headers.get("content-encoding", "")),
+            )
+        except (KeyError, TypeError, ValueError) as exc:
+            raise nonsense(repr(exc)) from exc
+        if self._verify_all or f"x-ms-meta-{UPLOAD_ID}" in headers:
+            return info
+        return _with_claims(info)
+
+
+def _with_claims(info: ObjectInfo) -> ObjectInfo:
+    """The same, with digests that are another program's word."""
+    md5 = ("md5", info.md5.hex()) if info.md5 is not None else None
+    claimed = ("sha256", info.sha256) if info.sha256 is not None else md5
+    return replace(info, sha256=None, md5=None, claimed_digest=claimed) if claimed else info
+
+
+def _coding(text: str) -> str | None:
+    """A content coding, or several, that may be sent to clients; None: it is none (RFC 9110, 8.4).
+
+    >>> _coding("gzip, br"), _coding("identity"), _coding("")
+    ('gzip, br', None, None)
+    """
+    return text if _CODINGS.match(text) and text.lower() != "identity" else None
+
+
+def is_folder_marker(headers: Mapping[str, str]) -> bool:
+    """Whether a blob is no object, but says that there is a folder of its name.
+
+    Accounts with a hierarchical namespace show folders so, and Hadoop's drivers make such blobs.
+    """
+    return headers.get("x-ms-meta-hdi_isfolder", "").lower() == "true"
+
+
+def valid_sha256(text: str | None) -> str | None:
+    """The text, if it is a SHA-256 in hex. Another program's metadata may have anything under that name."""
+    return text if text and _SHA256.match(text) else None
 
 
 class BlobReads:

@@ -15,11 +15,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 
 from kci_storage.drivers.azure import foreign_blocks
-from kci_storage.drivers.azure.blocked import check_replaceable
+from kci_storage.drivers.azure.errors import check_replaceable
 from kci_storage.drivers.azure.http import RepeatableBody
 from kci_storage.drivers.azure.outcomes import LostAnswers, certain
-from kci_storage.drivers.azure.properties import UPLOAD_ID, is_folder_marker
-from kci_storage.drivers.azure.reads import BlobReads
+from kci_storage.drivers.azure.reads import UPLOAD_ID, BlobReads, is_folder_marker
 from kci_storage.drivers.azure.writes import BlobWrites, BlocksLost, condition, new_block_id, properties
 from kci_storage.drivers.base import Digests, ObjectInfo, ObjectWriter
 from kci_storage.errors import BackendError, KeyConflict, ObjectNotFound, PreconditionFailed, WriteConflict
