@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +22,7 @@ from kci_storage.cache.directory import Cache
 from kci_storage.cache.housekeeping import DriverUpkeep, Housekeeper
 from kci_storage.config.reading import load
 from kci_storage.config.settings import Config, ConfigError
-from kci_storage.drivers.base import Driver, LocalObjects, Sweepable
+from kci_storage.drivers.base import Advising, Driver, LocalObjects, Sweepable
 from kci_storage.drivers.guard import GuardedDriver, GuardedFiles
 from kci_storage.fills.fills import Fills
 from kci_storage.monitoring.measured_driver import MeasuredDriver
@@ -30,6 +31,8 @@ from kci_storage.store.negative_cache import NegativeCache
 from kci_storage.store.objects import Objects
 from kci_storage.store.uploads import Uploads
 from kci_storage.wsgi.responder import Responder
+
+log = logging.getLogger(__name__)
 
 
 class ConfigFollower(Protocol):
@@ -119,7 +122,7 @@ def build_services(config: Config, ledger: Ledger | None = None) -> Services:
     driver = drivers.load(config.driver).from_config(config)
     local = GuardedFiles(driver) if isinstance(driver, LocalObjects) else None
     cache = open_cache(config)
-    metrics = Metrics(cache, disks(config, local))
+    metrics = Metrics(cache, disks(config, local), advice_of(driver))
     housekeeper = Housekeeper(cache, config.cache, metrics, driver_upkeep(config, driver))
     guarded = GuardedDriver(MeasuredDriver(driver))
     negative_cache = NegativeCache(config.cache.directory / "uploads", config.cache.revalidate_after)
@@ -163,6 +166,15 @@ def build_services(config: Config, ledger: Ledger | None = None) -> Services:
         metrics=metrics,
         housekeeper=housekeeper,
     )
+
+
+def advice_of(driver: Driver) -> float | None:
+    """Log what the driver tells from its settings; when its credential ends, in seconds since the epoch."""
+    if not isinstance(driver, Advising):
+        return None
+    for line in driver.advice():
+        log.warning("event=driver_advice text=%r", line)
+    return driver.credential_end()
 
 
 def driver_upkeep(config: Config, driver: Driver) -> DriverUpkeep | None:

@@ -12,20 +12,24 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
-from kci_storage import __version__
+from kci_storage import __version__, drivers
 from kci_storage.access import tokens
 from kci_storage.cli import client, health, retention
 from kci_storage.config.reading import CONFIG_VARIABLE, load
-from kci_storage.config.settings import ConfigError
+from kci_storage.config.settings import Config, ConfigError
+from kci_storage.drivers.base import Advising
 from kci_storage.server import preflight
 
 GUNICORN = ("gunicorn", "-c", "python:kci_storage.server.hooks", "kci_storage.app:create_app()")
 MAX_DAYS = 36_500
+WARN_SECONDS = 14 * 86_400.0  # before the end of a credential
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,7 +81,22 @@ def check_config(arguments: argparse.Namespace) -> None:
     for name in ("jwt_secret", "unified_secret"):
         if (value := getattr(config, name)) and tokens.is_weak(value):
             _warn(f"{config.path}: {name}: shorter than {tokens.MIN_SECRET_BYTES} bytes, which can be guessed")
+    _tell_about_driver(config)
     print(f"{config.path}: ok (driver {config.driver}, bind {config.server.bind})")
+
+
+def _tell_about_driver(config: Config) -> None:
+    """Print what the driver tells from its settings, if it does."""
+    kind = drivers.load(config.driver)
+    driver = kind.from_config(config) if issubclass(kind, Advising) else None
+    if not isinstance(driver, Advising):
+        return
+    for line in driver.advice():
+        _warn(f"{config.path}: {line}")
+    if (end := driver.credential_end()) is not None:
+        when = f"{datetime.fromtimestamp(end, UTC):%Y-%m-%d %H:%M} UTC"
+        text = f"{config.path}: the credential for the backend ends at {when}"
+        print(text) if end > time.time() + WARN_SECONDS else _warn(text)
 
 
 def ask_health(arguments: argparse.Namespace) -> int:

@@ -89,6 +89,11 @@ def is_service_url(url: str) -> bool:
     return not url or bool(usable and not parts.query and not parts.fragment and not parts.username)
 
 
+def is_tag_policy(text: str) -> bool:
+    """Whether it says what becomes of uploads whose tags are refused."""
+    return text in ("required", "best effort")
+
+
 def is_verify(text: str) -> bool:
     """Whether it says whose digests bind."""
     return text in ("own", "all")

@@ -29,6 +29,7 @@ from kci_storage.config.checks import (
     is_sas_token,
     is_service_url,
     is_subnet,
+    is_tag_policy,
     is_verify,
 )
 from kci_storage.config.cores import usable_cores
@@ -158,6 +159,13 @@ class AzureConfig:
         unit="seconds",
         minimum=0.1,
         maximum=600,
+    )
+    tags: str = _setting(
+        "required",
+        'what becomes of an upload whose tags the account or the SAS token does not take: "required", it fails, or '
+        '"best effort", it is stored without them',
+        expects='"required" or "best effort"',
+        accepts=is_tag_policy,
     )
     verify: str = _setting(
         "own",

@@ -291,6 +291,17 @@ class LocalObjects(Protocol):
 
 
 @runtime_checkable
+class Advising(Protocol):
+    """Optional ability: it can tell from its settings, without the backend, what will fail now or later."""
+
+    def advice(self) -> list[str]:
+        """What will fail, one line for each, for an administrator."""
+
+    def credential_end(self) -> float | None:
+        """When the backend will refuse the credential, in seconds since the epoch; None: never, or unknown."""
+
+
+@runtime_checkable
 class Sweepable(Protocol):
     """Optional ability: a crash may leave files behind, and the driver can tell them from files in use.
 

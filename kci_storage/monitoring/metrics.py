@@ -94,10 +94,13 @@ class Metrics:
 
     :param cache: its size is read at each scrape.
     :param disks: folders on the disks whose space is shown.
+    :param credential_end: when the backend will refuse the driver's credential, in seconds since the epoch; None:
+        never, or unknown.
     """
 
-    def __init__(self, cache: Cache, disks: Iterable[Path]):
+    def __init__(self, cache: Cache, disks: Iterable[Path], credential_end: float | None = None):
         self._cache = cache
+        self._credential_end = credential_end
         self._disks = tuple(disks)
         for rule in RULES:
             _refused.labels(rule)
@@ -250,6 +253,9 @@ class Metrics:
         usage = self._cache.usage.read()
         yield gauge("storage_files_cached", "Files in the cache", {"hostname": host}, usage[0])
         yield gauge("kci_storage_cache_bytes", "Bytes in the cache", {"hostname": host}, usage[1])
+        if self._credential_end is not None:
+            text = "When the backend will refuse the driver's credential"
+            yield gauge("kci_storage_credential_end_timestamp_seconds", text, {}, self._credential_end)
         yield from self._disk_space(host)
         yield from machine_metrics()
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -121,6 +122,19 @@ def test_a_valid_configuration_is_one_line(run, tmp_path):
     result = run("check-config", config=local())
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout == f"{tmp_path}/config.toml: ok (driver local, bind 127.0.0.1:3000)\n"
+
+
+@pytest.mark.parametrize(("days", "stream"), [(100, "stdout"), (3, "stderr"), (-3, "stderr")])
+def test_it_says_when_a_sas_token_ends_and_what_it_does_not_permit(run, tmp_path, days, stream):
+    end = datetime.now(UTC) + timedelta(days=days)
+    token = f"?sv=2025-01-05&sp=rwdl&se={end:%Y-%m-%dT%H:%M:%SZ}&sr=c&sig=AAAA"
+    azure = {"account": "someone", "container": "files", "sastoken": token}
+    config = {"driver": "azure", "jwt_secret": "s" * 32, "azure": azure, "retention": {"tag_value": "30d"}}
+    result = run("check-config", config=config)
+    assert result.returncode == 0
+    assert f"the credential for the backend ends at {end:%Y-%m-%d %H:%M} UTC\n" in getattr(result, stream)
+    assert "azure.sastoken: has no permission t, so that uploads fail" in result.stderr
+    assert "AAAA" not in result.stdout + result.stderr
 
 
 def test_the_environment_counts(run, tmp_path):

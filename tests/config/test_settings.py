@@ -91,6 +91,9 @@ def test_the_defaults_are_the_contracts():
         "endpoint": "",
         "connect_timeout": 5,
         "read_timeout": 20,
+        "tags": "required",
+        "verify": "own",
+        "retry_timeout": 60,
     }
     assert config.local.storage_path == Path("./storage")
 

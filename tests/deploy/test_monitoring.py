@@ -250,12 +250,15 @@ def test_every_recording_rule_records_something(prometheus: Scraper):
     assert prometheus.without_answer(set(RECORDED)) == set()
 
 
+WITHOUT_SERIES = {"kci_storage_credential_end_timestamp_seconds"}  # with an account's key, which does not end
+
+
 def test_every_alert_reads_series_that_exist(prometheus: Scraper):
     for rule in ALERTS.values():
         prometheus.labels(rule["expr"])
     watched = {selector for rule in rules() for selector in selectors(rule["expr"])}
     assert len(watched) > 30
-    assert prometheus.without_answer(watched) == set()
+    assert prometheus.without_answer(watched) == WITHOUT_SERIES
 
 
 def test_a_few_failures_raise_no_alarm(prometheus: Scraper):

@@ -1137,6 +1137,106 @@ def test_a_token_that_may_only_read_passes_the_probe(azurite):
             put(driver, "a", b"content")
 
 
+TAGS = {"retention": "30d", "owner": "a@b"}
+
+
+def tagged(driver: AzureDriver, key: str, content: bytes) -> None:
+    with driver.writer(key, "text/plain", TAGS) as writer:
+        writer.write(content)
+        writer.commit(digests_of(content), None)
+
+
+def refuse_tags(status: int, code: str) -> Callable[[Request], Answer | None]:
+    """As an account does that has a hierarchical namespace."""
+    refuse = fail_with(status, code)
+    return lambda request: refuse(request) if request.headers["x-ms-tags"] else None
+
+
+REFUSALS = [(409, "FeatureNotYetSupportedForHierarchicalNamespaceAccounts"), (403, "AuthorizationPermissionMismatch")]
+
+
+@pytest.fixture
+def without_tags(azurite: Azurite, proxy: Proxy, small_sizes: None) -> Iterator[Callable[[str], AzureDriver]]:
+    """Makes a driver with a SAS token that has no permission for tags."""
+    container = azurite.new_container()
+    token = sas_token(azurite, container)
+    with contextlib.ExitStack() as stack:
+
+        def make(tags: str) -> AzureDriver:
+            settings = azurite.settings(
+                container=container, endpoint=proxy.endpoint, key="", sastoken=token, tags=tags
+            )
+            return stack.enter_context(closing(AzureDriver(settings, block_size=BLOCK, sets_tags=True)))
+
+        yield make
+
+
+@pytest.mark.parametrize(("status", "code"), REFUSALS)
+@pytest.mark.parametrize("size", [10, SOME])
+def test_required_tags_that_are_refused_say_so(without_tags, proxy, status, code, size):
+    proxy.before = refuse_tags(status, code)
+    driver = without_tags("required")
+    with pytest.raises(BackendError, match=r"does not take the tags that \[retention\] sets.*best effort"):
+        tagged(driver, "a", content_of(size))
+    assert driver.advice() == [
+        "azure.sastoken: has no permission t, so that uploads fail with the tags that [retention] sets"
+    ]
+
+
+@pytest.mark.parametrize("size", [10, SOME])
+def test_without_the_permission_tags_at_best_effort_are_not_sent(without_tags, proxy, size):
+    driver = without_tags("best effort")
+    tagged(driver, "a", content_of(size))
+    assert not [request for request in proxy.requests if request.headers["x-ms-tags"]]
+    assert get(driver, "a") == content_of(size)
+    assert "without the tags" in driver.advice()[0]
+
+
+@pytest.mark.parametrize("size", [10, SOME])
+def test_tags_at_best_effort_that_an_account_refuses_are_left_out(azurite, proxy, small_sizes, caplog, size):
+    proxy.before = refuse_tags(*REFUSALS[0])
+    settings = azurite.settings(endpoint=proxy.endpoint, tags="best effort")
+    with closing(AzureDriver(settings, block_size=BLOCK, sets_tags=True)) as driver:
+        for key in ("a", "b"):
+            tagged(driver, key, content_of(size))
+            assert get(driver, key) == content_of(size)
+        assert driver.advice() == []
+    assert len([request for request in proxy.requests if request.headers["x-ms-tags"]]) == 1
+    assert caplog.text.count("event=tags_refused") == 1
+
+
+def test_another_refusal_is_not_taken_for_one_of_tags(azurite, proxy, small_sizes):
+    """Of a request with the account's key, which may set tags."""
+    proxy.before = fail_with(403, "AuthorizationFailure")
+    for tags in ("required", "best effort"):
+        with (
+            closing(AzureDriver(azurite.settings(endpoint=proxy.endpoint, tags=tags))) as driver,
+            pytest.raises(BackendError, match="credentials"),
+        ):
+            tagged(driver, "a", b"content")
+
+
+def test_a_token_that_has_ended_is_named(azurite):
+    container, end = azurite.new_container(), datetime.now(UTC) - timedelta(minutes=5)
+    token = generate_container_sas(azurite.account, container, azurite.key, permission="racwdltx", expiry=end)
+    settings = azurite.settings(container=container, key="", sastoken=token)
+    with closing(AzureDriver(settings)) as driver:
+        for function in (driver.probe, driver.list, lambda: put(driver, "a", b"content")):
+            with pytest.raises(BackendError, match=f"the SAS token in .azure. ended at {end:%Y-%m-%d %H:%M} UTC"):
+                function()
+        assert driver.credential_end() == int(end.timestamp())
+
+
+@pytest.mark.parametrize(("permissions", "lines"), [("racwdlt", 0), ("r", 3), ("rcwdl", 0), ("l", 3)])
+def test_what_a_token_does_not_permit_is_known_before(azurite, permissions, lines):
+    container = azurite.new_container()
+    token = sas_token(azurite, container, permissions)
+    with closing(AzureDriver(azurite.settings(container=container, key="", sastoken=token))) as driver:
+        assert len(driver.advice()) == lines
+    with closing(AzureDriver(azurite.settings(container=container, sastoken=token))) as driver:
+        assert (driver.advice(), driver.credential_end()) == ([], None), "the key is used"
+
+
 def test_no_credential_is_in_any_error_or_log(azurite, proxy, small_sizes, caplog):
     caplog.set_level(logging.DEBUG)
     container = azurite.new_container()

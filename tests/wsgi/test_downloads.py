@@ -532,7 +532,7 @@ ODD = [
     "quote\"'`",
     "less<more>",
     "pipe|caret^",
-    "...",
+    "...x",
     "..a",
     "a..",
     "-",

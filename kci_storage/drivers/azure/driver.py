@@ -24,9 +24,9 @@ from kci_storage.drivers.azure.listing import BlobListing
 from kci_storage.drivers.azure.outcomes import LostAnswers, certain
 from kci_storage.drivers.azure.reads import BlobReads, Properties
 from kci_storage.drivers.azure.service import Blobs, Service
-from kci_storage.drivers.azure.signature import signature
+from kci_storage.drivers.azure.signature import end_of, permissions_of, signature
 from kci_storage.drivers.azure.writer import AzureWriter
-from kci_storage.drivers.azure.writes import BlobWrites
+from kci_storage.drivers.azure.writes import BlobWrites, TagPolicy
 from kci_storage.drivers.base import Driver, ObjectInfo, ObjectReader, ObjectWriter, Page
 from kci_storage.errors import ObjectNotFound, PreconditionFailed
 
@@ -34,6 +34,16 @@ BLOCK_SIZE = 8 * 1024 * 1024  # bytes; at most 50,000 blocks make an object, so 
 UPLOAD_THREADS = 64  # of one process, for staging blocks
 READ_THREADS = 64  # of one process, for requesting ranges ahead: uploads that are slow do not slow downloads
 
+NEEDED = {  # permissions, in Azure's letters
+    "r": "nothing can be downloaded",
+    "w": "nothing can be uploaded",
+    "d": "nothing can be deleted",
+    "l": "nothing can be listed",
+}
+WITHOUT_TAGS = {
+    "required": "azure.sastoken: has no permission t, so that uploads fail with the tags that [retention] sets",
+    "best effort": "azure.sastoken: has no permission t, so that objects are stored without the tags of [retention]",
+}
 _PROBE_KEY = ".kci/probe"  # not a valid key, so never stored
 
 
@@ -42,19 +52,40 @@ class AzureDriver(Driver):
 
     :param settings: account, container, credential and time-outs.
     :param block_size: bytes of one block of an upload, and of the largest upload in a single request.
+    :param sets_tags: whether uploads will have tags.
     """
 
     wants_md5 = True
 
-    def __init__(self, settings: AzureConfig, block_size: int = BLOCK_SIZE):
+    def __init__(self, settings: AzureConfig, block_size: int = BLOCK_SIZE, *, sets_tags: bool = False):
         self.block_size = block_size
         self._settings = settings
+        self._sets_tags = sets_tags
         self._processes: dict[int, _Process] = {}
         _quieten("azure", logging.WARNING)  # below that it logs a line for each request
 
     @classmethod
     def from_config(cls, config: Config) -> AzureDriver:
-        return cls(config.azure)
+        return cls(config.azure, sets_tags=bool(config.retention.tag_value or config.retention.rules))
+
+    def credential_end(self) -> float | None:
+        """See :class:`kci_storage.drivers.base.Advising`."""
+        end = end_of(self._settings.sastoken) if not self._settings.key else None
+        return end.timestamp() if end is not None else None
+
+    def advice(self) -> list[str]:
+        """See :class:`kci_storage.drivers.base.Advising`."""
+        permissions = permissions_of(self._settings.sastoken) if not self._settings.key else None
+        if permissions is None:
+            return []
+        lines = [
+            f"azure.sastoken: has no permission {letter}, so that {what}"
+            for letter, what in NEEDED.items()
+            if letter not in permissions
+        ]
+        if self._sets_tags and "t" not in permissions:
+            lines.append(WITHOUT_TAGS[self._settings.tags])
+        return lines
 
     @property
     def _process(self) -> _Process:
@@ -120,7 +151,9 @@ class _Process:
         properties = Properties(settings.verify == "all")
         self._container = ContainerClient(endpoint, settings.container)  # for the form of URLs and the version
         self.reads = BlobReads(self._blobs("r"), properties, self._threads["read"].submit)
-        self.writes = BlobWrites(self._blobs("cwdt"), self._threads["upload"].submit)
+        permissions = "t" if settings.key else permissions_of(settings.sastoken)
+        tag_policy = TagPolicy(settings.tags == "required", None if permissions is None else "t" in permissions)
+        self.writes = BlobWrites(self._blobs("cwdt"), tag_policy, self._threads["upload"].submit)
         self.listing = BlobListing(self._blobs("l"), properties)
 
     def _blobs(self, permissions: str) -> Blobs:

@@ -62,6 +62,10 @@ class BackendRefusal(BackendError):
         self.code = code
         self.date = date
 
+    def saying(self, message: str) -> BackendRefusal:
+        """The same refusal with another message."""
+        return BackendRefusal(message, detail=self.detail, status=self.status, code=self.code, date=self.date)
+
 
 def refusal(status: int, headers: Mapping[str, str], meanings: Meanings) -> Exception:
     """The error for an answer whose status is none of success.

@@ -196,7 +196,10 @@ class Blobs:
         try:
             return self.service.ask(operation, target, headers, body, lost)
         except BackendRefusal as exc:
-            if exc.status != 403 or not self._signature.renew(used, _time_of(exc.date)):
+            now = _time_of(exc.date)
+            if exc.status == 403 and (fault := self._signature.fault(now)):
+                raise exc.saying(f"the backend refused this server's credentials: {fault}") from None
+            if exc.status != 403 or not self._signature.renew(used, now):
                 raise
         return self.service.ask(operation, target, headers, body, lost)
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 from datetime import UTC, datetime, timedelta
 from typing import Protocol
+from urllib.parse import parse_qs
 
 from azure.storage.blob import generate_container_sas
 
@@ -30,6 +31,13 @@ class Signature(Protocol):
         """
         ...
 
+    def fault(self, now: datetime) -> str | None:
+        """Why the service refuses it, for an administrator; None: that cannot be told from it.
+
+        :param now: the service's time.
+        """
+        ...
+
 
 def signature(settings: AzureConfig, permissions: str) -> Signature:
     """The signature of requests in the configured container.
@@ -39,11 +47,34 @@ def signature(settings: AzureConfig, permissions: str) -> Signature:
     return RenewedToken(settings, permissions) if settings.key else GivenToken(settings.sastoken)
 
 
+def end_of(token: str) -> datetime | None:
+    """When a SAS token ends; None: it does not say (a stored access policy may).
+
+    >>> end_of("?sp=r&se=2026-12-31&sig=x"), end_of("si=policy&sig=x")
+    (datetime.datetime(2026, 12, 31, 0, 0, tzinfo=datetime.timezone.utc), None)
+    """
+    try:
+        end = datetime.fromisoformat(_field(token, "se"))
+    except ValueError:
+        return None
+    return end if end.tzinfo is not None else end.replace(tzinfo=UTC)
+
+
+def permissions_of(token: str) -> str | None:
+    """The permissions of a SAS token, in Azure's letters; None: it does not say."""
+    return _field(token, "sp") or None
+
+
+def _field(token: str, name: str) -> str:
+    return parse_qs(token.removeprefix("?")).get(name, [""])[-1]
+
+
 class GivenToken:
     """A configured SAS token, which cannot be renewed."""
 
     def __init__(self, token: str):
         self._token = token.removeprefix("?")
+        self._end = end_of(token)
 
     def __call__(self) -> str:
         return self._token
@@ -51,6 +82,12 @@ class GivenToken:
     def renew(self, refused: str, now: datetime) -> bool:
         """No other signature is known."""
         return False
+
+    def fault(self, now: datetime) -> str | None:
+        """That it has ended."""
+        if self._end is None or self._end > now:
+            return None
+        return f"the SAS token in [azure] ended at {self._end:%Y-%m-%d %H:%M} UTC"
 
 
 class RenewedToken:
@@ -81,6 +118,10 @@ class RenewedToken:
                 return False
             self._sign(now)
         return refused != self._token
+
+    def fault(self, now: datetime) -> str | None:
+        """It cannot be told."""
+        return None
 
     def _age(self) -> float:
         """Seconds since the token was signed."""

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 
 from kci_storage.drivers.azure import foreign_blocks
-from kci_storage.drivers.azure.errors import check_replaceable
+from kci_storage.drivers.azure.errors import BackendRefusal, check_replaceable
 from kci_storage.drivers.azure.http import RepeatableBody
 from kci_storage.drivers.azure.outcomes import LostAnswers, certain
 from kci_storage.drivers.azure.reads import UPLOAD_ID, BlobReads, is_folder_marker
@@ -169,8 +169,20 @@ class AzureWriter(ObjectWriter):
 
     def _put(self, digests: Digests, expected: str | None) -> tuple[str, int]:
         """Commit the content with one request; the object's ETag and time of modification."""
+        tags = self._writes.tag_policy.to_send(self._tags)
+        try:
+            return self._put_tagged(digests, expected, tags)
+        except BackendRefusal as exc:
+            if not tags:
+                raise
+            self._writes.tag_policy.check(exc)
+        stored = self._put_tagged(digests, expected, None)
+        self._writes.tag_policy.note_refused()
+        return stored
+
+    def _put_tagged(self, digests: Digests, expected: str | None, tags: Mapping[str, str] | None) -> tuple[str, int]:
         metadata = {"sha256": digests.sha256, UPLOAD_ID: self._upload_id}
-        headers = properties(self._content_type, digests.md5, metadata, self._tags) | self._condition(expected)
+        headers = properties(self._content_type, digests.md5, metadata, tags) | self._condition(expected)
         if self._whole is not None:
             return self._put_whole(self._whole, headers, expected)
         if not self._block_ids and not self._lost:

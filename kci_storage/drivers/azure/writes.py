@@ -6,6 +6,7 @@ Bodies are sent from the caller's buffer, without a copy, so it must not change 
 
 from __future__ import annotations
 
+import logging
 import secrets
 from base64 import b64encode
 from collections.abc import Callable, Iterable, Mapping
@@ -14,27 +15,73 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import quote, urlencode
 
-from kci_storage.drivers.azure.errors import nonsense
+from kci_storage.drivers.azure.errors import BackendRefusal, nonsense
 from kci_storage.drivers.azure.http import Answer, Body
 from kci_storage.drivers.azure.outcomes import LostAnswers, service_timeout
 from kci_storage.drivers.azure.reads import pinned
 from kci_storage.drivers.azure.service import Blobs, Operation
 from kci_storage.errors import PreconditionFailed
 
+log = logging.getLogger(__name__)
+
 
 class BlocksLost(Exception):
     """Staged blocks are gone, or refused because of another client's blocks. They must be staged again."""
+
+
+class TagPolicy:
+    """What becomes of the tags of uploads if the service does not take them.
+
+    It does not for SAS tokens without the permission, nor in accounts with a hierarchical namespace.
+
+    :param required: whether an upload fails then; if not, it is stored without tags.
+    :param permitted: whether the credential may set tags; None: it does not tell.
+    """
+
+    def __init__(self, required: bool, permitted: bool | None):
+        self._required = required
+        self._permitted = permitted
+        self._refused = False  # whether an upload was stored only without tags
+
+    def to_send(self, tags: Mapping[str, str] | None) -> Mapping[str, str] | None:
+        """The tags to send."""
+        is_hopeless = self._permitted is False or self._refused
+        return None if is_hopeless and not self._required else tags
+
+    def check(self, refusal: BackendRefusal) -> None:
+        """Check whether an upload with tags that was refused should be tried without them.
+
+        :raises BackendRefusal: it should not: the tags are not the reason, or are required.
+        """
+        known = (
+            "HierarchicalNamespace" in refusal.code or "Tags" in refusal.code or refusal.code == "UnsupportedHeader"
+        )
+        if not known and (refusal.status != 403 or self._permitted):
+            raise refusal
+        if self._required:
+            raise refusal.saying(
+                "the backend does not take the tags that [retention] sets: the SAS token needs the permission t, and "
+                'an account with a hierarchical namespace takes none; [azure] tags = "best effort" stores without'
+            )
+
+    def note_refused(self) -> None:
+        """An upload was stored without its tags, after it had been refused with them."""
+        if not self._refused:
+            log.warning("event=tags_refused text=%r", "uploads are stored without their tags from now on")
+        self._refused = True
 
 
 class BlobWrites:
     """The writing half of one container.
 
     :param blobs: with a signature that allows creating, writing and tagging.
+    :param tag_policy: for uploads with tags.
     :param submit: calls a function in another thread.
     """
 
-    def __init__(self, blobs: Blobs, submit: Callable[..., Future[Any]]):
+    def __init__(self, blobs: Blobs, tag_policy: TagPolicy, submit: Callable[..., Future[Any]]):
         self.submit = submit
+        self.tag_policy = tag_policy
         self._blobs = blobs
 
     def put(self, key: str, body: Body, headers: Mapping[str, str], lost: LostAnswers) -> tuple[str, int]:
