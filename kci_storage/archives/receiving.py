@@ -13,8 +13,6 @@ import contextlib
 import threading
 from collections.abc import Iterator, Mapping
 
-from werkzeug.sansio.multipart import Data, Event, Field, File
-
 from kci_storage import keys
 from kci_storage.archives.files import ArchiveFiles, ArchivePlan, Extent, Uploader
 from kci_storage.archives.run import ArchiveReport, Run
@@ -22,7 +20,7 @@ from kci_storage.archives.staging import Staging
 from kci_storage.archives.unpacking import Limits, Piece, TarReader, decompressed
 from kci_storage.errors import BadArchive, BadForm, InsufficientStorage, Overloaded
 from kci_storage.events import Events
-from kci_storage.http.multipart import Body, form_events
+from kci_storage.http.multipart import PATH_FIELD, Body, Event, Part, form_events
 from kci_storage.net import slots
 from kci_storage.net.threads import trim_memory
 from kci_storage.store.form_receiver import append_to_path, decoded_path
@@ -99,21 +97,23 @@ class _Form:
     def receive(self, events: Iterator[Event]) -> None:
         """Receive the whole form."""
         for event in events:
-            if isinstance(event, Field | File):
+            if isinstance(event, Part):
                 self._take(event, _content(events))
 
-    def _take(self, part: Field | File, content: Iterator[Piece]) -> None:
-        if part.name == "path" and isinstance(part, Field):
-            self._take_path(content)
+    def _take(self, part: Part, content: Iterator[Piece]) -> None:
+        if part.name == PATH_FIELD:
+            self._take_path(part, content)
         elif part.name == "archive":
-            self._take_archive(content, getattr(part, "filename", ""))
+            part.check_encoding()
+            self._take_archive(content, part.file_name() if part.has_file_name else "")
         for _ in content:  # skip what is left of the part
             pass
 
-    def _take_path(self, content: Iterator[Piece]) -> None:
+    def _take_path(self, part: Part, content: Iterator[Piece]) -> None:
         if self._prefix is not None:
             raise BadForm("the form has more than one field path")
-        self._prefix = keys.folder(_path_text(content))
+        part.check_encoding()
+        self._prefix = keys.folder(_path_text(part, content))
         keys.for_upload(self._prefix, "x")
         self._plan.admit_folder(self._prefix)
 
@@ -164,14 +164,14 @@ class _Form:
 def _content(events: Iterator[Event]) -> Iterator[Piece]:
     """The content of the part whose head was the last event."""
     for event in events:
-        assert isinstance(event, Data)
-        yield event.data
-        if not event.more_data:
+        if event is None:
             return
+        assert isinstance(event, bytes)
+        yield event
 
 
-def _path_text(content: Iterator[Piece]) -> str:
+def _path_text(part: Part, content: Iterator[Piece]) -> str:
     text = bytearray()
     for piece in content:
         append_to_path(text, piece)
-    return decoded_path(text)
+    return decoded_path(text, part)

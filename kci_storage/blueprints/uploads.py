@@ -8,17 +8,16 @@ from collections.abc import Callable, Mapping
 from urllib.parse import quote
 
 from flask import Blueprint, Response, jsonify, request
-from werkzeug.http import parse_options_header
 
 from kci_storage import keys, logfmt
 from kci_storage.blueprints.context import authenticated, exchange, services
 from kci_storage.blueprints.errors import without_body
 from kci_storage.drivers.base import ObjectInfo
-from kci_storage.errors import BadForm, BadRequest, UnsupportedContentEncoding
+from kci_storage.errors import BadRequest, UnsupportedContentEncoding
 from kci_storage.http import media
 from kci_storage.http.conditions import RequestHeaders, conditional_write, etag_header, write_allowed
 from kci_storage.http.digest_fields import parse_content_md5, parse_repr_digest
-from kci_storage.http.multipart import FORM_OVERHEAD, too_large
+from kci_storage.http.multipart import FORM_OVERHEAD, boundary_of, too_large
 from kci_storage.store.form_receiver import FormPlan, store_form
 from kci_storage.store.uploads import ExpectedDigests, Stored
 from kci_storage.wsgi.exchange import RequestBody
@@ -92,15 +91,11 @@ def refuse_partial_put() -> None:
 
 
 def form_boundary() -> bytes:
-    """The boundary of the multipart form (RFC 2046, 5.1.1).
+    """The boundary of the multipart form.
 
     :raises BadForm: the body is not a multipart form.
     """
-    content_type, options = parse_options_header(request.headers.get("Content-Type", ""))
-    boundary = options.get("boundary", "")
-    if content_type != "multipart/form-data" or not 0 < len(boundary) <= 200 or not boundary.isascii():
-        raise BadForm("send a multipart/form-data body, with its boundary in Content-Type")
-    return boundary.encode()
+    return boundary_of(request.headers.get("Content-Type", ""))
 
 
 def stored_type() -> Callable[[str], str]:

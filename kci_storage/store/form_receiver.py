@@ -5,24 +5,18 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-
-from werkzeug.sansio.multipart import Data, Event, Field, File
 
 from kci_storage import keys
 from kci_storage.errors import BadForm, BadKey, StorageError
 from kci_storage.files import durable
-from kci_storage.http.multipart import READ_SIZE, Body, form_events, too_large
+from kci_storage.http.multipart import FILE_FIELD, PATH_FIELD, READ_SIZE, Body, Event, Part, form_events, too_large
 from kci_storage.store.uploads import Stored, Upload, Uploads
 
 MAX_PATH_FIELD_BYTES = 8 * 1024  # bytes; a key has at most 1,024 characters
 MAX_FILES = 1_000  # each keeps a few files open until the form's end
 MAX_MEMORY = 16 * 1024 * 1024  # bytes of a form's files that may be kept in memory until its end
-FILE_FIELD = re.compile(r"file[0-9]+")
-# A backslash that escapes nothing: a Windows path, whose separators the decoder would drop silently.
-LONE_BACKSLASH = re.compile(r'\\(?!["\\])')
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,15 +67,28 @@ def append_to_path(text: bytearray, piece: bytes | memoryview) -> None:
         raise BadKey(f"path is too long: a key has at most {keys.MAX_CHARACTERS:,} characters")
 
 
-def decoded_path(text: bytes | bytearray) -> str:
+def decoded_path(text: bytes | bytearray, part: Part) -> str:
     """A form's field ``path`` as text.
 
+    :param part: its head, which may name another charset than UTF-8.
     :raises BadKey: it is not UTF-8.
     """
     try:
-        return text.decode()
+        return text.decode("utf-8" if part.is_utf8 else "ascii")
     except UnicodeDecodeError:
         raise BadKey("path is not UTF-8") from None
+
+
+def _refuse_content(reason: str) -> Callable[[bytes | memoryview], None]:
+    """The function that takes the content of a part that may be there only if it is empty.
+
+    :param reason: the message if it is not.
+    """
+
+    def refuse(_: bytes | memoryview) -> None:
+        raise BadForm(reason)
+
+    return refuse
 
 
 class FormReceiver:
@@ -94,7 +101,8 @@ class FormReceiver:
         self._uploads = uploads
         self._plan = plan
         self._path: str | None = None
-        self._path_text: bytearray | None = None  # while the field is being received
+        self._path_part: Part | None = None  # while the field is being received
+        self._path_text = bytearray()
         self._keys: set[str] = set()
         self._files: list[Upload | Spooled] = []  # in the form's order
         self._write: Callable[[bytes | memoryview], None] | None = None
@@ -105,21 +113,27 @@ class FormReceiver:
         :raises BadForm: the form is not as it has to be.
         :raises StorageError: the file may not, or cannot, be stored.
         """
-        if isinstance(event, Data):
-            if self._write is not None:
-                self._write(event.data)
-            if not event.more_data:
-                self._end_part()
-        elif isinstance(event, File) and FILE_FIELD.fullmatch(event.name or ""):
-            self._begin_file(event)
-        elif isinstance(event, Field) and event.name == "path":
-            self._begin_path()
+        if event is None:
+            self._end_part()
+        elif isinstance(event, Part):
+            self._begin_part(event)
+        elif self._write is not None:
+            self._write(event)
+
+    def _begin_part(self, part: Part) -> None:
+        """Begin with a part. The content of unknown ones is skipped."""
+        if part.name == PATH_FIELD:
+            self._begin_path(part)
+        elif FILE_FIELD.fullmatch(part.name):
+            self._begin_file(part)
+        elif not part.name:
+            self._write = _refuse_content("the form has a part without a name: name its file fields file0, file1, …")
 
     def _end_part(self) -> None:
         self._write = None
-        if self._path_text is not None:
-            self._set_path(bytes(self._path_text))
-            self._path_text = None
+        if self._path_part is not None:
+            part, self._path_part = self._path_part, None
+            self._set_path(decoded_path(self._path_text, part))
         elif self._files and isinstance(self._files[-1], Upload):
             self._end_upload(self._files[-1])
 
@@ -136,31 +150,34 @@ class FormReceiver:
             held -= largest.held
             largest.flush()
 
-    def _begin_path(self) -> None:
+    def _begin_path(self, part: Part) -> None:
         if self._path is not None:
             raise BadForm("the form has more than one field path")
-        self._path_text = bytearray()
+        part.check_encoding()
+        self._path_part = part
         self._write = self._add_to_path
 
     def _add_to_path(self, data: bytes | memoryview) -> None:
-        assert self._path_text is not None
         append_to_path(self._path_text, data)
 
-    def _set_path(self, text: bytes) -> None:
-        self._path = decoded_path(text)
+    def _set_path(self, path: str) -> None:
+        self._path = path
         for file in self._files:
             if isinstance(file, Spooled):
                 self._admit(file.filename)
 
-    def _begin_file(self, event: File) -> None:
-        if LONE_BACKSLASH.search(event.headers.get("Content-Disposition", "")):
-            raise BadKey("a file name contains a backslash")
+    def _begin_file(self, part: Part) -> None:
+        part.check_encoding()
+        filename = part.file_name()
+        if not filename:  # a browser's file field in which no file was chosen
+            self._write = _refuse_content(f"the file name of {part.name} is empty")
+            return
         if len(self._files) == MAX_FILES:
             raise BadForm(f"a form may have at most {MAX_FILES} files; send the others in another one")
         if self._path is None:
-            self._write = self._spool(event.filename)
+            self._write = self._spool(filename)
         else:
-            upload = self._begin_upload(self._admit(event.filename))
+            upload = self._begin_upload(self._admit(filename))
             self._files.append(upload)
             self._write = upload.write
 
@@ -191,13 +208,15 @@ class FormReceiver:
     def commit(self) -> list[Stored]:
         """Commit the files, one after another.
 
-        :raises BadForm: the form has no file, or no path.
+        A form without a path is one for the root.
+
+        :raises BadForm: the form has no file.
         :raises StorageError: one failed; the message says which had been stored by then.
         """
         if not self._files:
             raise BadForm("the form has no file: name its file fields file0, file1, …")
         if self._path is None:
-            raise BadForm("the form has no field path")
+            self._set_path("")
         uploads = self._all_uploaded()
         stored: list[Stored] = []
         for upload in uploads:

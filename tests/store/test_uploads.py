@@ -20,7 +20,6 @@ import jwt
 import psutil
 import pytest
 import requests
-from werkzeug.sansio.multipart import Data, Field, File
 
 from kci_storage.errors import BadForm
 from kci_storage.http import multipart
@@ -272,10 +271,11 @@ def contents(body: Pieces, boundary: str = BOUNDARY) -> list[bytes]:
     """The contents of a form's parts."""
     parts: list[bytes] = []
     for event in multipart.form_events(body, boundary.encode(), 1 << 30):
-        if isinstance(event, File | Field):
+        if isinstance(event, multipart.Part):
             parts.append(b"")
-        elif isinstance(event, Data):
-            parts[-1] += event.data
+        elif event is not None:
+            assert event  # an empty piece would be none
+            parts[-1] += event
     return parts
 
 
@@ -297,6 +297,22 @@ def test_wherever_a_read_ends_blanks_after_a_boundary_are_no_content():
         assert contents(Pieces(body[:first], body[first:])) == [b"p", b"content"]
 
 
+def test_wherever_a_read_ends_a_part_may_have_no_body():
+    """RFC 2046, section 5.1.1: the empty line after the headers belongs to the next boundary."""
+    empty = part("file0", b"", "a").removesuffix(b"\r\n")
+    body = form(part("path", b"p"), empty, empty)
+    for first in range(len(body)):
+        assert contents(Pieces(body[:first], body[first:])) == [b"p", b"", b""]
+
+
+def test_wherever_a_read_ends_lines_may_end_in_a_line_feed_alone():
+    """Some programs write so. Then a carriage return at the content's end is content."""
+    body = form(part("path", b"p"), part("file0", b"content", "a")).replace(b"\r\n", b"\n")
+    body = body.replace(b"content", b"\r\ncontent\r")
+    for first in range(len(body)):
+        assert contents(Pieces(body[:first], body[first:])) == [b"p", b"\r\ncontent\r"]
+
+
 def test_wherever_a_form_is_cut_off_it_is_refused():
     body = form(part("path", b"p"), part("file0", b"content\r\n-", "a"))
     for end in range(len(body) - len(b"\r\n")):
@@ -305,7 +321,7 @@ def test_wherever_a_form_is_cut_off_it_is_refused():
 
 
 def test_long_content_is_the_same_wherever_reads_end():
-    """Pieces without a boundary pass by the decoder; its end, which may be the beginning of one, has to wait."""
+    """The end of a piece may be the beginning of a boundary, so it has to wait for the next piece."""
     almost = [f"--{BOUNDARY[:9]}".encode(), f"{BOUNDARY}x".encode()]
     fragments = [os.urandom(700), b"\r", b"\n", b"\r\n", b"-", b"--", *almost]
     chance = random.Random(6)
@@ -340,8 +356,6 @@ def test_a_file_of_any_size_is_stored_exactly(server: Server):
             "file0",
         ),
         ([part("path", b"{folder}"), part("file0", b"a field, no file")], "file0"),
-        ([part("file0", b"content", "a")], "path"),
-        ([part("path", b"{folder}", "a-file"), part("file0", b"content", "a")], "path"),
         ([part("path", b"{folder}"), part("path", b"{folder}"), part("file0", b"content", "a")], "path"),
         (
             [part("path", b"{folder}"), part("file0", b"x", "a"), part("file1", b"y", "b"), part("file2", b"z", "a")],
@@ -356,8 +370,6 @@ def test_a_file_of_any_size_is_stored_exactly(server: Server):
         "no file",
         "only files of other names",
         "a field where a file should be",
-        "no path",
-        "path is a file",
         "two paths",
         "a key twice",
         "a key twice, before the path",
