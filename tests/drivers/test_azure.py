@@ -258,20 +258,24 @@ def lose_answers(proxy: Proxy, wanted: str) -> None:
 # How many requests it takes
 
 
-def test_slow_uploads_are_in_no_downloads_way(azurite, proxy, driver, monkeypatch):
+def test_slow_uploads_are_in_no_downloads_way(proxy, driver, monkeypatch):
     """They use all threads for blocks; a download has its own for reading ahead."""
     content = content_of(8 * BLOCK)
     put(driver, "a", content)
+    proxy.requests.clear()
     monkeypatch.setattr(reads, "PATIENCE_SECONDS", 0)
     held = threading.Event()
     proxy.before = lambda request: held.wait(SECONDS) and None if str(request) == "PUT comp=block" else None
     uploads = [threading.Thread(target=put, args=(driver, f"b{number}", content)) for number in range(40)]
     for upload in uploads:
         upload.start()
-    wait_until(
-        lambda: proxy.seen().count("PUT comp=block") >= azure.UPLOAD_THREADS, SECONDS, "all threads to be busy"
-    )
+
+    def blocks() -> int:
+        return proxy.seen().count("PUT comp=block")
+
+    wait_until(lambda: blocks() == azure.UPLOAD_THREADS, SECONDS, "all threads to be busy")
     assert get(driver, "a") == content
+    assert blocks() == azure.UPLOAD_THREADS, "the download has waited for a thread"
     held.set()
     for upload in uploads:
         upload.join()
