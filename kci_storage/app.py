@@ -8,7 +8,6 @@ from typing import Any
 
 from flask import Flask
 from flask.json.provider import DefaultJSONProvider
-from werkzeug.middleware.proxy_fix import ProxyFix
 
 from kci_storage.blueprints import archives, auth, browse, challenge, downloads, errors, listing, status, uploads
 from kci_storage.blueprints.context import KeyConverter
@@ -20,6 +19,7 @@ from kci_storage.services import Services, build_services, inherited_services
 from kci_storage.wsgi.admission import AccessControl
 from kci_storage.wsgi.downloads import Downloads
 from kci_storage.wsgi.exchange import Exchange, Transport
+from kci_storage.wsgi.proxies import behind_proxies
 
 
 class _Json(DefaultJSONProvider):
@@ -64,4 +64,4 @@ def middleware(app: Callable[..., Any], services: Services) -> Callable[..., Any
     access_control = AccessControl(downloading, services.policies, metrics.refused, metrics.challenged)
     wrapped: Callable[..., Any] = Transport(access_control, finished)
     proxies = services.config.server.trusted_proxies
-    return ProxyFix(wrapped, x_for=proxies, x_proto=proxies, x_host=proxies) if proxies else wrapped
+    return behind_proxies(wrapped, proxies) if proxies else wrapped

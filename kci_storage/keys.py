@@ -35,6 +35,8 @@ _RESERVED = "(?:{})".format(
 _SEGMENT = r"(?!\.\.?(?:/|\Z))[ -.0-\[\]-~]{1,255}"
 _COMMON = re.compile(rf"(?!{_RESERVED}){_SEGMENT}(?:/{_SEGMENT}){{0,253}}\Z")  # valid, and nothing but ASCII
 
+_DOT_SEGMENT = re.compile(r"(?<=/)\.(?:/|\Z)")
+_SLASHES = re.compile(r"/{2,}")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 # Azure and XML listings cannot hold such keys in every case, so none is stored; where there is one, it is served.
 _NOT_STORABLE = re.compile("\\.(?:/|\\Z)|[\ufffe\uffff]")
@@ -133,6 +135,29 @@ def from_path_info(path_info: str) -> str:
     if not path_info.isascii():
         path_info = _utf8(path_info)
     return path_info.removeprefix("/")
+
+
+def without_dot_segments(path_info: str) -> str:
+    """A request path without its segments ``.`` (RFC 3986, 6.2.2.3). Segments ``..`` stay, and are refused.
+
+    >>> without_dot_segments("/./a/././b"), without_dot_segments("/a/."), without_dot_segments("/a/../b.")
+    ('/a/b', '/a/', '/a/../b.')
+    """
+    return _DOT_SEGMENT.sub("", path_info)
+
+
+def folded(path_info: str) -> str | None:
+    """The key that a request path names once its doubled slashes are single; None: it has none, or names no key.
+
+    >>> folded("/a//b"), folded("/a/b"), folded("//metrics"), folded("/a//")
+    ('a/b', None, None, None)
+    """
+    if "//" not in path_info:
+        return None
+    try:
+        return for_put(_SLASHES.sub("/", path_info))
+    except BadKey:
+        return None
 
 
 def check(key: str) -> str:

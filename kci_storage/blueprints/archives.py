@@ -26,7 +26,9 @@ log = logging.getLogger(__name__)
 def archive() -> Response:
     """Store the files of an archive, each as if it had been uploaded by itself."""
     with services().metrics.archiving():
-        report = services().archives.store(admitted_body(FORM_OVERHEAD), form_boundary(), plan(authenticated()))
+        email = authenticated()
+        services().permissions.check_folder(email, "")
+        report = services().archives.store(admitted_body(FORM_OVERHEAD), form_boundary(), plan(email))
     services().metrics.archived(report.uploaded, len(report.failures), report.size)
     log_archive(report)
     return answer("partial_failure" if report.failures else "ok", 500 if report.failures else 200, report)

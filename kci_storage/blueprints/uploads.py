@@ -32,8 +32,9 @@ def upload() -> Response:
     """Store the files of a multipart form."""
     with services().metrics.uploading():
         email = authenticated()
-        body, boundary = admitted_body(FORM_OVERHEAD), form_boundary()
         permissions = services().permissions
+        permissions.check_folder(email, "")
+        body, boundary = admitted_body(FORM_OVERHEAD), form_boundary()
         plan = FormPlan(
             admit=lambda key: permissions.check(email, key), content_type=stored_type(), tags=stored_tags(email)
         )

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Iterable
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
+_WITH_PORT = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([0-9.]+))(?::[0-9]{1,5})?")
 _MAPPED_BITS = 96  # bits of the prefix ::ffff:0:0 of IPv4-mapped IPv6 addresses (RFC 4291, 2.5.5.2)
 
 
@@ -28,6 +30,19 @@ def parse_address(text: str) -> Address | None:
         return None
     mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
     return mapped or address
+
+
+def forwarded_address(text: str) -> str | None:
+    """An address that a proxy forwards, without the port that some proxies add; None: it cannot be read.
+
+    >>> forwarded_address("192.0.2.1:4711"), forwarded_address("[2001:db8::1]:443"), forwarded_address("2001:db8::1")
+    ('192.0.2.1', '2001:db8::1', '2001:db8::1')
+    >>> forwarded_address("unknown"), forwarded_address("192.0.2.1:x")
+    (None, None)
+    """
+    match = _WITH_PORT.fullmatch(text.strip())
+    address = text.strip() if match is None else match[1] or match[2]
+    return address if parse_address(address) is not None else None
 
 
 def parse_subnet(text: str) -> Network | None:

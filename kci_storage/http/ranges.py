@@ -121,16 +121,16 @@ class MultipartRanges:
         r"""The pieces to send, in order: literal bytes, and ranges of the content.
 
         >>> MultipartRanges((ByteRange(0, 1), ByteRange(8, 9)), 9, "text/plain", "b").segments[0]
-        b'--b\r\nContent-Type: text/plain\r\nContent-Range: bytes 0-0/9\r\n\r\n'
+        b'\r\n--b\r\nContent-Type: text/plain\r\nContent-Range: bytes 0-0/9\r\n\r\n'
         """
         return tuple(self._segments())
 
     def _segments(self) -> Iterator[bytes | ByteRange]:
-        before = ""
+        # The first boundary has a line break before it, too: it is allowed (RFC 2046, 5.1.1), nginx and Apache send
+        # it, and zsync does not end without.
         for part in self.ranges:
-            yield self._literal(f"{before}--{self.boundary}\r\n{self._part_head(part)}\r\n")
+            yield self._literal(f"\r\n--{self.boundary}\r\n{self._part_head(part)}\r\n")
             yield part
-            before = "\r\n"
         yield self._literal(f"\r\n--{self.boundary}--\r\n")
 
     def _part_head(self, part: ByteRange) -> str:

@@ -121,14 +121,14 @@ def browse(driver: Driver, prefix: str, marker: str | None) -> Directory:
 
     :param prefix: the folder, with a trailing slash; empty: the root.
     :param marker: where the page begins, from the previous page's ``next_url``; None: the first page.
-    :raises ObjectNotFound: nothing is stored below this prefix.
+    :raises ObjectNotFound: nothing is stored below this prefix, which is not the root.
     :raises BadRequest: the marker is invalid.
     """
     page = driver.list(prefix, delimiter="/", marker=marker)
     folders = [Folder(path) for path in page.folders]
     files = [File(info) for info in page.objects]
-    if not folders and not files and page.next_marker is None and marker is None:
-        raise ObjectNotFound("no such folder" if prefix else "nothing is stored yet")
+    if prefix and not folders and not files and page.next_marker is None and not _exists(driver, prefix, marker):
+        raise ObjectNotFound("no such folder")
     next_url = f"{directory_url(prefix)}?marker={quote(page.next_marker, safe='')}" if page.next_marker else None
     return Directory(
         prefix,
@@ -137,6 +137,14 @@ def browse(driver: Driver, prefix: str, marker: str | None) -> Directory:
         next_url,
         continues=marker is not None,
     )
+
+
+def _exists(driver: Driver, prefix: str, marker: str | None) -> bool:
+    """Whether a folder exists whose page at ``marker`` is empty: it may have lost its last files meanwhile."""
+    if marker is None:
+        return False
+    first = driver.list(prefix, delimiter="/")
+    return bool(first.folders or first.objects or first.next_marker)
 
 
 def directory_url(prefix: str) -> str:

@@ -8,6 +8,7 @@ import functools
 import io
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -31,6 +32,7 @@ Body = LengthBody | ChunkedBody | io.BytesIO
 # A key of 1,024 characters has up to 12 KiB when percent-encoded.
 MAX_TARGET_LENGTH = 16 * 1024  # characters
 GONE = (ConnectionError, TimeoutError)  # raised by operations on the socket of a client that is gone
+_NOT_ASCII = re.compile(rb"[\x80-\xff]")
 MOUNT_VARIABLE = "SCRIPT_NAME"  # environment variable: the path below which the application is mounted
 
 
@@ -60,18 +62,19 @@ class Requests:
 
     def _answer(self, conn: Connection) -> bool:
         head = conn.take_head()
-        received = Received(conn.sock, head)
         try:
+            received = Received(conn.sock, head if head.isascii() else with_encoded_target(head))
             request = self._parsed(received)
             environ = make_environ(conn, request)
             body = _body(request, environ, received)
+            expects_continue = _expects_continue(request, environ)
         except MalformedRequest as exc:
-            conn.sock.sendall(refusal(exc.status, conn.client, exc.reason, head=head))
+            conn.sock.sendall(refusal(exc.status, conn.client, exc.reason, exc.text, head=head))
             return False
         keep = self._may_keep() and wants_to_stay(request, environ.get("HTTP_CONNECTION", ""))
         response = Response(conn.sock, request.method, request.version, keep)
         environ["wsgi.input"] = body
-        environ[CONNECTION] = Channel(conn.sock, body, response, _expects_continue(request, environ))
+        environ[CONNECTION] = Channel(conn.sock, body, response, expects_continue)
         self._respond(conn, environ, response)
         conn.head = received.take()
         return response.keep and (isinstance(body, io.BytesIO) or body.is_read)
@@ -147,8 +150,37 @@ def _body(request: ParsedRequest, environ: Environ, received: Received) -> Body:
 
 
 def _expects_continue(request: ParsedRequest, environ: Environ) -> bool:
-    """Whether the client waits for 100 Continue. The parser has refused other expectations (RFC 9110, 10.1.1)."""
-    return "HTTP_EXPECT" in environ and request.version > (1, 0)
+    """Whether the client waits for 100 Continue (RFC 9110, 10.1.1). An empty list is no expectation.
+
+    :raises MalformedRequest: it expects something else.
+    """
+    expected = {member.strip(" \t").lower() for member in environ.get("HTTP_EXPECT", "").split(",")} - {""}
+    if expected - {"100-continue"}:
+        raise MalformedRequest(417, "ExpectationFailed")
+    return bool(expected) and request.version > (1, 0)
+
+
+def with_encoded_target(head: bytes) -> bytes:
+    r"""The head with its request's target percent-encoded, which busybox wget and lftp leave to the server.
+
+    :raises MalformedRequest: the target is not UTF-8.
+
+    >>> with_encoded_target("GET /ü?x HTTP/1.1\r\nX: é\r\n\r\n".encode())
+    b'GET /%C3%BC?x HTTP/1.1\r\nX: \xc3\xa9\r\n\r\n'
+    """
+    start = 2 if head.startswith(b"\r\n") else 0  # an empty line before the request (RFC 9112, 2.2)
+    end = head.find(b"\r\n", start)
+    line = head if end < 0 else head[:end]
+    try:
+        line.decode()
+    except UnicodeDecodeError:
+        raise MalformedRequest(400, "TargetNotUtf8", "the path is neither percent-encoded nor UTF-8") from None
+    method, blank, target = line.partition(b" ")
+    return method + blank + _NOT_ASCII.sub(_percent_encoded, target) + head[len(line) :]
+
+
+def _percent_encoded(match: re.Match[bytes]) -> bytes:
+    return b"%%%02X" % ord(match[0])
 
 
 # The environ

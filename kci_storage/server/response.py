@@ -22,6 +22,7 @@ from kci_storage.wsgi.exchange import is_content_length
 Header = tuple[str, str]
 
 SERVER = "gunicorn"
+HIGHEST_VERSION = (1, 1)  # of HTTP that this server speaks, also with clients of a later 1.x (RFC 9110, 6.2)
 REMEMBERED_HEADERS = 16_384  # validated headers in the cache; about 300 bytes each
 REMEMBERED_HEADS = 4096  # responses' headers in the cache; about 2 KiB each
 UNIQUE = "X-Request-ID"  # the last header: different each time, so not cached, and valid already
@@ -199,7 +200,7 @@ class Response:
     def _head(self) -> bytes:
         assert self._status, "the application has not begun a response"
         connection = "keep-alive" if self._keep else "close"
-        major, minor = self._version
+        major, minor = min(self._version, HIGHEST_VERSION)
         framing = "Transfer-Encoding: chunked\r\n" if self._is_chunked else ""
         return (
             f"HTTP/{major}.{minor} {self._status}\r\nServer: {SERVER}\r\nDate: {_date(int(time.time()))}\r\n"

@@ -43,7 +43,7 @@ class Downloads:
         try:
             key = keys.for_put(environ["PATH_INFO"])
         except BadKey:
-            return self._pass_on(environ, start_response)
+            return self._other_spelling(environ, start_response)
         try:
             response = self._respond(key, environ)
         except Refused:  # the client has too many downloads; the access control answers
@@ -54,6 +54,14 @@ class Downloads:
             return self._app(environ, start_response)
         start_response(STATUS_LINES[response.status], response.headers)
         return response.body
+
+    def _other_spelling(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        """The path of a key or a folder may have segments ``.``. The server's own routes have one spelling each."""
+        path = keys.without_dot_segments(environ["PATH_INFO"])
+        if path == environ["PATH_INFO"] or not _is_of_objects(path):
+            return self._pass_on(environ, start_response)
+        environ["PATH_INFO"] = path
+        return self(environ, start_response)
 
     def _pass_on(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         environ[EXCHANGE].count_as_running()
@@ -80,3 +88,12 @@ class Downloads:
         except BaseException:
             content.close()
             raise
+
+
+def _is_of_objects(path: str) -> bool:
+    """Whether a path is that of a key or of a folder of keys, rather than one of the server's own."""
+    try:
+        keys.for_put(f"{path}x" if path.endswith("/") and path != "/" else path)
+    except BadKey:
+        return False
+    return True

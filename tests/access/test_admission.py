@@ -308,6 +308,11 @@ def test_an_address_lies_in_a_subnet_or_not(address: str, blocked: bool) -> None
         ("::ffff:192.0.2.9", 403),
         ("203.0.113.1, 192.0.2.9", 403),
         ("192.0.2.9, 203.0.113.1", 200),  # a client's own header is ignored
+        ("192.0.2.9:4711", 403),  # as Azure's Application Gateway writes it
+        ("[2001:db8::9]:4711", 403),
+        ("[2001:db8::9]", 403),
+        ("203.0.113.1, 192.0.2.9:1", 403),
+        ("203.0.113.1:4711", 200),
         ("203.0.113.1", 200),
         ("unknown", 200),
         (None, 200),
@@ -320,6 +325,24 @@ def test_a_blocked_network_is_refused(proxied_server: Server, forwarded: str | N
     if status == 403:
         assert_error(answer, 403, proxied_server, ["network"])
         assert access(proxied_server, answer)["error"].startswith("subnet: ")
+
+
+def test_a_client_whose_address_cannot_be_read_counts_as_the_proxy(start_server: Callable[..., Server]) -> None:
+    """The rules hold for it, rather than fail open. The log has one line about it."""
+    server = start_server(server={"trusted_proxies": 1, "workers": 1}, block_subnets=["127.0.0.2"])
+    for forwarded, status in {
+        "unknown": 403, "_hidden": 403, "192.0.2.9:x": 403, "192.0.2.999": 403, "[::1": 403, "192.0.2.9 evil": 403,
+        "203.0.113.1, x": 403, "x" * 3000: 403, "127.0.0.2": 403, "203.0.113.1:80": 200,
+    }.items():  # fmt: skip
+        proxy = http.client.HTTPConnection("127.0.0.1", server.port, SECONDS, source_address=("127.0.0.2", 0))
+        proxy.request("GET", "/v1/health", headers={"X-Forwarded-For": forwarded})
+        answer = proxy.getresponse()
+        assert answer.status == status, forwarded
+        request_id = answer.headers["X-Request-ID"]
+        assert access(server, request_id)["ip"] == ("127.0.0.2" if status == 403 else "203.0.113.1")
+        proxy.close()
+    (line,) = (line for line in server.log().splitlines() if "forwarded_address_unreadable" in line)
+    assert "value=unknown counts_as=127.0.0.2" in line
 
 
 def test_a_blocked_network_gets_no_robots_txt(proxied_server: Server) -> None:
@@ -363,8 +386,10 @@ def test_a_client_is_a_network(limited_server: Server) -> None:
     assert statuses(limited_server, "2001:db8:0:1::1", 1) == [200]
 
 
-def test_a_client_without_an_address_is_not_limited(limited_server: Server) -> None:
-    assert statuses(limited_server, "unknown", 21) == [200] * 21
+def test_clients_whose_address_cannot_be_read_are_counted_together(limited_server: Server) -> None:
+    """They count as the proxy, some of whose 20 requests were made when the server started."""
+    assert statuses(limited_server, "unknown", 21)[-1] == 429
+    assert statuses(limited_server, "hidden", 1) == [429]
 
 
 def test_the_bucket_fills_again_with_time() -> None:

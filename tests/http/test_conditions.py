@@ -422,7 +422,7 @@ def test_multipart_body_is_read_back_by_an_independent_parser(ranges: tuple[tupl
 def test_multipart_body_byte_by_byte() -> None:
     multipart = MultipartRanges((ByteRange(0, 2), ByteRange(5, 6)), 7, "a/b", "B")
     assert multipart.segments == (
-        b"--B\r\nContent-Type: a/b\r\nContent-Range: bytes 0-1/7\r\n\r\n",
+        b"\r\n--B\r\nContent-Type: a/b\r\nContent-Range: bytes 0-1/7\r\n\r\n",
         ByteRange(0, 2),
         b"\r\n--B\r\nContent-Type: a/b\r\nContent-Range: bytes 5-5/7\r\n\r\n",
         ByteRange(5, 6),

@@ -452,7 +452,7 @@ def test_which_proxies_are_trusted_for_the_address(start_server: Callable[..., S
     assert proxied(behind_two, **forwarded) == "10.0.0.1"
     assert proxied(behind_two, X_Forwarded_For="10.0.0.9") == "127.0.0.1"
     for hostile in ("a b=c", "x" * 3000):
-        assert_shown(proxied(behind_two, X_Forwarded_For=f"{hostile}, 10.0.0.1"), hostile)
+        assert proxied(behind_two, X_Forwarded_For=f"{hostile}, 10.0.0.1") == "127.0.0.1"
 
 
 def test_a_killed_worker_breaks_no_line(start_server: Callable[..., Server]):

@@ -177,9 +177,16 @@ def test_what_is_no_folder_is_not_found(stored, path):
     assert response.status_code == 404
 
 
-def test_an_empty_store_says_so(start_server):
+def test_the_top_of_an_empty_store_is_an_empty_page(start_server):
     answer = get(start_server(server={"workers": 1}), "/v1/browse/")
-    assert (answer.status_code, answer.text) == (404, "nothing is stored yet\n")
+    assert (answer.status_code, "empty" in answer.text) == (200, True)
+
+
+def test_an_unknown_folder_is_not_found_whatever_its_query(stored):
+    """A page behind the last file of a folder is an empty one."""
+    for query, status in (("", 200), ("?marker=zzz", 200), ("?x=y", 200)):
+        assert get(stored, f"/pages/{query}").status_code == status
+        assert get(stored, f"/unknown/{query}").status_code == 404
 
 
 def test_many_files_come_in_pages_that_together_are_all(local_server):

@@ -14,7 +14,7 @@ from gunicorn.http.message import Request
 from kci_storage.net.connection import Connection
 from kci_storage.net.received import ChunkedBody, LengthBody, Received
 from kci_storage.server.gunicorn_parts import MalformedRequest, ParsedRequest, RequestSettings, parse
-from kci_storage.server.request import MOUNT_VARIABLE, make_environ, wants_to_stay
+from kci_storage.server.request import MOUNT_VARIABLE, _expects_continue, make_environ, wants_to_stay
 
 ADDRESS = "192.0.2.1", 12345
 SERVER = "127.0.0.1", 3000
@@ -110,6 +110,17 @@ def test_forwarded_headers_are_ignored(address: Any, header: str):
 def test_which_connections_are_kept(method: str, version: tuple[int, int], header: str, stays: bool):
     body: Any = None
     assert wants_to_stay(ParsedRequest(method, "/", version, [], body), header) is stays
+
+
+def test_what_a_client_may_expect():
+    for value, expects in (("100-continue", True), ("100-Continue", True), ("", False), (" , ", False)):
+        head = f"PUT /a HTTP/1.1\r\nHost: x\r\nExpect: {value}\r\nContent-Length: 1\r\n\r\n".encode()
+        request = parsed(head)
+        assert _expects_continue(request, make_environ(connection(), request)) is expects
+    for value in ("more", "100-continue, more"):
+        request = parsed(f"GET /a HTTP/1.1\r\nHost: x\r\nExpect: {value}\r\n\r\n".encode())
+        with pytest.raises(MalformedRequest):
+            _expects_continue(request, make_environ(connection(), request))
 
 
 # Bodies

@@ -249,6 +249,7 @@ def assert_parts(answer: requests.Response, ranges: RANGES) -> None:
     else:
         assert answer.headers["Content-Type"].startswith("multipart/byteranges; boundary=")
         assert "Content-Range" not in answer.headers
+        assert answer.content.startswith(b"\r\n--")  # zsync does not end without the line break
         assert parts_of(answer) == (said, contents)
 
 
