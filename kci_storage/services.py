@@ -29,6 +29,7 @@ from kci_storage.monitoring.measured_driver import MeasuredDriver
 from kci_storage.monitoring.metrics import Metrics
 from kci_storage.store.negative_cache import NegativeCache
 from kci_storage.store.objects import Objects
+from kci_storage.store.readiness import SHARED, LastAnswer, Readiness
 from kci_storage.store.uploads import Uploads
 from kci_storage.wsgi.responder import Responder
 
@@ -80,6 +81,7 @@ class Services:
     authenticator: Authenticator
     policies: Policies
     metrics: Metrics
+    readiness: Readiness
     housekeeper: Housekeeper
     follower: ConfigFollower | None = None
 
@@ -164,6 +166,7 @@ def build_services(config: Config, ledger: Ledger | None = None) -> Services:
         authenticator=Authenticator(config.secrets),
         policies=Policies(config, ledger or Ledger(rows=1)),
         metrics=metrics,
+        readiness=Readiness(guarded.probe, LastAnswer() if ledger is None else SHARED),
         housekeeper=housekeeper,
     )
 

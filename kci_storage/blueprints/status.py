@@ -8,7 +8,6 @@ from importlib.resources import files
 from flask import Blueprint, Response, request
 
 from kci_storage.blueprints.context import services
-from kci_storage.errors import BackendError, NotReady
 
 blueprint = Blueprint("admin", __name__)
 
@@ -41,14 +40,11 @@ def health() -> Response:
 
 @blueprint.get("/v1/ready")
 def ready() -> Response:
-    """200 if the backend answers.
+    """200 if the backend answers, or has answered in the last second.
 
     :raises NotReady: it does not (503, with the reason).
     """
-    try:
-        services().driver.probe()
-    except BackendError as exc:
-        raise NotReady(exc.message, detail=exc.detail) from exc
+    services().readiness.check()
     return Response("ok", mimetype="text/plain")
 
 
