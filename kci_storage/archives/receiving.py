@@ -166,7 +166,7 @@ def _content(events: Iterator[Event]) -> Iterator[Piece]:
     for event in events:
         if event is None:
             return
-        assert isinstance(event, bytes)
+        assert not isinstance(event, Part)
         yield event
 
 
