@@ -17,7 +17,6 @@ import requests
 
 from kci_storage.drivers.azure.driver import BLOCK_SIZE
 from kci_storage.drivers.azure.reads import READ_SIZE
-from kci_storage.drivers.azure.writer import UNCHECKED_BLOCKS
 from tests.support.cold import MIB, Bench
 from tests.support.wire import SECONDS, new_folder, part, post, put
 
@@ -50,14 +49,10 @@ def send(bench: Bench, way: str, key: str, content: bytes) -> None:
 
 
 def of_an_upload(size: int) -> Counter[str]:
-    """One request for what fits into a block; else one for each block, and one for their list.
-
-    A larger upload is also preceded by a look at what is stored, so that it is refused early if that is to stay.
-    """
+    """One request for what fits into a block; else one for each block, and one for their list."""
     if size <= BLOCK_SIZE:
         return Counter({PUT_BLOB: 1})
-    look = {PROPERTIES: 1} if size > (UNCHECKED_BLOCKS + 1) * BLOCK_SIZE else {}
-    return Counter({PUT_BLOCK: math.ceil(size / BLOCK_SIZE), PUT_BLOCK_LIST: 1, **look})
+    return Counter({PUT_BLOCK: math.ceil(size / BLOCK_SIZE), PUT_BLOCK_LIST: 1})
 
 
 @pytest.mark.parametrize("size", [*SMALL, *LARGE])

@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 
 from kci_storage.errors import (
     BackendError,
@@ -126,39 +124,3 @@ def _blocked(code: str, detail: str) -> ObjectBlocked | None:
     found = [text for beginning, text in _BY_BEGINNING.items() if code.startswith(beginning)]
     message = _BY_CODE.get(code) or next(iter(found), None)
     return ObjectBlocked(message, detail=detail) if message is not None else None
-
-
-def check_replaceable(headers: Mapping[str, str]) -> None:
-    """Check whether a blob can be replaced by an upload, as far as its properties tell.
-
-    So an upload in blocks need not send its whole body first.
-
-    :param headers: of Get Blob Properties.
-    :raises ObjectBlocked: it cannot.
-    """
-    if message := _reason(headers):
-        raise ObjectBlocked(message)
-
-
-def _reason(headers: Mapping[str, str]) -> str | None:
-    """What keeps a blob from being replaced; None: nothing.
-
-    >>> _reason({"x-ms-blob-type": "AppendBlob"}) == OTHER_TYPE, _reason({"x-ms-blob-type": "BlockBlob"})
-    (True, None)
-    """
-    if headers.get("x-ms-blob-type", "BlockBlob") != "BlockBlob":
-        return OTHER_TYPE
-    if headers.get("x-ms-access-tier") == "Archive":
-        return REHYDRATING if headers.get("x-ms-archive-status") else ARCHIVED
-    if headers.get("x-ms-lease-status") == "locked":
-        return LEASED
-    if headers.get("x-ms-legal-hold") == "true" or _is_future(headers.get("x-ms-immutability-policy-until-date", "")):
-        return IMMUTABLE
-    return BEING_COPIED if headers.get("x-ms-copy-status") == "pending" else None
-
-
-def _is_future(date: str) -> bool:
-    try:
-        return parsedate_to_datetime(date) > datetime.now(UTC)
-    except (TypeError, ValueError):
-        return False

@@ -15,16 +15,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 
 from kci_storage.drivers.azure import foreign_blocks
-from kci_storage.drivers.azure.errors import BackendRefusal, check_replaceable
+from kci_storage.drivers.azure.errors import BackendRefusal
 from kci_storage.drivers.azure.http import RepeatableBody
 from kci_storage.drivers.azure.outcomes import LostAnswers, certain
 from kci_storage.drivers.azure.reads import UPLOAD_ID, BlobReads, is_folder_marker
 from kci_storage.drivers.azure.writes import BlobWrites, BlocksLost, condition, new_block_id, properties
 from kci_storage.drivers.base import Digests, ObjectInfo, ObjectWriter
-from kci_storage.errors import BackendError, KeyConflict, ObjectNotFound, PreconditionFailed, WriteConflict
+from kci_storage.errors import KeyConflict, ObjectNotFound, PreconditionFailed, WriteConflict
 
 BLOCKS_IN_FLIGHT = 4  # of one upload; one more block is being filled
-UNCHECKED_BLOCKS = 2  # of an upload, before it is looked whether what is stored can be replaced
 BLOCK_ID_SIZE = 48  # bytes; 64 characters of base64, what most other clients use
 
 NOT_SINCE_1970 = {"If-Unmodified-Since": "Thu, 01 Jan 1970 00:00:00 GMT"}  # no object meets this condition
@@ -57,7 +56,6 @@ class AzureWriter(ObjectWriter):
         self._upload_id = secrets.token_hex(16)
         self._lost_answers = LostAnswers()  # of all its commits
         self._refused_as_new = False  # whether a commit was refused because there is an object
-        self._check: Future[None] | None = None  # of what is stored: whether it can be replaced
         self._begin(BLOCK_ID_SIZE)
 
     def _begin(self, block_id_size: int) -> None:
@@ -91,7 +89,6 @@ class AzureWriter(ObjectWriter):
 
     def _stage(self) -> None:
         """Send the block in memory, as soon as few enough others are in flight."""
-        self._check_replaceable()
         while len(self._in_flight) >= BLOCKS_IN_FLIGHT:
             self._settle()
         if self._lost:  # all blocks will be staged again from the replay
@@ -100,17 +97,6 @@ class AzureWriter(ObjectWriter):
         block, self._block = self._block, self._spare.pop() if self._spare else io.BytesIO()
         self._block_ids.append(new_block_id(self._block_id_size))
         self._in_flight.append(self._writes.submit(self._send, self._block_ids[-1], block))
-
-    def _check_replaceable(self) -> None:
-        """Have the upload fail early if its commit would be refused after the whole body."""
-        if self._check is not None and self._check.done():
-            self._check.result()
-        if self._check is None and len(self._block_ids) == UNCHECKED_BLOCKS:
-            self._check = self._writes.submit(self._look_at_stored)
-
-    def _look_at_stored(self) -> None:
-        with contextlib.suppress(ObjectNotFound, BackendError):  # the commit will tell
-            check_replaceable(self._reads.headers(self._key))
 
     def _send(self, block_id: str, block: io.BytesIO) -> io.BytesIO:
         """Stage a block, and return its buffer for reuse."""
