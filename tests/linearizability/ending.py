@@ -110,6 +110,7 @@ class Ending:
     def _refusal(self, key: str) -> str | None:
         """Replace what GET says is there, or create it; None: it was possible."""
         deadline = time.monotonic() + STALE_SECONDS
+        unknown = False  # whether a write may still land between the next read and the next write
         while True:
             known = self._client.read(key, "GET", {})
             number = self._history.new_number()
@@ -118,8 +119,10 @@ class Ending:
             if answer is not None and answer.status in (200, 201):
                 return None
             slow = answer is None or answer.status >= 500  # a busy machine, in comparison with the short time-outs
-            if not slow or time.monotonic() > deadline:
+            if not (slow or unknown) or time.monotonic() > deadline:
                 break
+            unknown = True
+            time.sleep(POLL_SECONDS)
         condition = f"If-Match {known.etag} of {known.content}" if known and known.etag else "If-None-Match: *"
         result = f"{answer.status} {answer.body[:120]!r}" if answer else "no answer"
         return f"{key}: PUT {condition} of what GET says is there, {size} bytes: {result}"

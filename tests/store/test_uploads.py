@@ -471,7 +471,6 @@ def test_files_that_cannot_be_side_by_side(local_server: Server):
         (".", "{folder}/a", "{folder}/a"),
         ("{folder}/with blanks", "a b", "{folder}/with blanks/a b"),
         ("{folder}", " ", "{folder}/ "),
-        ("{folder}", "...", "{folder}/..."),
         ("{folder}", ".hidden", "{folder}/.hidden"),
         ("{folder}", 'a\\"b', '{folder}/a"b'),
         ("{folder}", "a%22b", '{folder}/a"b'),
