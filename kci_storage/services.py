@@ -142,7 +142,7 @@ def build_services(config: Config, ledger: Ledger | None = None) -> Services:
         cache,
         negative_cache,
         metrics,
-        cached=local is None,
+        local=local,
         lock_timeout=server.lock_timeout,
         max_bytes=server.max_upload_bytes,
     )

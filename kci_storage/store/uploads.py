@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from kci_storage.cache.directory import Cache
-from kci_storage.drivers.base import Digests, Driver, ObjectInfo
+from kci_storage.drivers.base import Digests, Driver, LocalObjects, ObjectInfo
 from kci_storage.errors import (
     DigestMismatch,
     InsufficientStorage,
@@ -57,7 +57,7 @@ class Stored:
 class Uploads:
     """Begins uploads.
 
-    :param cached: whether a copy of each upload goes into the cache.
+    :param local: the driver, if its objects are files on this machine: then they need no copy in the cache.
     :param lock_timeout: seconds to wait for another upload of the same key.
     :param max_bytes: the size of the largest file that is accepted.
     """
@@ -69,7 +69,7 @@ class Uploads:
         negative_cache: NegativeCache,
         events: Events,
         *,
-        cached: bool,
+        local: LocalObjects | None,
         lock_timeout: float,
         max_bytes: int,
     ):
@@ -77,7 +77,7 @@ class Uploads:
         self.cache = cache
         self.negative_cache = negative_cache
         self.events = events
-        self.cached = cached
+        self.local = local
         self.lock_timeout = lock_timeout
         self.max_bytes = max_bytes
 
@@ -157,7 +157,7 @@ class Upload:
     ):
         self.key = key
         self._driver = uploads.driver
-        self._cached = uploads.cached
+        self._local = uploads.local
         self._events = uploads.events
         self._content_type = content_type
         self._max_bytes = uploads.max_bytes
@@ -168,7 +168,7 @@ class Upload:
             stack.callback(self._digests.close)
             stack.enter_context(lock)
             self._writer = stack.enter_context(uploads.driver.writer(key, content_type, tags))
-            self._copy = _Copy(uploads.cache, uploads.negative_cache, key) if uploads.cached else _NoCopy()
+            self._copy = _NoCopy() if uploads.local else _Copy(uploads.cache, uploads.negative_cache, key)
             self._held = stack.pop_all()
 
     def write(self, data: bytes | memoryview) -> None:
@@ -219,9 +219,15 @@ class Upload:
     def known_version(self) -> str | None:
         """The ETag of the version that is probably stored, found out without a request to a backend elsewhere.
 
-        That is the copy's; None: there is no copy.
+        That is the copy's, or the local file's; None: there is none.
         """
-        return self._copy.known_version() if self._cached else self.present_version()
+        if self._local is None:
+            return self._copy.known_version()
+        with contextlib.suppress(ObjectNotFound):
+            info, fd = self._local.open(self.key)
+            os.close(fd)
+            return info.etag
+        return None
 
     def present_version(self, may_replace: Rule | None = None) -> str | None:
         """The ETag of the version that is stored; None: there is none.
