@@ -18,7 +18,7 @@ through one worker is visible to the very next request on every other worker.
 
 A thread that changes an entry holds the key's lock (:meth:`Cache.writing`). A writer that dies leaves its lock
 behind. The next thread that takes this lock *doubts* the key (:meth:`Cache.doubt`), and removes the dead writer's
-files. While a key is in doubt, every reader asks the backend before it gets the copy (:mod:`.doubts`).
+files. While a key is in doubt, every reader asks the backend before it gets the copy (:mod:`.settling`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from kci_storage.cache.doubt import ABSENT, ANY, Doubt
+from kci_storage.cache.doubt import ABSENT, ANY, LANDING_SECONDS, Doubt
 from kci_storage.cache.entry import Entry, Record, Usage, last_use, new_record
 from kci_storage.cache.names import (
     CACHE_FILE,
@@ -57,7 +57,6 @@ from kci_storage.files import counters, durable
 from kci_storage.files.locks import KeyLocks, Lease
 
 TOUCH_INTERVAL = 300  # seconds; a hit updates a content file's access time at most this often
-LANDING_SECONDS = 300  # after a writer's death, in which its last request may still be carried out by the backend
 MAX_REMEMBERED_RECORDS = 20_000  # per process; about 1 KiB each
 
 
@@ -250,15 +249,19 @@ class Cache:
         record = self._parse(self.location(key))
         return record.info.etag if record is not None else None
 
-    def publish(self, part: durable.NewFile, info: ObjectInfo) -> None:
+    def publish(self, part: durable.NewFile, info: ObjectInfo, *, replaced: bool = False) -> None:
         """Make the part file the object's copy, in place of the old one.
 
         The backend has acknowledged this version, and the caller holds the key's lock.
 
+        :param replaced: whether there was an object before. If it has no record, it may have lost it by hand, and
+            other workers may remember its content, which is removed.
         :raises InsufficientStorage: the disk is full. The old copy is removed then; the caller discards the part.
         """
         location, new = self.location(info.key), new_record(info)
         with self._replacing(location, new) as old, self._new_record(location, new) as file:
+            if replaced and old is None:
+                self._remove_strays(location, None)
             self._put_in_place(part, file, old, new)
         self._end_doubt(location)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 ABSENT = ""  # names no version: the change requires that there is no object
 ANY = "*"  # it is unknown which version the change names, or whether any
+LANDING_SECONDS = 300  # after a writer's death, in which its last request may still be carried out by the backend
 MAX_SECONDS = 24 * 3600  # a time that lies further ahead was written while the clock was wrong
 
 

@@ -18,8 +18,8 @@ import time
 from concurrent.futures import Future
 
 from kci_storage.cache.directory import Cache
-from kci_storage.cache.doubts import Doubts
 from kci_storage.cache.entry import Record
+from kci_storage.cache.settling import Settler
 from kci_storage.drivers.base import Driver
 from kci_storage.errors import ObjectNotFound, StorageError
 from kci_storage.events import Events
@@ -47,10 +47,10 @@ class Freshness:
     :param period: seconds for which a check is valid; 0: for ever.
     """
 
-    def __init__(self, driver: Driver, cache: Cache, doubts: Doubts, events: Events, period: float):
+    def __init__(self, driver: Driver, cache: Cache, settler: Settler, events: Events, period: float):
         self._driver = driver
         self._cache = cache
-        self._doubts = doubts
+        self._settler = settler
         self._events = events
         self._period = period
         self._fresh_until: dict[str, float] = {}  # by generation; seconds since the epoch
@@ -113,7 +113,7 @@ class Freshness:
         asked = time.time()  # the answer may be as old as the question
         key = record.info.key
         try:
-            current = self._doubts.settle(key) if record.doubtful else self._driver.stat(key)
+            current = self._settler.settle(key) if record.doubtful else self._driver.stat(key)
         except ObjectNotFound:
             self._cache.remove_version(record)
             return Revalidation.DELETED

@@ -41,7 +41,7 @@ def resumed(
     :raises CorruptObject: the backend sends more bytes, or says that the object has another size.
     :raises BackendError: nothing was received for :data:`RESUME_TIMEOUT` seconds, or at all.
     """
-    retries = Retries()
+    retries = ReadRetries()
     buffer = memoryview(bytearray(min(stop - start, buffer_size)))
     while start < stop:
         try:
@@ -67,7 +67,7 @@ def resumed(
         reader = None
 
 
-class Retries:
+class ReadRetries:
     """The waits between the tries of one read (exponential backoff)."""
 
     def __init__(self) -> None:

@@ -7,7 +7,8 @@ import contextlib
 import time
 from collections.abc import Iterator
 
-from kci_storage.cache.directory import LANDING_SECONDS, Cache
+from kci_storage.cache.directory import Cache
+from kci_storage.cache.doubt import LANDING_SECONDS
 from kci_storage.errors import (
     BackendError,
     KeyConflict,

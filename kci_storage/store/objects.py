@@ -8,9 +8,9 @@ import time
 from collections.abc import Callable
 
 from kci_storage.cache.directory import Cache
-from kci_storage.cache.doubts import Doubts
 from kci_storage.cache.entry import Record
 from kci_storage.cache.freshness import Freshness, Revalidation
+from kci_storage.cache.settling import Settler
 from kci_storage.drivers.base import Driver, LocalObjects, ObjectInfo
 from kci_storage.errors import (
     InsufficientStorage,
@@ -68,8 +68,8 @@ class Objects:
         self._negative_cache = negative_cache
         self._events = events
         self._wait_timeout = wait_timeout
-        self._doubts = Doubts(driver, cache)
-        self._freshness = Freshness(driver, cache, self._doubts, events, revalidate_after)
+        self._settler = Settler(driver, cache)
+        self._freshness = Freshness(driver, cache, self._settler, events, revalidate_after)
         self._questions: SingleFlight[ObjectInfo] = SingleFlight()
 
     def open(
@@ -155,7 +155,7 @@ class Objects:
         if self._cache.is_being_written(key):
             return None
         if not self._cache.doubt_of(key).is_over(time.time()):
-            info = self._doubts.settle(key)
+            info = self._settler.settle(key)
             if self._cache.doubt_of(key).concerns(info.etag, time.time()):
                 return self._remote(None, info)  # what another request has been told may be out of date by now
         if self._negative_cache.remembers(key):

@@ -157,7 +157,6 @@ class Upload:
     ):
         self.key = key
         self._driver = uploads.driver
-        self._local = uploads.local
         self._events = uploads.events
         self._content_type = content_type
         self._max_bytes = uploads.max_bytes
@@ -168,7 +167,7 @@ class Upload:
             stack.callback(self._digests.close)
             stack.enter_context(lock)
             self._writer = stack.enter_context(uploads.driver.writer(key, content_type, tags))
-            self._copy = _NoCopy() if uploads.local else _Copy(uploads.cache, uploads.negative_cache, key)
+            self._copy = _copy_of(uploads, key)
             self._held = stack.pop_all()
 
     def write(self, data: bytes | memoryview) -> None:
@@ -221,13 +220,7 @@ class Upload:
 
         That is the copy's, or the local file's; None: there is none.
         """
-        if self._local is None:
-            return self._copy.known_version()
-        with contextlib.suppress(ObjectNotFound):
-            info, fd = self._local.open(self.key)
-            os.close(fd)
-            return info.etag
-        return None
+        return self._copy.known_version()
 
     def present_version(self, may_replace: Rule | None = None) -> str | None:
         """The ETag of the version that is stored; None: there is none.
@@ -341,13 +334,11 @@ class _Copy:
 
         :param replaced: whether there was an object before.
         """
-        if self._part is None or (replaced and self.known_version() is None):
-            # Without a record, but maybe not without a content that other workers remember.
-            self._cache.acknowledge(self._key)
         if self._part is None:
+            self._cache.acknowledge(self._key)
             return
         try:
-            self._cache.publish(self._part, info)
+            self._cache.publish(self._part, info, replaced=replaced)
         except InsufficientStorage:  # the copy of the previous version is gone as well
             self._part.discard()
             self._cache.acknowledge(self._key)
@@ -363,6 +354,10 @@ class _NoCopy:
 
     replay = None
 
+    def __init__(self, local: LocalObjects, key: str):
+        self._local = local
+        self._key = key
+
     def committing(self, expected: str | None) -> contextlib.AbstractContextManager[None]:
         """Nothing can be in doubt."""
         return contextlib.nullcontext()
@@ -370,9 +365,19 @@ class _NoCopy:
     def write(self, data: bytes | memoryview) -> None: ...
 
     def known_version(self) -> str | None:
-        """There is none."""
+        """The ETag of the present file; None: there is none."""
+        with contextlib.suppress(ObjectNotFound):
+            info, fd = self._local.open(self._key)
+            os.close(fd)
+            return info.etag
         return None
 
     def publish(self, info: ObjectInfo, *, replaced: bool) -> None: ...
 
     def discard(self) -> None: ...
+
+
+def _copy_of(uploads: Uploads, key: str) -> _Copy | _NoCopy:
+    if uploads.local is not None:
+        return _NoCopy(uploads.local, key)
+    return _Copy(uploads.cache, uploads.negative_cache, key)

@@ -145,19 +145,18 @@ def a_list_of_blocks_lands_over_a_later_upload(stage: Stage) -> None:
 
 def a_commit_lands_after_its_doubt(stage: Stage) -> None:
     """An upload times out, readers ask the backend and find the old version, then it lands."""
-    stage.put()
-    late = stage.fault(Late(), COMMIT)
-    stage.put()
-    stage.read()
-    stage.let_land(late)
-    stage.read()
+    _lands_after_its_doubt(stage, COMMIT, stage.put)
 
 
 def a_deletion_lands_after_its_doubt(stage: Stage) -> None:
     """The same of a deletion."""
+    _lands_after_its_doubt(stage, DELETION, stage.delete)
+
+
+def _lands_after_its_doubt(stage: Stage, operation: str, change: Callable[[], object]) -> None:
     stage.put()
-    late = stage.fault(Late(), DELETION)
-    stage.delete()
+    late = stage.fault(Late(), operation)
+    change()
     stage.read()
     stage.let_land(late)
     stage.read()

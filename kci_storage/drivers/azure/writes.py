@@ -95,7 +95,7 @@ class BlobWrites:
         :raises BackendError: the backend failed.
         """
         headers = {"x-ms-blob-type": "BlockBlob", **headers}
-        return _stored(self._change(_WRITE, key, "", body, headers, lost), lost)
+        return _stored(self._ask(_WRITE, key, "", body, headers, lost), lost)
 
     def stage(self, key: str, block_id: str, body: bytes | memoryview) -> None:
         """Send a block, which is visible to nobody until it is committed (Put Block).
@@ -114,7 +114,7 @@ class BlobWrites:
         :raises BlocksLost: one is not there; or a try whose answer was lost has committed them.
         """
         body = block_list(block_ids)
-        return _stored(self._change(_WRITE, key, "comp=blocklist&", body, headers, lost), lost)
+        return _stored(self._ask(_WRITE, key, "comp=blocklist&", body, headers, lost), lost)
 
     def delete(self, key: str, etag: str, lost: LostAnswers) -> None:
         """Delete a version of an object, with its snapshots (Delete Blob).
@@ -125,7 +125,7 @@ class BlobWrites:
         :raises BackendError: the backend failed.
         """
         headers = {"x-ms-delete-snapshots": "include", **condition(etag)}
-        self._change(_DELETE, key, "", b"", headers, lost)
+        self._ask(_DELETE, key, "", b"", headers, lost)
 
     def set_metadata(self, key: str, metadata: Mapping[str, str], etag: str) -> tuple[str, int]:
         """Replace a version's metadata, which gives it another ETag (Set Blob Metadata).
@@ -140,19 +140,6 @@ class BlobWrites:
         answer = self._ask(_SET_METADATA, key, "comp=metadata&", b"", {**metadata, **condition(etag)}, lost)
         return _stored(answer, lost)
 
-    def _change(
-        self,
-        operation: Operation[Answer],
-        key: str,
-        query: str,
-        body: Body,
-        headers: Mapping[str, str],
-        lost: LostAnswers,
-    ) -> Answer:
-        """Send a change that the service gives up in time, so that it is known until when it may be carried out."""
-        query = f"{query}timeout={service_timeout(len(body))}&"
-        return self._ask(operation, key, query, body, headers, lost)
-
     def _ask(
         self,
         operation: Operation[Answer],
@@ -162,6 +149,12 @@ class BlobWrites:
         headers: Mapping[str, str],
         lost: LostAnswers | None = None,
     ) -> Answer:
+        """Send a request. The service gives up a change in time, so that it is known until when it may carry it out.
+
+        :param lost: of a change: told of each try whose answer was lost.
+        """
+        if lost is not None:
+            query = f"{query}timeout={service_timeout(len(body))}&"
         headers = {"Content-Length": str(len(body)), **headers}
         return self._blobs.ask(operation, key, headers, body, query, lost)
 

@@ -20,8 +20,8 @@ from kci_storage.errors import InsufficientStorage, ObjectNotFound, StorageError
 log = logging.getLogger(__name__)
 
 
-class Doubts:
-    """The doubts about the keys of one cache."""
+class Settler:
+    """Ends the doubts about the keys of one cache."""
 
     def __init__(self, driver: Driver, cache: Cache):
         self._driver = driver
